@@ -1,0 +1,424 @@
+"""CLIP in JAX and Equinox: both towers, the tokenizer, and the heads that texts make.
+
+Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020; used here by Lipsum-FT, https://openreview.net/forum?id=2JF8mJRJ7M.
+Run `python train.py --help` for the command that uses it.
+
+Equation numbers are those of the Lipsum-FT paper. Towers are written for ONE image and ONE text; `image_features` and
+`text_features` map them over batches.
+"""
+
+import difflib
+import html
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from gzip import open as open_gzip
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+
+class InputError(ValueError):
+    """The user's input is wrong: one line that says what, where, and what to do. The command line exits with 2."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """An error for a name that is none of `known`, with the nearest ones."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return InputError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
+
+
+def cache_folder() -> Path:
+    """Where downloaded files live: `LIPSUM_CACHE`, else `lipsum` under the user's cache folder."""
+    if folder := os.environ.get("LIPSUM_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lipsum"
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; InputError names the file where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): restore the file") from error
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Sizes of one tower's transformer."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a CLIP. `embedding_size` is the joint dimension D of images and texts."""
+
+    image_size: int
+    patch_size: int
+    vision: Transformer
+    text: Transformer
+    embedding_size: int
+    context_length: int = 77
+    vocabulary_size: int = 49408
+    start_token: int = 49406
+    end_token: int = 49407
+    activation: str = "quick_gelu"
+    layer_norm_epsilon: float = 1e-5
+
+
+_BASE = Config(224, 32, Transformer(768, 12, 12, 3072), Transformer(512, 12, 8, 2048), embedding_size=512)
+_LARGE = Config(224, 14, Transformer(1024, 24, 16, 4096), Transformer(768, 12, 12, 3072), embedding_size=768)
+PRESETS = {
+    "ViT-B/32": _BASE,
+    "ViT-B/16": replace(_BASE, patch_size=16),
+    "ViT-L/14": _LARGE,
+    "ViT-L/14@336px": replace(_LARGE, image_size=336),
+}
+
+# ------------------------------------------------------------------------------------------------------------- towers
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    # jax.nn.gelu is the tanh approximation unless told otherwise.
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def _linear(inputs: int, outputs: int, scale: float, key: PRNGKeyArray, use_bias: bool = True) -> eqx.nn.Linear:
+    """A linear layer with normal weights of standard deviation `scale` and zero biases."""
+    layer = eqx.nn.Linear(inputs, outputs, use_bias, key=key)
+    layer = eqx.tree_at(lambda layer: layer.weight, layer, scale * jax.random.normal(key, (outputs, inputs)))
+    return eqx.tree_at(lambda layer: layer.bias, layer, jnp.zeros(outputs)) if use_bias else layer
+
+
+class Block(eqx.Module):
+    """A pre-LayerNorm residual block: attention, then a two-layer perceptron."""
+
+    layer_norm1: eqx.nn.LayerNorm
+    query: eqx.nn.Linear
+    key: eqx.nn.Linear
+    value: eqx.nn.Linear
+    out: eqx.nn.Linear
+    layer_norm2: eqx.nn.LayerNorm
+    fc1: eqx.nn.Linear
+    fc2: eqx.nn.Linear
+    heads: int = eqx.field(static=True)
+    activation: str = eqx.field(static=True)
+    causal: bool = eqx.field(static=True)
+
+    def __init__(self, sizes: Transformer, config: Config, causal: bool, key: PRNGKeyArray):
+        width = sizes.width
+        residual = width**-0.5 * (2 * sizes.layers) ** -0.5
+        keys = jax.random.split(key, 6)
+        self.layer_norm1 = eqx.nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.query = _linear(width, width, width**-0.5, keys[0])
+        self.key = _linear(width, width, width**-0.5, keys[1])
+        self.value = _linear(width, width, width**-0.5, keys[2])
+        self.out = _linear(width, width, residual, keys[3])
+        self.layer_norm2 = eqx.nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.fc1 = _linear(width, sizes.mlp_width, (2 * width) ** -0.5, keys[4])
+        self.fc2 = _linear(sizes.mlp_width, width, residual, keys[5])
+        self.heads, self.activation, self.causal = sizes.heads, config.activation, causal
+
+    def attention(self, x: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
+        tokens, width = x.shape
+        query, key, value = (
+            jax.vmap(layer)(x).reshape(tokens, self.heads, width // self.heads)
+            for layer in (self.query, self.key, self.value)
+        )
+        x = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        return jax.vmap(self.out)(x.reshape(tokens, width))
+
+    def mlp(self, x: Float[Array, " width"]) -> Float[Array, " width"]:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+    def __call__(self, x: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
+        x = x + self.attention(jax.vmap(self.layer_norm1)(x))
+        return x + jax.vmap(self.mlp)(jax.vmap(self.layer_norm2)(x))
+
+
+def _stack_blocks(sizes: Transformer, config: Config, causal: bool, key: PRNGKeyArray) -> Block:
+    """All of a tower's blocks as one, each leaf with a leading axis of layers."""
+    return eqx.filter_vmap(lambda key: Block(sizes, config, causal, key))(jax.random.split(key, sizes.layers))
+
+
+def run_blocks(blocks: Block, x: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
+    """The blocks one after the other: compiled once, whatever the depth."""
+    return jax.lax.scan(lambda x, block: (block(x), None), x, blocks)[0]
+
+
+class VisionTower(eqx.Module):
+    """`F_theta` before normalisation: a vision transformer read at its class token, and the visual projection."""
+
+    class_embedding: Float[Array, " width"]
+    patch_embedding: Float[Array, "width 3 patch patch"]
+    position_embedding: Float[Array, "tokens width"]
+    layer_norm_pre: eqx.nn.LayerNorm
+    blocks: Block
+    layer_norm_post: eqx.nn.LayerNorm
+    projection: eqx.nn.Linear
+
+    def __init__(self, config: Config, key: PRNGKeyArray):
+        sizes, patch = config.vision, config.patch_size
+        tokens = 1 + (config.image_size // patch) ** 2
+        keys = jax.random.split(key, 5)
+        self.class_embedding = sizes.width**-0.5 * jax.random.normal(keys[0], (sizes.width,))
+        self.patch_embedding = 0.02 * jax.random.normal(keys[1], (sizes.width, 3, patch, patch))
+        self.position_embedding = sizes.width**-0.5 * jax.random.normal(keys[2], (tokens, sizes.width))
+        self.layer_norm_pre = eqx.nn.LayerNorm(sizes.width, config.layer_norm_epsilon)
+        self.blocks = _stack_blocks(sizes, config, False, keys[3])
+        self.layer_norm_post = eqx.nn.LayerNorm(sizes.width, config.layer_norm_epsilon)
+        self.projection = _linear(sizes.width, config.embedding_size, sizes.width**-0.5, keys[4], use_bias=False)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along each side of the images that the position embedding is for."""
+        return self.patch_embedding.shape[-1] * math.isqrt(self.position_embedding.shape[0] - 1)
+
+    def embed(self, image: Float[Array, "side side 3"]) -> Float[Array, "tokens width"]:
+        """The class token and the patches, with positions, after the first LayerNorm."""
+        patch = self.patch_embedding.shape[-1]
+        rows, columns = image.shape[0] // patch, image.shape[1] // patch
+        # A convolution whose stride is its kernel is a matrix product over patches, and several times faster on CPU.
+        patches = image.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3).reshape(rows * columns, -1)
+        x = patches @ self.patch_embedding.reshape(self.patch_embedding.shape[0], -1).T
+        x = jnp.concatenate([self.class_embedding[None], x]) + self.position_embedding
+        return jax.vmap(self.layer_norm_pre)(x)
+
+    def __call__(self, image: Float[Array, "side side 3"]) -> Float[Array, " dim"]:
+        """One standardised image to its embedding, not yet normalised."""
+        x = run_blocks(self.blocks, self.embed(image))
+        return self.projection(self.layer_norm_post(x[0]))
+
+
+class TextTower(eqx.Module):
+    """`G_phi` before normalisation: a causal transformer read at the end token, and the text projection."""
+
+    token_embedding: Float[Array, "vocabulary width"]
+    position_embedding: Float[Array, "context width"]
+    blocks: Block
+    layer_norm_final: eqx.nn.LayerNorm
+    projection: eqx.nn.Linear
+    start_token: int = eqx.field(static=True)
+    end_token: int = eqx.field(static=True)
+
+    def __init__(self, config: Config, key: PRNGKeyArray):
+        width = config.text.width
+        keys = jax.random.split(key, 4)
+        self.token_embedding = 0.02 * jax.random.normal(keys[0], (config.vocabulary_size, width))
+        self.position_embedding = 0.01 * jax.random.normal(keys[1], (config.context_length, width))
+        self.blocks = _stack_blocks(config.text, config, True, keys[2])
+        self.layer_norm_final = eqx.nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.projection = _linear(width, config.embedding_size, width**-0.5, keys[3], use_bias=False)
+        self.start_token, self.end_token = config.start_token, config.end_token
+
+    def embed(self, ids: Int[Array, " tokens"]) -> Float[Array, "tokens width"]:
+        return self.token_embedding[ids] + self.position_embedding[: ids.size]
+
+    def __call__(self, ids: Int[Array, " tokens"]) -> Float[Array, " dim"]:
+        """One text, of at most the context's length, to its embedding, not yet normalised."""
+        x = run_blocks(self.blocks, self.embed(ids))
+        end = jnp.argmax(ids == self.end_token)
+        return self.projection(self.layer_norm_final(x[end]))
+
+
+class CLIP(eqx.Module):
+    """Both towers and the logarithm of the logits' scale, with random weights of the scales of OpenAI's own code."""
+
+    vision: VisionTower
+    text: TextTower
+    logit_scale: Float[Array, ""]
+    config: Config = eqx.field(static=True)
+
+    def __init__(self, config: Config, key: PRNGKeyArray):
+        vision_key, text_key = jax.random.split(key)
+        self.vision = VisionTower(config, vision_key)
+        self.text = TextTower(config, text_key)
+        self.logit_scale = jnp.log(jnp.float32(1 / 0.07))
+        self.config = config
+
+
+# ------------------------------------------------------------------------------------------------- features and heads
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STANDARD_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalize(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    """`x` divided by its Euclidean norm along the last axis."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def standardize(
+    images: UInt8[Array, "*batch height width 3"] | Float[Array, "*batch height width 3"],
+) -> Float[Array, "*batch height width 3"]:
+    """Bytes, or floats in [0, 1], to OpenAI's mean 0 and standard deviation 1 per channel."""
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 255
+    mean, deviation = (
+        jnp.asarray(channel, images.dtype).reshape((1,) * (images.ndim - 1) + (3,))
+        for channel in (IMAGE_MEAN, IMAGE_STANDARD_DEVIATION)
+    )
+    return (images - mean) / deviation
+
+
+def image_features(
+    vision: VisionTower, images: UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"]
+) -> Float[Array, "batch dim"]:
+    """`F_theta(x)`: unit-norm embeddings of images given as bytes or as floats in [0, 1]."""
+    return normalize(jax.vmap(vision)(standardize(images)))
+
+
+def text_features(text: TextTower, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch dim"]:
+    """`G_phi(t)`: unit-norm embeddings of tokenized texts."""
+    return normalize(jax.vmap(text)(ids))
+
+
+_text_features = jax.jit(text_features)
+
+
+def prompt_features(
+    model: CLIP, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], batch_size: int = 256
+) -> Float[np.ndarray, "templates classes dim"]:
+    """`G_phi(template_j(class_k))` for every template and class, in batches cut to the longest text.
+
+    Raises InputError for a prompt longer than the context.
+    """
+    prompts = [template.replace("{}", name) for template in templates for name in classes]
+    ids = tokenize(tokenizer, prompts, model.config)
+    ids = ids[:, : 1 + np.max(np.argmax(ids == model.config.end_token, axis=1))]
+    batch_size = min(batch_size, len(ids))
+    padded = np.concatenate([ids, ids[: -len(ids) % batch_size]])  # every batch of one shape: compiled once
+    features = [_text_features(model.text, batch) for batch in padded.reshape(-1, batch_size, ids.shape[1])]
+    return np.concatenate(features)[: len(ids)].reshape(len(templates), len(classes), -1)
+
+
+def zero_shot_head(features: Float[np.ndarray, "templates classes dim"]) -> Float[Array, "dim classes"]:
+    """Equation 1: a column per class, the normalised mean over templates."""
+    return normalize(jnp.mean(features, axis=0)).T
+
+
+def context_head(features: Float[np.ndarray, "templates classes dim"]) -> Float[Array, "dim templates"]:
+    """The context head `C` of equation 14: a column per template, the normalised mean over classes."""
+    return normalize(jnp.mean(features, axis=1)).T
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+
+# Apostrophe endings, words, single digits, runs of anything else. OpenAI's `regex` ignores case, so that the long s
+# (U+017F) counts as s, and its classes leave out the combining iota (U+0345).
+_WORD = Regex("'[s\u017f]|'t|'re|'ve|'m|'ll|'d|\\p{L}+|\\p{N}|[^\\s\\p{L}\\p{N}\u0345]+")
+_SPACE = r"[^\S\x1c-\x1f]+"  # white space as `regex` has it: without the ASCII separators
+START_TEXT, END_TEXT = "<|startoftext|>", "<|endoftext|>"
+VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
+
+
+def bpe_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """CLIP's byte-pair encoding: bytes as printable symbols, `</w>` at the end of words."""
+    model = models.BPE(vocab=vocabulary, merges=merges, unk_token=END_TEXT, end_of_word_suffix="</w>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(_SPACE), " "), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(_WORD, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        f"{START_TEXT} $A {END_TEXT}", special_tokens=[(token, vocabulary[token]) for token in (START_TEXT, END_TEXT)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in (START_TEXT, END_TEXT)]
+    )
+    return tokenizer
+
+
+def byte_symbols() -> list[str]:
+    """The 256 printable symbols that stand for bytes, in the vocabulary's order (as in GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
+
+
+def openai_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer that OpenAI's vocabulary file describes: line 0 is a header, then 48,894 merges.
+
+    Raises InputError where the file is missing or is none.
+    """
+    count = 49152 - 256 - 2
+    try:
+        with open_gzip(path, "rt", encoding="utf-8") as file:
+            merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 1 + count]]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"vocabulary {path} cannot be read ({error}): put OpenAI's {VOCABULARY_FILE} there") from error
+    if len(merges) < count or any(len(merge) != 2 for merge in merges):
+        raise InputError(f"vocabulary {path} does not hold {count} merges: put OpenAI's {VOCABULARY_FILE} there")
+    symbols = byte_symbols()
+    words = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), START_TEXT, END_TEXT]
+    return bpe_tokenizer({word: index for index, word in enumerate(words)}, merges)
+
+
+def hugging_face_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder: `tokenizer.json`, else `vocab.json` and `merges.txt`.
+
+    Raises InputError where neither can be read.
+    """
+    try:
+        if (path := folder / "tokenizer.json").exists():
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+            vocabulary = json.loads((path := folder / "vocab.json").read_text(encoding="utf-8"))
+            tokenizer = bpe_tokenizer(vocabulary, [tuple(line.split()) for line in lines if line])
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(
+            f"tokenizer {path} cannot be read ({error}): copy the model's tokenizer files there"
+        ) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def clean_text(text: str) -> str:
+    """HTML entities unescaped (twice, as OpenAI does), white space collapsed, lower case.
+
+    OpenAI also repairs mis-decoded text and curly quotes with `ftfy`; that is left out here.
+    """
+    text = html.unescape(html.unescape(text)).strip()
+    return re.sub(_SPACE, " ", text).strip().lower()
+
+
+def tokenize(
+    tokenizer: Tokenizer, texts: Sequence[str], config: Config, truncate: bool = False
+) -> Int[np.ndarray, "texts context"]:
+    """Start token, the text's tokens, end token, zeros up to the context's length.
+
+    `truncate` cuts a longer text and keeps its end token; without it, InputError names the text.
+    """
+    room = config.context_length - 2
+    ids = np.zeros((len(texts), config.context_length), np.int32)
+    encodings = tokenizer.encode_batch([clean_text(text) for text in texts], add_special_tokens=False)
+    for row, text, encoding in zip(ids, texts, encodings, strict=True):
+        if len(encoding.ids) > room and not truncate:
+            raise InputError(f"the text {text!r} has {len(encoding.ids)} tokens, the model takes {room}: shorten it")
+        tokens = [config.start_token, *encoding.ids[:room], config.end_token]
+        row[: len(tokens)] = tokens
+    return ids

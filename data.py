@@ -1,0 +1,329 @@
+"""Images: the lists that name them, preprocessing, augmentation, batches, and their placement on devices.
+
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --data domainnet --data-root DIR` uses it.
+
+Batch number t is a pure function of the split, the seed and t, whatever the number of threads. Images leave here as
+uint8; `clip.standardize` turns them into floats on the device.
+"""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from clip import InputError, unknown
+
+
+class ListedFile(NamedTuple):
+    """An image file and the place that names it, for messages."""
+
+    path: Path
+    place: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with labels; `classes` are names in label order."""
+
+    name: str
+    classes: tuple[str, ...]
+    images: tuple[ListedFile, ...]
+    labels: Int[np.ndarray, " images"]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What one run needs: to train on, to select on, and to report on, the reference first."""
+
+    train: Split
+    selection: Split
+    reports: dict[str, Split]
+
+
+# --------------------------------------------------------------------------------------------------- DomainNet's lists
+
+
+def read_list(root: Path, name: str) -> tuple[list[ListedFile], Int[np.ndarray, " images"], tuple[str, ...]]:
+    """Files, labels and class folders (in label order) of `root/name`, one `DOMAIN/CLASS/FILE LABEL` a line.
+
+    Raises InputError, naming list and line, for a malformed line or a label that disagrees with its folder.
+    """
+    try:
+        lines = (root / name).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"list {root / name} cannot be read ({error}): restore it") from error
+    files, labels = [], []
+    first: dict[str, tuple[int, int]] = {}  # folder -> its label and the line that told it
+    for number, line in enumerate(lines, start=1):
+        place = f"{root / name} line {number}"
+        path, _, label = line.strip().rpartition(" ")
+        if not path or not (label.isascii() and label.isdigit()) or len(Path(path).parts) < 2:
+            raise InputError(f"{place}: {line!r} is not 'DOMAIN/CLASS/FILE LABEL': correct the line")
+        folder = Path(path).parent.name
+        known, told = first.setdefault(folder, (int(label), number))
+        if int(label) != known:
+            raise InputError(
+                f"{place}: {path} has label {label}, but line {told} gives folder {folder!r} label {known}: correct one"
+            )
+        files.append(ListedFile(root / path, place))
+        labels.append(int(label))
+    if not files:
+        raise InputError(f"list {root / name} is empty: it needs one 'DOMAIN/CLASS/FILE LABEL' a line")
+    folders: dict[int, str] = {}
+    for folder, (label, number) in first.items():
+        if folders.setdefault(label, folder) != folder:
+            raise InputError(
+                f"{root / name} line {number}: folder {folder!r} has label {label}, which is folder "
+                f"{folders[label]!r}'s: correct one"
+            )
+    if sorted(folders) != list(range(len(folders))):
+        raise InputError(f"list {root / name}: labels must run from 0 without gaps, not {sorted(folders)}")
+    return files, np.array(labels, np.int32), tuple(folders[label] for label in range(len(folders)))
+
+
+def read_domainnet(
+    root: Path, reference: str, shifts: tuple[str, ...], select_on: str, keep_underscores: bool = False
+) -> Data:
+    """DomainNet's layout: `DOMAIN/CLASS/FILE` with the lists `DOMAIN_train.txt`, `DOMAIN_test.txt`, maybe `DOMAIN_val.txt`.
+
+    `shifts` may be empty: then every other domain that has a test list. `select_on` is `val` (the validation list, else
+    a tenth of the training list, held out) or `test`, as the paper did. Class names are the folders', with spaces for
+    underscores. Raises InputError where lists are missing, wrong, or tell different classes.
+    """
+    domains = sorted(path.name.removesuffix("_test.txt") for path in root.glob("*_test.txt"))
+    if not domains:
+        found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) if root.is_dir() else "no such folder"
+        raise InputError(
+            f"--data-root {root} has no DOMAIN_test.txt (found: {found}): expected DOMAIN/CLASS/FILE with the lists "
+            "DOMAIN_train.txt and DOMAIN_test.txt"
+        )
+    if not reference:
+        raise InputError(f"--reference is needed with --data domainnet: one of {', '.join(domains)}")
+    for domain in (reference, *shifts):
+        if domain not in domains:
+            raise unknown("split", domain, domains)
+    if reference in shifts:
+        raise InputError(f"split {reference!r} is the reference and a shift at once: leave it out of --shifts")
+    shifts = shifts or tuple(domain for domain in domains if domain != reference)
+
+    classes: tuple[str, ...] | None = None
+
+    def read(name: str, split: str) -> Split:
+        nonlocal classes
+        files, labels, folders = read_list(root, name)
+        classes = classes or folders
+        if folders != classes:
+            differences = [f"{a!r} is not {b!r}" for a, b in zip(folders, classes, strict=False) if a != b]
+            detail = differences[0] if differences else f"{len(folders)} classes are not {len(classes)}"
+            raise InputError(f"list {root / name} tells other classes than {reference}_train.txt ({detail}): mend one")
+        names = folders if keep_underscores else tuple(folder.replace("_", " ") for folder in folders)
+        return Split(split, names, tuple(files), labels)
+
+    train = read(f"{reference}_train.txt", "train")
+    reports = {domain: read(f"{domain}_test.txt", domain) for domain in (reference, *shifts)}
+    if select_on == "test":
+        return Data(train, reports[reference], reports)
+    if (root / f"{reference}_val.txt").exists():
+        return Data(train, read(f"{reference}_val.txt", "val"), reports)
+    return Data(*hold_out_tenth(train), reports)
+
+
+def hold_out_tenth(train: Split) -> tuple[Split, Split]:
+    """`train` without every tenth image of it, counted class by class, and those: the same whatever the seed."""
+    order = np.argsort(train.labels, kind="stable")
+    if len(order) < 10:
+        raise InputError(f"{len(order)} training images are too few to hold out a tenth: give --select-on test")
+    held_out = np.zeros(len(order), bool)
+    held_out[order[9::10]] = True
+
+    def take(name: str, indices: Int[np.ndarray, " taken"]) -> Split:
+        return replace(
+            train, name=name, images=tuple(train.images[index] for index in indices), labels=train.labels[indices]
+        )
+
+    return take("train", np.flatnonzero(~held_out)), take("val", np.flatnonzero(held_out))
+
+
+DATASETS = {"domainnet": read_domainnet}
+
+# -------------------------------------------------------------------------------------------------------- image files
+
+
+def open_image(file: ListedFile) -> Image.Image:
+    """The image, opened but not yet decoded. Raises InputError naming file and place."""
+    try:
+        return Image.open(file.path)
+    except FileNotFoundError as error:
+        raise InputError(f"{file.place}: {file.path} does not exist: restore it or delete the line") from error
+    except Exception as error:  # Pillow's readers raise whatever the damage causes
+        raise broken_image(file, error) from error
+
+
+def broken_image(file: ListedFile, error: Exception) -> InputError:
+    return InputError(f"{file.place}: {file.path} is no readable image ({error}): replace it or delete the line")
+
+
+def check_image(file: ListedFile) -> None:
+    """Raises InputError for a file that is missing, no image, or cut off.
+
+    A JPEG or PNG whose last bytes hold its end marker is not cut off; that spares decoding it. All else is decoded.
+    """
+    with open_image(file) as image:
+        end_marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format or "")
+        try:
+            with file.path.open("rb") as stream:
+                stream.seek(max(0, file.path.stat().st_size - 64))
+                if not end_marker or end_marker not in stream.read():
+                    image.load()
+        except Exception as error:
+            raise broken_image(file, error) from error
+
+
+def check_images(splits: list[Split], workers: int) -> None:
+    """Checks every file of the splits before any long work begins. Raises InputError for the first that is broken."""
+    files = list(dict.fromkeys(file for split in splits for file in split.images))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for _ in tqdm(pool.map(check_image, files), "checking images", len(files), unit="image", leave=False, delay=2):
+            pass
+
+
+# ------------------------------------------------------------------------------------------------------ preprocessing
+
+
+def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    return np.asarray(image.convert("RGB"))
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits by its high byte, as Pillow does for 16-bit colour; converting it to RGB would clip."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray(np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255).astype(np.uint8))
+
+
+def evaluation_image(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "resolution resolution 3"]:
+    """OpenAI's preprocessing: shorter side to the resolution with Pillow's bicubic filter, centre crop, RGB."""
+    image = eight_bit(image)
+    short, long = sorted(image.size)
+    size = tuple(resolution if side == short else int(resolution * long / short) for side in image.size)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (round((side - resolution) / 2) for side in size)  # ties to even
+    return to_rgb(image.crop((left, top, left + resolution, top + resolution)))
+
+
+def random_crop(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a crop of 8 % to 100 % of the area, with sides in a ratio of 3/4 to 4/3.
+
+    After ten draws that do not fit: the largest centre crop with a ratio in those bounds.
+    """
+    for _ in range(10):
+        area = width * height * random.uniform(0.08, 1)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(random.integers(width - w + 1)), int(random.integers(height - h + 1)), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def training_image(
+    image: Image.Image, resolution: int, random: np.random.Generator
+) -> UInt8[np.ndarray, "resolution resolution 3"]:
+    """A random crop, resized with Pillow's bicubic filter, and mirrored every other time."""
+    width, height = image.size
+    left, top, w, h = random_crop(width, height, random)
+    # A JPEG decodes at 1/2, 1/4 or 1/8 of its size for a fraction of the cost, as long as the crop keeps its pixels.
+    image.draft(image.mode, (math.ceil(width * resolution / w), math.ceil(height * resolution / h)))
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, (left + w) * across, (top + h) * down)
+    image = eight_bit(image).resize((resolution, resolution), Image.Resampling.BICUBIC, box)
+    pixels = to_rgb(image)
+    return pixels[:, ::-1] if random.random() < 0.5 else pixels
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+HostBatch = dict[
+    str, UInt8[np.ndarray, "batch height width 3"] | Int[np.ndarray, " batch"] | Bool[np.ndarray, " batch"]
+]
+
+
+def _example(split: Split, index: int, prepare: Any, *arguments: Any) -> dict[str, np.ndarray]:
+    file = split.images[index]
+    with open_image(file) as image:
+        try:
+            pixels = prepare(image, *arguments)
+        except Exception as error:
+            raise broken_image(file, error) from error
+    return {"image": pixels, "label": split.labels[index]}
+
+
+def _read_options(workers: int) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
+
+
+def training_batches(
+    split: Split, resolution: int, batch_size: int, seed: int, workers: int, start: int = 0
+) -> Iterator[HostBatch]:
+    """Batches `start`, `start + 1`, ... without end: augmented, reshuffled every epoch."""
+    dataset = (
+        grain.MapDataset.range(len(split))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(lambda index, random: _example(split, index, training_image, resolution, random))
+        .batch(batch_size)
+    )
+    return iter(dataset[start:].to_iter_dataset(_read_options(workers)))
+
+
+def evaluation_batches(split: Split, resolution: int, batch_size: int, workers: int) -> Iterator[HostBatch]:
+    """Every image once, in the list's order. The last batch is filled up with images that are not `valid`."""
+
+    def collect(examples: list[dict[str, np.ndarray]]) -> HostBatch:
+        batch = {key: np.stack([example[key] for example in examples]) for key in ("image", "label")}
+        missing = batch_size - len(examples)
+        padded = {key: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) for key, array in batch.items()}
+        return padded | {"valid": np.arange(batch_size) < len(examples)}
+
+    dataset = (
+        grain.MapDataset.range(len(split))
+        .map(lambda index: _example(split, index, evaluation_image, resolution))
+        .batch(batch_size, batch_fn=collect)
+    )
+    return iter(dataset.to_iter_dataset(_read_options(workers)))
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
+
+
+def device_mesh(batch_size: int) -> Mesh:
+    """All devices along the axis `data`. Raises InputError where they cannot share a batch evenly."""
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise InputError(f"--batch-size {batch_size} does not divide among {devices} devices: give a multiple of them")
+    # Auto: the compiler propagates shardings; Explicit axes would become part of every array's type.
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def shard_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
+    """The batch on the devices, each holding its part."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A copy of every array on each device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,27 @@
+"""Strict JAX, shapes checked at run time, eight fake CPU devices."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+with install_import_hook(["clip", "weights", "lipsum", "data", "eval", "train"], "beartype.beartype"):
+    import train  # noqa: F401 (imports all the others)
+
+REFERENCE = Path(__file__).parent / "reference"
+# Real images and weights for development; tests that need them skip where they are absent.
+SHARED = Path(os.environ.get("LIPSUM_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def shared(name: str) -> Path:
+    """A path under the shared folder; skips the test where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is missing (set LIPSUM_SHARED to the folder that holds {name})")
+    return path

@@ -1,0 +1,159 @@
+"""Weights, images and texts drawn from a seed: the inputs behind the values in `tests/reference/`.
+
+They are drawn again wherever they are needed, so that the repository holds the reference outputs alone.
+`python tests/record_reference.py` feeds them to PyTorch, the tests feed them to this project's own code.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+SEED = 0
+IMAGES = 4
+TEXTS = 6
+
+_VIT_BASE = {
+    "image_size": 224,
+    "patch_size": 32,
+    "vision_width": 768,
+    "vision_layers": 12,
+    "vision_heads": 12,
+    "text_width": 512,
+    "text_layers": 12,
+    "text_heads": 8,
+    "context_length": 77,
+    "vocabulary_size": 49408,
+    "embedding_size": 512,
+}
+
+# Every MLP is four times as wide as its tower.
+ARCHITECTURES = {
+    "tiny": {
+        "image_size": 32,
+        "patch_size": 8,
+        "vision_width": 64,
+        "vision_layers": 3,
+        "vision_heads": 4,
+        "text_width": 48,
+        "text_layers": 2,
+        "text_heads": 3,
+        "context_length": 16,
+        "vocabulary_size": 100,
+        "embedding_size": 40,
+    },
+    "ViT-B/32": _VIT_BASE,
+    "ViT-B/16": _VIT_BASE | {"patch_size": 16},
+    "ViT-L/14": _VIT_BASE
+    | {
+        "patch_size": 14,
+        "vision_width": 1024,
+        "vision_layers": 24,
+        "vision_heads": 16,
+        "text_width": 768,
+        "text_heads": 12,
+        "embedding_size": 768,
+    },
+}
+
+Tensor = tuple[str, tuple[int, ...], float, float]  # name, shape, mean, standard deviation
+
+
+def hugging_face_weights(architecture: dict[str, int], seed: int) -> dict[str, np.ndarray]:
+    """Random float32 weights under the names, and in the layout, of `transformers.CLIPModel.state_dict()`.
+
+    One generator draws them in the order of the returned dict: text tower, vision tower, projections; in a tower
+    embeddings, blocks, last LayerNorm; in a block LayerNorm, attention (query, key, value, out), LayerNorm, MLP.
+    `logit_scale` comes first and is log(100), as in the published models, without a draw.
+    """
+    generator = np.random.default_rng(seed)
+    weights = {"logit_scale": np.array(np.log(100), np.float32)}
+    for name, shape, mean, deviation in _tensors(architecture):
+        values = generator.standard_normal(shape, dtype=np.float32)
+        values *= np.float32(deviation)
+        values += np.float32(mean)
+        weights[name] = values
+    return weights
+
+
+def images(architecture: dict[str, int], seed: int, number: int) -> np.ndarray:
+    """Random colour fields, coarse and fine, under a little noise: uint8 `[number, height, width, 3]`."""
+    generator = np.random.default_rng(seed)
+    return np.stack([_image(generator, architecture["image_size"]) for _ in range(number)])
+
+
+def token_ids(architecture: dict[str, int], seed: int, number: int) -> np.ndarray:
+    """Start token, random tokens, end token, zeros: int32 `[number, context_length]`. The first text fills its row."""
+    generator = np.random.default_rng(seed)
+    context_length, vocabulary_size = architecture["context_length"], architecture["vocabulary_size"]
+    start, end = vocabulary_size - 2, vocabulary_size - 1
+    lengths = generator.integers(0, context_length - 1, number)
+    lengths[0] = context_length - 2
+    texts = np.zeros((number, context_length), np.int32)
+    for text, length in zip(texts, lengths, strict=True):
+        text[: length + 2] = [start, *generator.integers(0, start, length), end]
+    return texts
+
+
+def _tensors(architecture: dict[str, int]) -> Iterator[Tensor]:
+    """Every drawn tensor, with the standard deviations CLIP is initialised with."""
+    text_width, vision_width = architecture["text_width"], architecture["vision_width"]
+    patch_size, embedding_size = architecture["patch_size"], architecture["embedding_size"]
+    positions = (architecture["image_size"] // patch_size) ** 2 + 1
+    embeddings = "text_model.embeddings"
+    yield f"{embeddings}.token_embedding.weight", (architecture["vocabulary_size"], text_width), 0, 0.02
+    yield f"{embeddings}.position_embedding.weight", (architecture["context_length"], text_width), 0, 0.01
+    yield from _blocks("text_model", architecture["text_layers"], text_width)
+    yield from _layer_norm("text_model.final_layer_norm", text_width)
+    embeddings = "vision_model.embeddings"
+    kernel = (3, patch_size, patch_size)
+    yield f"{embeddings}.class_embedding", (vision_width,), 0, vision_width**-0.5
+    yield f"{embeddings}.patch_embedding.weight", (vision_width, *kernel), 0, np.prod(kernel) ** -0.5
+    yield f"{embeddings}.position_embedding.weight", (positions, vision_width), 0, vision_width**-0.5
+    yield from _layer_norm("vision_model.pre_layrnorm", vision_width)
+    yield from _blocks("vision_model", architecture["vision_layers"], vision_width)
+    yield from _layer_norm("vision_model.post_layernorm", vision_width)
+    yield "text_projection.weight", (embedding_size, text_width), 0, text_width**-0.5
+    yield "visual_projection.weight", (embedding_size, vision_width), 0, vision_width**-0.5
+
+
+def _blocks(tower: str, layers: int, width: int) -> Iterator[Tensor]:
+    inward, outward, hidden = width**-0.5, (2 * layers * width) ** -0.5, (2 * width) ** -0.5
+    for layer in range(layers):
+        block = f"{tower}.encoder.layers.{layer}"
+        yield from _layer_norm(f"{block}.layer_norm1", width)
+        for projection in ("q_proj", "k_proj", "v_proj"):
+            yield from _linear(f"{block}.self_attn.{projection}", width, width, inward)
+        yield from _linear(f"{block}.self_attn.out_proj", width, width, outward)
+        yield from _layer_norm(f"{block}.layer_norm2", width)
+        yield from _linear(f"{block}.mlp.fc1", 4 * width, width, hidden)
+        yield from _linear(f"{block}.mlp.fc2", width, 4 * width, outward)
+
+
+def _linear(name: str, outputs: int, inputs: int, deviation: float) -> Iterator[Tensor]:
+    yield f"{name}.weight", (outputs, inputs), 0, deviation
+    yield f"{name}.bias", (outputs,), 0, 0.1
+
+
+def _layer_norm(name: str, width: int) -> Iterator[Tensor]:
+    # A fresh LayerNorm is the identity of its input's scale and shift, which would hide a mistake in either.
+    yield f"{name}.weight", (width,), 1, 0.1
+    yield f"{name}.bias", (width,), 0, 0.1
+
+
+def _image(generator: np.random.Generator, size: int) -> np.ndarray:
+    noise = generator.random((size, size, 3))
+    mixture = 0.6 * _colour_field(generator, size, 3) + 0.3 * _colour_field(generator, size, 9) + 0.1 * noise
+    return np.clip(256 * (1.8 * (mixture - 0.5) + 0.5), 0, 255).astype(np.uint8)
+
+
+def _colour_field(generator: np.random.Generator, size: int, cells: int) -> np.ndarray:
+    """Random colours at the corners of `cells` x `cells` squares, bilinear between them: `[size, size, 3]` in [0, 1].
+
+    Sums and products only: a sine would differ in its last bit between machines, and with it a rounded pixel.
+    """
+    corners = generator.random((cells + 1, cells + 1, 3))
+    position = np.arange(size) * cells / size
+    lower = position.astype(int)
+    fraction = (position - lower)[:, None]
+    rows = corners[lower] + fraction[:, :, None] * (corners[lower + 1] - corners[lower])
+    return rows[:, lower] + fraction * (rows[:, lower + 1] - rows[:, lower])

@@ -1,0 +1,405 @@
+"""Fine-tunes a zero-shot CLIP on one domain and shows what that does to the others.
+
+Paper: Lipsum-FT, https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --help` lists every option.
+
+Each run has the folder OUT/METHOD/seed-S: config.json, metrics.jsonl, checkpoint/, best/ and results.json.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import clip
+import data
+import eval as evaluation
+import lipsum
+import weights
+from clip import InputError, unknown
+
+LOG_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class Options:
+    """Fine-tune a zero-shot CLIP on one domain and show what that does to the others.
+
+    Defaults are the paper's for DomainNet where it gives them.
+    """
+
+    model: str
+    """OpenAI's .pt file, a Hugging Face folder, the best/ folder of an earlier run, or a preset whose weights are in the
+    cache: ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px."""
+    data_root: Path
+    """The folder that holds the data."""
+    method: tuple[str, ...] = ("lipsum",)
+    """How to fine-tune, one run each: ft, lipsum."""
+    seed: tuple[int, ...] = (0,)
+    """One run each: order of the images, augmentation, random texts."""
+    data: str = "domainnet"
+    """Layout of the data: domainnet (DOMAIN/CLASS/FILE with DOMAIN_train.txt and DOMAIN_test.txt)."""
+    reference: str = ""
+    """The split to train and select on, and the first column of the table."""
+    shifts: tuple[str, ...] = ()
+    """The splits that are only evaluated. Default: all others."""
+    templates: str = "a photo of a {}."
+    """A file with one prompt a line, or one prompt; {} stands for the class."""
+    keep_underscores: bool = False
+    """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
+    steps: int = 5_000
+    """Updates to make."""
+    batch_size: int = 256
+    """Images per update, over all devices."""
+    learning_rate: float = 1e-5
+    """Peak rate of Adam."""
+    warmup: float = 0.1
+    """Fraction of the steps over which the rate rises from 0; it falls to 0 as a half cosine."""
+    weight: float = 1.0
+    """Lambda, the weight of the regulariser (lipsum)."""
+    num_texts: int = 80
+    """M, random texts per step (lipsum)."""
+    text_length: int = 8
+    """L, random tokens per text (lipsum)."""
+    eval_every: int = 1_000
+    """Steps between evaluations on the selection data; the most accurate model is kept. Always at the end."""
+    select_on: Literal["val", "test"] = "val"
+    """val: the reference's validation list, or a tenth of its training list, held out; test: as the paper did."""
+    checkpoint_every: int = 1_000
+    """Steps between checkpoints."""
+    workers: int = os.cpu_count() or 1
+    """Threads that decode images."""
+    out: Path = Path("runs")
+    """Where the runs' folders go."""
+    resume: bool = False
+    """Keep finished runs under --out, and continue unfinished ones from their checkpoints."""
+    overwrite: bool = False
+    """Replace runs that are under --out already."""
+
+
+def check_options(options: Options) -> None:
+    """Raises InputError for a value that makes no sense."""
+    for method in options.method:
+        if method not in lipsum.METHODS:
+            raise unknown("method", method, lipsum.METHODS)
+    if options.data not in data.DATASETS:
+        raise unknown("data set", options.data, data.DATASETS)
+    for name in ("steps", "batch_size", "num_texts", "text_length", "eval_every", "checkpoint_every", "workers"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1")
+    for name in ("learning_rate", "weight"):
+        if not 0 <= getattr(options, name) < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give a number, at least 0")
+    if not 0 <= options.warmup <= 1:
+        raise InputError(f"--warmup is {options.warmup}: give a fraction of the steps, from 0 to 1")
+    if not options.method or not options.seed or min(options.seed) < 0 or max(options.seed) >= 2**32:
+        raise InputError("--method and --seed need at least one value, seeds from 0 to 2**32 - 1")
+
+
+def read_templates(templates: str) -> list[str]:
+    """The prompts of a file, or the one prompt given. Raises InputError for a prompt without `{}`."""
+    if "{}" in templates:
+        return [templates]
+    try:
+        lines = Path(templates).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"--templates {templates!r} is neither a prompt with {{}} nor a readable file: {error}"
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--templates {templates} is empty: write one prompt a line")
+    for prompt in prompts:
+        if "{}" not in prompt:
+            raise InputError(f"--templates {templates}: {prompt!r} has no {{}} for the class: add it")
+    return prompts
+
+
+# ---------------------------------------------------------------------------------------------------- files of a run
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Written beside its place and renamed onto it, so that the file is whole at any moment."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def run_folder(options: Options, method: str, seed: int) -> Path:
+    return options.out / method / f"seed-{seed}"
+
+
+def run_config(options: Options, method: str, seed: int, classes: tuple[str, ...]) -> dict[str, Any]:
+    """What config.json says: every setting, the versions of the libraries, the device."""
+    settings = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.name not in ("method", "seed", "out", "resume", "overwrite", "workers")
+    }
+    return {
+        "method": method,
+        "seed": seed,
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "classes": classes,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "equinox", "optax", "grain")},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def check_folders(options: Options) -> None:
+    """Raises InputError where a run's folder holds one already and neither --resume nor --overwrite is given."""
+    for method in options.method:
+        for seed in options.seed:
+            folder = run_folder(options, method, seed)
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"{folder} is a file: give another --out")
+            if folder.exists() and any(folder.iterdir()) and not (options.resume or options.overwrite):
+                raise InputError(f"{folder} holds a run: give --resume, --overwrite or another --out")
+
+
+def save_checkpoint(folder: Path, progress: dict[str, Any], state: lipsum.State, best: lipsum.Classifier) -> None:
+    """One file, a line of JSON and then the arrays, renamed onto the last one when it is whole on disk."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "state.eqx.new", "wb") as file:
+        file.write(json.dumps(progress).encode() + b"\n")
+        eqx.tree_serialise_leaves(file, (state, best))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(folder / "state.eqx.new", folder / "state.eqx")
+
+
+def load_checkpoint(
+    folder: Path, config: dict[str, Any], state: lipsum.State, best: lipsum.Classifier
+) -> tuple[dict[str, Any], lipsum.State, lipsum.Classifier]:
+    """What `save_checkpoint` saved; `state` and `best` tell the shapes.
+
+    Raises InputError where it cannot be read, or names the settings that are not those of `config`.
+    """
+    path = folder / "state.eqx"
+    try:
+        with open(path, "rb") as file:
+            progress = json.loads(file.readline())
+            made_with, asked_for = progress["config"], json.loads(json.dumps(config))
+            settings = made_with["settings"] | asked_for["settings"]
+            changed = [name for name in settings if made_with["settings"].get(name) != asked_for["settings"].get(name)]
+            if changed or made_with["classes"] != asked_for["classes"]:
+                raise InputError(
+                    f"{path} was made with other settings ({', '.join(changed) or 'classes'}): give the same ones, "
+                    "or --overwrite"
+                )
+            state, best = eqx.tree_deserialise_leaves(file, (state, best))
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise InputError(f"checkpoint {path} cannot be read ({error!r}): give --overwrite to start anew") from error
+    return progress, state, best
+
+
+# ------------------------------------------------------------------------------------------------------------- one run
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every run of one command shares."""
+
+    options: Options
+    model: clip.CLIP
+    tokenizer: Tokenizer
+    data: data.Data
+    frozen: lipsum.Frozen
+    mesh: Mesh
+
+    def evaluate(self, classifier: lipsum.Classifier, split: data.Split) -> dict[str, int | float]:
+        options = self.options
+        return evaluation.evaluate(classifier, self.frozen.tau, split, options.batch_size, options.workers, self.mesh)
+
+    def evaluate_reports(self, classifier: lipsum.Classifier) -> dict[str, dict[str, Any]]:
+        """The results of every reported split, with its role."""
+        return {
+            name: {"role": "shift" if index else "reference", **self.evaluate(classifier, split)}
+            for index, (name, split) in enumerate(self.data.reports.items())
+        }
+
+
+def write_metrics(log: Any, bar: tqdm, step: int, metrics: lipsum.Metrics, images_per_second: float) -> None:
+    """A line of metrics.jsonl, and the bar's figures. Raises InputError where the loss is not finite."""
+    values = {name: float(value) for name, value in metrics.items()}
+    log.write(json.dumps({"step": step, **values, "images_per_second": round(images_per_second, 1)}) + "\n")
+    log.flush()
+    bar.set_postfix_str(f"loss {values['loss']:.3f}, {images_per_second:.0f} images/s")
+    if not np.isfinite(values["loss"]):
+        raise InputError(f"the loss is {values['loss']} at step {step}: lower --learning-rate")
+
+
+def save_best(folder: Path, setup: Setup, best: lipsum.Classifier) -> None:
+    """The selected model as a Hugging Face CLIP folder, with the head and the names of its columns."""
+    model = eqx.tree_at(lambda model: model.vision, setup.model, best.vision)
+    temporary = folder.with_name("best.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    weights.save(temporary, model, setup.tokenizer)
+    save_file({"head": np.ascontiguousarray(best.head)}, temporary / "head.safetensors")
+    write_json(temporary / "classes.json", setup.data.train.classes)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def fine_tune(setup: Setup, method: str, seed: int, zero_shot: dict[str, dict[str, Any]]) -> None:
+    """One run from its start, or its checkpoint with --resume, to results.json."""
+    options, frozen = setup.options, setup.frozen
+    folder = run_folder(options, method, seed)
+    config = run_config(options, method, seed, setup.data.train.classes)
+    if options.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    state = data.replicate(lipsum.initial_state(frozen), setup.mesh)
+    best = frozen.zero_shot
+    progress = {"step": 0, "seconds": 0.0, "best_accuracy": -1.0, "best_step": 0, "config": config}
+    if options.resume and (folder / "checkpoint" / "state.eqx").exists():
+        progress, state, best = load_checkpoint(folder / "checkpoint", config, state, best)
+        state, best = data.replicate((state, best), setup.mesh)
+    write_json(folder / "config.json", config)
+
+    start, earlier_seconds = progress["step"], progress["seconds"]
+    log_path = folder / "metrics.jsonl"
+    kept = log_path.read_text().splitlines() if log_path.exists() else []
+    log_path.write_text("".join(f"{line}\n" for line in kept if json.loads(line)["step"] <= start))
+
+    key = jax.random.key(seed)
+    step_of_method = lipsum.METHODS[method].step
+    batches = data.training_batches(
+        setup.data.train, frozen.zero_shot.vision.image_size, options.batch_size, seed, options.workers, start
+    )
+    began = time.perf_counter()
+    with (
+        open(log_path, "a", encoding="utf-8") as log,
+        tqdm(total=options.steps, initial=start, desc=f"{method} seed {seed}", unit="step") as bar,
+    ):
+        pending: tuple[int, lipsum.Metrics] | None = None
+        timed_step, timed_at = start, began
+
+        def write_pending() -> None:
+            nonlocal pending, timed_step, timed_at
+            if pending:
+                step, metrics = pending
+                jax.block_until_ready(metrics)
+                now = time.perf_counter()
+                write_metrics(log, bar, step, metrics, (step - timed_step) * options.batch_size / (now - timed_at))
+                pending, timed_step, timed_at = None, step, now
+
+        for step in range(start + 1, options.steps + 1):
+            state, metrics = step_of_method(state, frozen, data.shard_batch(next(batches), setup.mesh), key)
+            bar.update()
+            if step % LOG_EVERY == 0 or step in (1, options.steps):
+                write_pending()  # the last but one: waiting for the step just dispatched would stall the device
+                pending = step, metrics
+            evaluates = step % options.eval_every == 0 or step == options.steps
+            if evaluates:
+                accuracy = setup.evaluate(state.classifier, setup.data.selection)["accuracy"]
+                if accuracy > progress["best_accuracy"]:
+                    progress |= {"best_accuracy": accuracy, "best_step": step}
+                    best = jax.tree.map(jnp.copy, state.classifier)
+            if evaluates or step % options.checkpoint_every == 0:
+                write_pending()
+                progress |= {"step": step, "seconds": earlier_seconds + time.perf_counter() - began}
+                save_checkpoint(folder / "checkpoint", progress, state, best)
+                timed_step, timed_at = step, time.perf_counter()
+
+    splits = setup.evaluate_reports(best)
+    save_best(folder / "best", setup, best)
+    write_json(
+        folder / "results.json",
+        {
+            "method": method,
+            "model": options.model,
+            "data": options.data,
+            "seed": seed,
+            "steps": options.steps,
+            "seconds": round(progress["seconds"], 2),
+            "settings": config["settings"],
+            "selection": {"accuracy": progress["best_accuracy"], "step": progress["best_step"]},
+            "splits": splits,
+            "zero_shot": zero_shot,
+        },
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def prepare(options: Options) -> Setup:
+    """Loads and checks everything that the runs share. Raises InputError before any long work."""
+    check_options(options)
+    check_folders(options)
+    templates = read_templates(options.templates)
+    mesh = data.device_mesh(options.batch_size)
+    model, tokenizer = weights.load(options.model)
+    if options.text_length + 2 > model.config.context_length:
+        raise InputError(
+            f"--text-length {options.text_length} with start and end token is over the model's context of "
+            f"{model.config.context_length} tokens: give at most {model.config.context_length - 2}"
+        )
+    read = data.DATASETS[options.data]
+    images = read(options.data_root, options.reference, options.shifts, options.select_on, options.keep_underscores)
+    data.check_images([images.train, images.selection, *images.reports.values()], options.workers)
+
+    features = clip.prompt_features(model, tokenizer, images.train.classes, templates)
+    settings = lipsum.Settings(
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        warmup=options.warmup,
+        weight=options.weight,
+        num_texts=options.num_texts,
+        text_length=options.text_length,
+    )
+    frozen = lipsum.Frozen(
+        zero_shot=lipsum.Classifier(model.vision, clip.zero_shot_head(features)),
+        text=model.text,
+        context_head=clip.context_head(features),
+        tau=jnp.exp(model.logit_scale),
+        settings=settings,
+    )
+    return Setup(options, model, tokenizer, images, data.replicate(frozen, mesh), mesh)
+
+
+def main(options: Options) -> None:
+    """Every method on every seed, then the table."""
+    setup = prepare(options)
+    images = setup.data
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.frozen.zero_shot))
+    print(
+        f"{options.model}: {parameters / 1e6:.1f} M trained parameters on {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} device(s)\n"
+        f"{options.data}: {len(images.train.classes)} classes, {len(images.train)} images to train on, "
+        f"{len(images.selection)} to select on, {', '.join(f'{len(s)} {n}' for n, s in images.reports.items())} to report"
+    )
+    zero_shot = setup.evaluate_reports(setup.frozen.zero_shot)
+    folders = [run_folder(options, method, seed) for method in options.method for seed in options.seed]
+    for method in options.method:
+        for seed in options.seed:
+            if options.resume and (run_folder(options, method, seed) / "results.json").exists():
+                print(f"{run_folder(options, method, seed)} is finished: kept")
+            else:
+                fine_tune(setup, method, seed, zero_shot)
+    print(evaluation.table(evaluation.read_results(folders), "accuracy"))
+
+
+if __name__ == "__main__":
+    arguments = tyro.cli(Options, prog="python train.py")
+    sys.exit(evaluation.exit_code(lambda: main(arguments)))

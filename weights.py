@@ -1,0 +1,490 @@
+"""Weights of a CLIP in and out: OpenAI's `.pt` archives (read without torch) and Hugging Face folders.
+
+Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model FILE_OR_FOLDER` uses it.
+Both formats are read and written through one table of names, `NAMES`.
+"""
+
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from jaxtyping import Array
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from clip import (
+    ACTIVATIONS,
+    CLIP,
+    END_TEXT,
+    IMAGE_MEAN,
+    IMAGE_STANDARD_DEVIATION,
+    PRESETS,
+    START_TEXT,
+    VOCABULARY_FILE,
+    Config,
+    InputError,
+    Transformer,
+    cache_folder,
+    hugging_face_tokenizer,
+    openai_tokenizer,
+    read_json,
+    unknown,
+)
+
+# --------------------------------------------------------------------------------------------- table of names
+
+
+class Names(NamedTuple):
+    """One leaf of `CLIP` and its entry in both published formats; `{}` is the layer.
+
+    OpenAI stacks query, key and value in that order along the first axis of one entry, and transposes projections.
+    """
+
+    leaf: str
+    hugging_face: str
+    openai: str
+    transposed_in_openai: bool = False
+
+
+def _block_names(tower: str, hugging_face: str, openai: str) -> list[Names]:
+    return [
+        Names(
+            f"{tower}.blocks.{leaf}.{kind}", f"{hugging_face}.{hf_name}.{kind}", f"{openai}.{openai_name.format(kind)}"
+        )
+        for leaf, hf_name, openai_name in [
+            ("layer_norm1", "layer_norm1", "ln_1.{}"),
+            ("query", "self_attn.q_proj", "attn.in_proj_{}"),
+            ("key", "self_attn.k_proj", "attn.in_proj_{}"),
+            ("value", "self_attn.v_proj", "attn.in_proj_{}"),
+            ("out", "self_attn.out_proj", "attn.out_proj.{}"),
+            ("layer_norm2", "layer_norm2", "ln_2.{}"),
+            ("fc1", "mlp.fc1", "mlp.c_fc.{}"),
+            ("fc2", "mlp.fc2", "mlp.c_proj.{}"),
+        ]
+        for kind in ("weight", "bias")
+    ]
+
+
+NAMES = [
+    Names("logit_scale", "logit_scale", "logit_scale"),
+    Names("vision.class_embedding", "vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    Names("vision.patch_embedding", "vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
+    Names(
+        "vision.position_embedding", "vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"
+    ),
+    Names("vision.layer_norm_pre.weight", "vision_model.pre_layrnorm.weight", "visual.ln_pre.weight"),
+    Names("vision.layer_norm_pre.bias", "vision_model.pre_layrnorm.bias", "visual.ln_pre.bias"),
+    *_block_names("vision", "vision_model.encoder.layers.{}", "visual.transformer.resblocks.{}"),
+    Names("vision.layer_norm_post.weight", "vision_model.post_layernorm.weight", "visual.ln_post.weight"),
+    Names("vision.layer_norm_post.bias", "vision_model.post_layernorm.bias", "visual.ln_post.bias"),
+    Names("vision.projection.weight", "visual_projection.weight", "visual.proj", transposed_in_openai=True),
+    Names("text.token_embedding", "text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
+    Names("text.position_embedding", "text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    *_block_names("text", "text_model.encoder.layers.{}", "transformer.resblocks.{}"),
+    Names("text.layer_norm_final.weight", "text_model.final_layer_norm.weight", "ln_final.weight"),
+    Names("text.layer_norm_final.bias", "text_model.final_layer_norm.bias", "ln_final.bias"),
+    Names("text.projection.weight", "text_projection.weight", "text_projection", transposed_in_openai=True),
+]
+# Entries that files carry beside the weights.
+_IGNORED = {
+    "hugging_face": {"vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"},
+    "openai": {"input_resolution", "context_length", "vocab_size"},
+}
+
+
+def _leaves(model: CLIP) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
+    }
+
+
+def to_state_dict(model: CLIP, style: str) -> dict[str, Array]:
+    """The weights under the names of `style`, `hugging_face` or `openai`, in PyTorch's layout."""
+    leaves, pieces = _leaves(model), {}
+    for names in NAMES:
+        leaf, name = leaves[names.leaf], getattr(names, style)
+        for layer, array in enumerate(leaf) if ".blocks." in names.leaf else [("", leaf)]:
+            transposed = names.transposed_in_openai and style == "openai"
+            pieces.setdefault(name.format(layer), []).append(array.T if transposed else array)
+    return {name: jnp.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in pieces.items()}
+
+
+def from_state_dict(state: Mapping[str, np.ndarray], config: Config, style: str, source: str) -> CLIP:
+    """A CLIP in float32 from the weights that a file holds under the names of `style`.
+
+    Raises InputError that lists every missing, unexpected and misshapen entry of `source` together.
+    """
+    skeleton = eqx.filter_eval_shape(CLIP, config, jax.random.key(0))
+    expected = {name: leaf.shape for name, leaf in eqx.filter_eval_shape(to_state_dict, skeleton, style).items()}
+    state = {name: array for name, array in state.items() if name not in _IGNORED[style]}
+    problems = [f"lacks {name}" for name in expected if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in expected]
+    for name in expected.keys() & state.keys():
+        if state[name].shape != expected[name]:
+            problems.append(f"{name} has shape {state[name].shape}, not {expected[name]}")
+        elif not jnp.issubdtype(state[name].dtype, jnp.floating):
+            problems.append(f"{name} has dtype {state[name].dtype}, not a floating one")
+    if problems:
+        raise InputError(f"weights {source} do not fit a CLIP of their size: {'; '.join(sorted(problems))}")
+
+    taken: dict[str, int] = {}  # rows already read of an entry that several leaves share
+
+    def read(leaf: jax.ShapeDtypeStruct, name: str, transposed: bool) -> np.ndarray:
+        array = state[name].T if transposed else state[name]
+        if array.ndim == 0:
+            return array.astype(np.float32)
+        start = taken.get(name, 0)
+        taken[name] = start + leaf.shape[0]
+        return array[start : taken[name]].astype(np.float32)
+
+    leaves = _leaves(skeleton)
+    for names in NAMES:
+        leaf, name = leaves[names.leaf], getattr(names, style)
+        transposed = names.transposed_in_openai and style == "openai"
+        if ".blocks." in names.leaf:
+            one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            array = np.stack([read(one, name.format(layer), transposed) for layer in range(leaf.shape[0])])
+        else:
+            array = read(leaf, name, transposed)
+        leaves[names.leaf] = jnp.asarray(array)
+    return jax.tree.unflatten(jax.tree.structure(skeleton), list(leaves.values()))
+
+
+# ------------------------------------------------------------------------------------------- OpenAI's archives
+
+_STORAGES = {
+    "HalfStorage": "<f2",
+    "FloatStorage": "<f4",
+    "DoubleStorage": "<f8",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "?",
+    "BFloat16Storage": jnp.bfloat16,
+}
+
+
+class _StandIn:
+    """Takes the place of a TorchScript class: holds what the archive sets on it and does nothing."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads tensors and nothing else: any global but PyTorch's tensor builders is refused, never called."""
+
+    def __init__(self, archive: zipfile.ZipFile, prefix: str):
+        super().__init__(archive.open(f"{prefix}data.pkl"))
+        self.archive, self.prefix, self.storages = archive, prefix, {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if module == "torch" and name in _STORAGES:
+            return np.dtype(_STORAGES[name])
+        if module.partition(".")[0] == "__torch__":
+            return type(name, (_StandIn,), {})
+        raise InputError(
+            f"its data.pkl asks for the global {module}.{name}, which no CLIP needs: do not trust this file"
+        )
+
+    def persistent_load(self, pid: tuple) -> np.ndarray:
+        kind, dtype, key, _device, size = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype):
+            raise InputError(f"its data.pkl refers to {pid!r}, which is no tensor storage: download the file again")
+        if key not in self.storages:
+            entry = self.archive.getinfo(f"{self.prefix}data/{key}")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise InputError(f"its entry {entry.filename} is compressed: save it again with torch.save")
+            self.storages[key] = np.frombuffer(self.archive.read(entry), np.uint8)
+        return self.storages[key][: size * dtype.itemsize].view(dtype)
+
+
+def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_rest: Any) -> np.ndarray:
+    """A view of `storage`, with bounds checked: a wrong stride must not read other memory."""
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    count = math.prod(size)
+    if min((offset, *size, *stride)) < 0 or (count and last >= storage.size) or count > storage.size:
+        raise InputError(f"a tensor of shape {size} reaches outside its storage: download the file again")
+    steps = tuple(step * storage.itemsize for step in stride)
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+
+
+def _tensors(value: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    """Every tensor under a module stand-in or a state dict, by its dotted name."""
+    if isinstance(value, np.ndarray):
+        return {prefix: value}
+    children = vars(value) if isinstance(value, _StandIn) else value if isinstance(value, dict) else {}
+    found: dict[str, np.ndarray] = {}
+    for name, child in children.items():
+        found |= _tensors(child, f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
+def read_torch_archive(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a PyTorch or TorchScript archive by name, read without torch and without executing anything in it.
+
+    Raises InputError, naming the file, for whatever is not such an archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
+            if not pickles:
+                raise InputError("it holds no data.pkl: it is a zip file, but not one of PyTorch's")
+            prefix = min(pickles, key=len).removesuffix("data.pkl")
+            tensors = _tensors(_Unpickler(archive, prefix).load())
+    except FileNotFoundError as error:
+        raise InputError(f"weights {path} do not exist: give a .pt file, a Hugging Face folder or a preset") from error
+    except InputError as error:
+        raise InputError(f"weights {path} are refused: {error}") from error
+    except zipfile.BadZipFile as error:
+        raise InputError(
+            f"weights {path} are not a whole zip archive ({error}): download the file again, or, if it was saved by an "
+            "old PyTorch, save it again with torch.save"
+        ) from error
+    except Exception as error:  # a malformed pickle may raise anything
+        raise InputError(
+            f"weights {path} are damaged ({type(error).__name__}: {error}): download them again"
+        ) from error
+    return tensors
+
+
+def openai_config(state: Mapping[str, np.ndarray], source: str) -> Config:
+    """Sizes from the shapes of OpenAI's entries; heads are 64 wide, the last two tokens are start and end.
+
+    Raises InputError where an entry that tells a size is missing or has the wrong number of axes.
+    """
+    ranks = {
+        "visual.conv1.weight": 4,
+        "visual.positional_embedding": 2,
+        "token_embedding.weight": 2,
+        "positional_embedding": 2,
+        "text_projection": 2,
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": 2,
+        "transformer.resblocks.0.mlp.c_fc.weight": 2,
+    }
+    wrong = [f"lacks {name}" for name in ranks if name not in state]
+    wrong += [
+        f"{name} has shape {state[name].shape}" for name in ranks if name in state and state[name].ndim != ranks[name]
+    ]
+    if wrong:
+        raise InputError(f"weights {source} are not those of a CLIP with a vision transformer: {'; '.join(wrong)}")
+
+    def tower(prefix: str) -> Transformer:
+        mlp_width, width = state[f"{prefix}resblocks.0.mlp.c_fc.weight"].shape
+        if width % 64:
+            raise InputError(f"weights {source}: width {width} is no multiple of 64, the width of OpenAI's heads")
+        layers = {name.split(".")[prefix.count(".") + 1] for name in state if name.startswith(f"{prefix}resblocks.")}
+        return Transformer(width, len(layers), width // 64, mlp_width)
+
+    patch_size = state["visual.conv1.weight"].shape[-1]
+    vocabulary_size = state["token_embedding.weight"].shape[0]
+    return Config(
+        image_size=patch_size * math.isqrt(state["visual.positional_embedding"].shape[0] - 1),
+        patch_size=patch_size,
+        vision=tower("visual.transformer."),
+        text=tower("transformer."),
+        embedding_size=state["text_projection"].shape[1],
+        context_length=state["positional_embedding"].shape[0],
+        vocabulary_size=vocabulary_size,
+        start_token=vocabulary_size - 2,
+        end_token=vocabulary_size - 1,
+    )
+
+
+# ----------------------------------------------------------------------------------------- Hugging Face folders
+
+
+def hugging_face_config(path: Path) -> Config:
+    """Sizes from a Hugging Face `config.json`. Raises InputError where a key is missing or of no use."""
+    content = read_json(path)
+    try:
+        vision, text = content["vision_config"], content["text_config"]
+        towers = [
+            Transformer(
+                tower["hidden_size"],
+                tower["num_hidden_layers"],
+                tower["num_attention_heads"],
+                tower["intermediate_size"],
+            )
+            for tower in (vision, text)
+        ]
+        activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
+        epsilons = {tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)}
+        vocabulary_size, end_token = text["vocab_size"], text.get("eos_token_id", 49407)
+        config = Config(
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            vision=towers[0],
+            text=towers[1],
+            embedding_size=content["projection_dim"],
+            context_length=text["max_position_embeddings"],
+            vocabulary_size=vocabulary_size,
+            start_token=text.get("bos_token_id", 49406),
+            end_token=end_token,
+            activation=activations.pop(),
+            layer_norm_epsilon=epsilons.pop(),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not the configuration of a CLIP ({error!r}): restore the file") from error
+    if end_token == 2:  # the first published configurations say 2 and mean the highest id
+        config = replace(config, start_token=vocabulary_size - 2, end_token=vocabulary_size - 1)
+    if activations or epsilons or config.activation not in ACTIVATIONS:
+        raise InputError(f"{path}: both towers need one layer_norm_eps and one hidden_act of {', '.join(ACTIVATIONS)}")
+    for tower in towers:
+        if tower.width % tower.heads:
+            raise InputError(f"{path}: hidden_size {tower.width} is no multiple of its {tower.heads} attention heads")
+    return config
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of one safetensors file. Raises InputError, naming the file, where it cannot be read."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, safetensors.SafetensorError, TypeError) as error:
+        raise InputError(f"weights {path} cannot be read ({error}): download them again") from error
+
+
+def read_hugging_face_weights(folder: Path) -> dict[str, np.ndarray]:
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return read_safetensors(folder / "model.safetensors")
+    state: dict[str, np.ndarray] = {}
+    for shard in sorted(set(read_json(index)["weight_map"].values())):
+        state |= read_safetensors(folder / shard)
+    return state
+
+
+def save(folder: Path, model: CLIP, tokenizer: Tokenizer, dtype: Any = np.float32) -> None:
+    """Writes a folder that `load` and PyTorch `transformers` (`CLIPModel`, `CLIPProcessor`) open."""
+    config = model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors writes the buffer as it lies: a transposed array must be made contiguous first.
+    arrays = {
+        name: np.ascontiguousarray(np.asarray(leaf, dtype))
+        for name, leaf in to_state_dict(model, "hugging_face").items()
+    }
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def tower(kind: str, sizes: Transformer) -> dict[str, Any]:
+        return {
+            "model_type": f"clip_{kind}_model",
+            "hidden_size": sizes.width,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "intermediate_size": sizes.mlp_width,
+            "hidden_act": config.activation,
+            "layer_norm_eps": config.layer_norm_epsilon,
+            "projection_dim": config.embedding_size,
+        }
+
+    files = {
+        "config.json": {
+            "architectures": ["CLIPModel"],
+            "model_type": "clip",
+            "projection_dim": config.embedding_size,
+            "vision_config": tower("vision", config.vision)
+            | {"image_size": config.image_size, "patch_size": config.patch_size, "num_channels": 3},
+            "text_config": tower("text", config.text)
+            | {
+                "max_position_embeddings": config.context_length,
+                "vocab_size": config.vocabulary_size,
+                "bos_token_id": config.start_token,
+                "eos_token_id": config.end_token,
+                "pad_token_id": 0,
+            },
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_resize": True,
+            "size": {"shortest_edge": config.image_size},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": config.image_size, "width": config.image_size},
+            "do_convert_rgb": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "image_mean": IMAGE_MEAN,
+            "image_std": IMAGE_STANDARD_DEVIATION,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": config.context_length,
+            "bos_token": START_TEXT,
+            "eos_token": END_TEXT,
+            "pad_token": END_TEXT,
+            "unk_token": END_TEXT,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+# --------------------------------------------------------------------------------------------------------------- load
+
+
+# OpenAI publishes each model as https://openaipublic.azureedge.net/clip/models/SHA256/NAME.
+OPENAI_SHA256 = {
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
+
+
+def _vocabulary_file(folder: Path) -> Path:
+    """OpenAI's vocabulary beside the weights, else in the cache."""
+    for place in (folder, cache_folder()):
+        if (path := place / VOCABULARY_FILE).exists():
+            return path
+    raise InputError(
+        f"no {VOCABULARY_FILE} in {folder} or {cache_folder()}: put OpenAI's vocabulary file in one of them"
+    )
+
+
+def load(name: str) -> tuple[CLIP, Tokenizer]:
+    """The model and tokenizer of an OpenAI `.pt` file, a Hugging Face folder, or a preset's file in the cache.
+
+    Raises InputError where something is missing, damaged, or does not fit together.
+    """
+    path = Path(name)
+    if name in PRESETS:
+        file = f"{name.replace('/', '-').replace('@', '-')}.pt"
+        path = cache_folder() / file
+        if not path.exists():
+            address = f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256[name]}/{file}"
+            raise InputError(f"the weights of {name} are not at {path}: download {address} to it")
+    elif not path.exists() and not {"/", os.sep, "."} & set(name):
+        raise unknown("model preset", name, PRESETS)
+    if path.is_dir():
+        config = hugging_face_config(path / "config.json")
+        model = from_state_dict(read_hugging_face_weights(path), config, "hugging_face", str(path))
+        tokenizer = hugging_face_tokenizer(path)
+    else:
+        state = read_torch_archive(path)
+        model = from_state_dict(state, openai_config(state, str(path)), "openai", str(path))
+        tokenizer = openai_tokenizer(_vocabulary_file(path.parent))
+    if tokenizer.get_vocab_size() > model.config.vocabulary_size:
+        raise InputError(
+            f"the tokenizer of {path} knows {tokenizer.get_vocab_size()} tokens, the text tower embeds "
+            f"{model.config.vocabulary_size}: put the model's own tokenizer files beside it"
+        )
+    return model, tokenizer
