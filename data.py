@@ -97,7 +97,7 @@ def read_list(root: Path, name: str) -> tuple[list[ListedFile], Int[np.ndarray, 
 def read_domainnet(
     root: Path, reference: str, shifts: tuple[str, ...], select_on: str, keep_underscores: bool = False
 ) -> Data:
-    """DomainNet's layout: `DOMAIN/CLASS/FILE` with the lists `DOMAIN_train.txt`, `DOMAIN_test.txt`, maybe `DOMAIN_val.txt`.
+    """DomainNet's layout: `DOMAIN/CLASS/FILE`, listed in `DOMAIN_train.txt`, `DOMAIN_test.txt`, maybe `DOMAIN_val.txt`.
 
     `shifts` may be empty: then every other domain that has a test list. `select_on` is `val` (the validation list, else
     a tenth of the training list, held out) or `test`, as the paper did. Class names are the folders', with spaces for

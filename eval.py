@@ -1,11 +1,10 @@
 """Evaluation: metrics, one pass over a split, and tables of finished runs.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py table runs` prints the table of the runs under `runs`.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py table runs` prints the table of finished runs.
 
 Accuracy and ECE are fractions and NLL is in nats in files; tables that people read show percent and nats.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -108,7 +107,7 @@ def read_results(runs: list[Path]) -> list[dict[str, Any]]:
 
 
 def table(results: list[dict[str, Any]], metric: str) -> str:
-    """A row for zero-shot and each method, a column for each split and the shifts' mean; mean +- deviation over seeds."""
+    """Zero-shot and each method in rows, each split and the shifts' mean in columns; mean ± deviation over seeds."""
     splits = results[0]["splits"]
     shifts = [name for name, split in splits.items() if split["role"] == "shift"]
     heading, factor, decimals = SHOWN[metric]

@@ -131,10 +131,9 @@ def random_texts(text: clip.TextTower, num_texts: int, length: int, key: PRNGKey
 def learning_rate(settings: Settings) -> optax.Schedule:
     """The rate of equation 9: linear from 0 to the peak over the warm-up, then a half cosine to 0."""
     warmup_steps = round(settings.warmup * settings.steps)
-    schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.steps - warmup_steps)
-    if warmup_steps:
-        schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup_steps, settings.steps)
-    return lambda count: schedule(count.astype(jnp.float32))  # optax mixes int and float: refused by strict promotion
+    if warmup_steps == 0:
+        return optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
+    return optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup_steps, settings.steps)
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -162,13 +161,10 @@ def training_step(loss: Loss) -> Step:
     def step(state: State, frozen: Frozen, batch: Batch, key: PRNGKeyArray) -> tuple[State, Metrics]:
         step_key = jax.random.fold_in(key, state.step)
         (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state.classifier, frozen, batch, step_key)
-        updates, optimizer_state = optimizer(frozen.settings).update(gradient, state.optimizer, state.classifier)
-        metrics = {
-            "loss": value,
-            **terms,
-            "learning_rate": learning_rate(frozen.settings)(state.step),
-            "gradient_norm": optax.global_norm(gradient),
-        }
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count with floats
+            updates, optimizer_state = optimizer(frozen.settings).update(gradient, state.optimizer, state.classifier)
+            rate = learning_rate(frozen.settings)(state.step)
+        metrics = {"loss": value, **terms, "learning_rate": rate, "gradient_norm": optax.tree.norm(gradient)}
         return State(optax.apply_updates(state.classifier, updates), optimizer_state, state.step + 1), metrics
 
     return step

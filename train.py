@@ -12,10 +12,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -45,7 +44,7 @@ class Options:
     """
 
     model: str
-    """OpenAI's .pt file, a Hugging Face folder, the best/ folder of an earlier run, or a preset whose weights are in the
+    """OpenAI's .pt file, a Hugging Face folder, the best/ folder of an earlier run, or a preset whose .pt is in the
     cache: ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px."""
     data_root: Path
     """The folder that holds the data."""
@@ -239,7 +238,7 @@ class Setup:
 
 def write_metrics(log: Any, bar: tqdm, step: int, metrics: lipsum.Metrics, images_per_second: float) -> None:
     """A line of metrics.jsonl, and the bar's figures. Raises InputError where the loss is not finite."""
-    values = {name: float(value) for name, value in metrics.items()}
+    values = {"loss": 0.0} | {name: float(value) for name, value in metrics.items()}  # jit sorts names; loss goes first
     log.write(json.dumps({"step": step, **values, "images_per_second": round(images_per_second, 1)}) + "\n")
     log.flush()
     bar.set_postfix_str(f"loss {values['loss']:.3f}, {images_per_second:.0f} images/s")
@@ -383,11 +382,12 @@ def main(options: Options) -> None:
     setup = prepare(options)
     images = setup.data
     parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.frozen.zero_shot))
+    reports = ", ".join(f"{len(split)} {name}" for name, split in images.reports.items())
     print(
         f"{options.model}: {parameters / 1e6:.1f} M trained parameters on {jax.device_count()} "
         f"{jax.devices()[0].device_kind} device(s)\n"
         f"{options.data}: {len(images.train.classes)} classes, {len(images.train)} images to train on, "
-        f"{len(images.selection)} to select on, {', '.join(f'{len(s)} {n}' for n, s in images.reports.items())} to report"
+        f"{len(images.selection)} to select on, to report on: {reports}"
     )
     zero_shot = setup.evaluate_reports(setup.frozen.zero_shot)
     folders = [run_folder(options, method, seed) for method in options.method for seed in options.seed]
