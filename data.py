@@ -56,41 +56,47 @@ class Data:
 # --------------------------------------------------------------------------------------------------- DomainNet's lists
 
 
-def read_list(root: Path, name: str) -> tuple[list[ListedFile], Int[np.ndarray, " images"], tuple[str, ...]]:
+def read_list(
+    root: Path, name: str, classes: tuple[str, ...] = ()
+) -> tuple[list[ListedFile], Int[np.ndarray, " images"], tuple[str, ...]]:
     """Files, labels and class folders (in label order) of `root/name`, one `DOMAIN/CLASS/FILE LABEL` a line.
 
-    Raises InputError, naming list and line, for a malformed line or a label that disagrees with its folder.
+    `classes`, where given, are the training list's: the list keeps to them, but need not have images of all. Raises
+    InputError, naming list and line, for a malformed line or a label that disagrees with its folder.
     """
+    source = root / name
     try:
-        lines = (root / name).read_text(encoding="utf-8").splitlines()
+        text = source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"list {root / name} cannot be read ({error}): restore it") from error
+        raise InputError(f"list {source} cannot be read ({error}): restore it as UTF-8 text") from error
+    if not text.strip():
+        raise InputError(f"list {source} is empty: it needs one 'DOMAIN/CLASS/FILE LABEL' a line")
     files, labels = [], []
-    first: dict[str, tuple[int, int]] = {}  # folder -> its label and the line that told it
-    for number, line in enumerate(lines, start=1):
-        place = f"{root / name} line {number}"
+    # What earlier lines, or the training list, told: the label of a folder and the folder of a label.
+    first = {folder: (label, "the training list") for label, folder in enumerate(classes)}
+    folders = dict(enumerate(classes))
+    for number, line in enumerate(text.rstrip().split("\n"), start=1):
+        place = f"{source} line {number}"
         path, _, label = line.strip().rpartition(" ")
-        if not path or not (label.isascii() and label.isdigit()) or len(Path(path).parts) < 2:
+        *_, folder, file = "", *path.split("/")  # pathlib would take seconds for all of DomainNet
+        if not (folder and file and label.isascii() and label.isdigit() and len(label) < 10):
             raise InputError(f"{place}: {line!r} is not 'DOMAIN/CLASS/FILE LABEL': correct the line")
-        folder = Path(path).parent.name
-        known, told = first.setdefault(folder, (int(label), number))
+        if classes and folder not in first:
+            raise InputError(f"{place}: folder {folder!r} is no class of the training list: correct one")
+        known, told = first.setdefault(folder, (int(label), f"line {number}"))
         if int(label) != known:
             raise InputError(
-                f"{place}: {path} has label {label}, but line {told} gives folder {folder!r} label {known}: correct one"
+                f"{place}: {path} has label {label}, but {told} gives folder {folder!r} label {known}: correct one"
+            )
+        other = folders.setdefault(known, folder)
+        if other != folder:
+            raise InputError(
+                f"{place}: {path} has label {label}, but {first[other][1]} gives it to folder {other!r}: correct one"
             )
         files.append(ListedFile(root / path, place))
-        labels.append(int(label))
-    if not files:
-        raise InputError(f"list {root / name} is empty: it needs one 'DOMAIN/CLASS/FILE LABEL' a line")
-    folders: dict[int, str] = {}
-    for folder, (label, number) in first.items():
-        if folders.setdefault(label, folder) != folder:
-            raise InputError(
-                f"{root / name} line {number}: folder {folder!r} has label {label}, which is folder "
-                f"{folders[label]!r}'s: correct one"
-            )
-    if sorted(folders) != list(range(len(folders))):
-        raise InputError(f"list {root / name}: labels must run from 0 without gaps, not {sorted(folders)}")
+        labels.append(known)
+    if missing := set(range(len(folders))) - set(folders):
+        raise InputError(f"list {source} has no label {min(missing)}: number the classes from 0 without gaps")
     return files, np.array(labels, np.int32), tuple(folders[label] for label in range(len(folders)))
 
 
@@ -105,10 +111,10 @@ def read_domainnet(
     """
     domains = sorted(path.name.removesuffix("_test.txt") for path in root.glob("*_test.txt"))
     if not domains:
-        found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) if root.is_dir() else "no such folder"
+        found = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else ["no such folder"]
         raise InputError(
-            f"--data-root {root} has no DOMAIN_test.txt (found: {found}): expected DOMAIN/CLASS/FILE with the lists "
-            "DOMAIN_train.txt and DOMAIN_test.txt"
+            f"--data-root {root} has no DOMAIN_test.txt (found: {', '.join(found) or 'nothing'}): expected "
+            "DOMAIN/CLASS/FILE with the lists DOMAIN_train.txt and DOMAIN_test.txt"
         )
     if not reference:
         raise InputError(f"--reference is needed with --data domainnet: one of {', '.join(domains)}")
@@ -119,17 +125,13 @@ def read_domainnet(
         raise InputError(f"split {reference!r} is the reference and a shift at once: leave it out of --shifts")
     shifts = shifts or tuple(domain for domain in domains if domain != reference)
 
-    classes: tuple[str, ...] | None = None
+    classes: tuple[str, ...] = ()
 
     def read(name: str, split: str) -> Split:
         nonlocal classes
-        files, labels, folders = read_list(root, name)
-        classes = classes or folders
-        if folders != classes:
-            differences = [f"{a!r} is not {b!r}" for a, b in zip(folders, classes, strict=False) if a != b]
-            detail = differences[0] if differences else f"{len(folders)} classes are not {len(classes)}"
-            raise InputError(f"list {root / name} tells other classes than {reference}_train.txt ({detail}): mend one")
-        names = folders if keep_underscores else tuple(folder.replace("_", " ") for folder in folders)
+        # Test and validation lists may lack a class; an unknown folder or another label is an error.
+        files, labels, classes = read_list(root, name, classes)
+        names = classes if keep_underscores else tuple(folder.replace("_", " ") for folder in classes)
         return Split(split, names, tuple(files), labels)
 
     train = read(f"{reference}_train.txt", "train")
@@ -204,6 +206,7 @@ def check_images(splits: list[Split], workers: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    image.info.pop("transparency", None)  # changes no pixel here; Pillow warns of a palette's
     return np.asarray(image.convert("RGB"))
 
 
@@ -235,7 +238,7 @@ def random_crop(width: int, height: int, random: np.random.Generator) -> tuple[i
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(random.integers(width - w + 1)), int(random.integers(height - h + 1)), w, h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    w, h = min(width, height * 4 // 3), min(height, width * 4 // 3)
     return (width - w) // 2, (height - h) // 2, w, h
 
 
@@ -246,9 +249,9 @@ def training_image(
     width, height = image.size
     left, top, w, h = random_crop(width, height, random)
     # A JPEG decodes at 1/2, 1/4 or 1/8 of its size for a fraction of the cost, as long as the crop keeps its pixels.
-    image.draft(image.mode, (math.ceil(width * resolution / w), math.ceil(height * resolution / h)))
-    across, down = image.width / width, image.height / height
-    box = (left * across, top * down, (left + w) * across, (top + h) * down)
+    drafted = image.draft(image.mode, (math.ceil(width * resolution / w), math.ceil(height * resolution / h)))
+    scale = drafted[1][2] / width if drafted else 1  # not the ratio of the sizes, which are rounded up
+    box = (left * scale, top * scale, (left + w) * scale, (top + h) * scale)
     image = eight_bit(image).resize((resolution, resolution), Image.Resampling.BICUBIC, box)
     pixels = to_rgb(image)
     return pixels[:, ::-1] if random.random() < 0.5 else pixels
@@ -272,7 +275,7 @@ def _example(split: Split, index: int, prepare: Any, *arguments: Any) -> dict[st
 
 
 def _read_options(workers: int) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
+    return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
 
 
 def training_batches(

@@ -252,7 +252,7 @@ def save_best(folder: Path, setup: Setup, best: lipsum.Classifier) -> None:
     temporary = folder.with_name("best.new")
     shutil.rmtree(temporary, ignore_errors=True)
     weights.save(temporary, model, setup.tokenizer)
-    save_file({"head": np.ascontiguousarray(best.head)}, temporary / "head.safetensors")
+    save_file({"head": np.asarray(best.head, order="C")}, temporary / "head.safetensors")
     write_json(temporary / "classes.json", setup.data.train.classes)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
@@ -286,39 +286,32 @@ def fine_tune(setup: Setup, method: str, seed: int, zero_shot: dict[str, dict[st
         setup.data.train, frozen.zero_shot.vision.image_size, options.batch_size, seed, options.workers, start
     )
     began = time.perf_counter()
+    timed_step, timed_at = start, began
     with (
         open(log_path, "a", encoding="utf-8") as log,
         tqdm(total=options.steps, initial=start, desc=f"{method} seed {seed}", unit="step") as bar,
     ):
-        pending: tuple[int, lipsum.Metrics] | None = None
-        timed_step, timed_at = start, began
-
-        def write_pending() -> None:
-            nonlocal pending, timed_step, timed_at
-            if pending:
-                step, metrics = pending
+        for step in range(start + 1, options.steps + 1):
+            previous = metrics if step > start + 1 else None
+            state, metrics = step_of_method(state, frozen, data.shard_batch(next(batches), setup.mesh), key)
+            jax.block_until_ready(previous)  # one step behind: waiting for this one would leave the device idle
+            bar.update()
+            evaluates = step % options.eval_every == 0 or step == options.steps
+            saves = evaluates or step % options.checkpoint_every == 0
+            if step % LOG_EVERY == 0 or step == 1 or saves:
                 jax.block_until_ready(metrics)
                 now = time.perf_counter()
                 write_metrics(log, bar, step, metrics, (step - timed_step) * options.batch_size / (now - timed_at))
-                pending, timed_step, timed_at = None, step, now
-
-        for step in range(start + 1, options.steps + 1):
-            state, metrics = step_of_method(state, frozen, data.shard_batch(next(batches), setup.mesh), key)
-            bar.update()
-            if step % LOG_EVERY == 0 or step in (1, options.steps):
-                write_pending()  # the last but one: waiting for the step just dispatched would stall the device
-                pending = step, metrics
-            evaluates = step % options.eval_every == 0 or step == options.steps
+                timed_step, timed_at = step, now
             if evaluates:
                 accuracy = setup.evaluate(state.classifier, setup.data.selection)["accuracy"]
                 if accuracy > progress["best_accuracy"]:
                     progress |= {"best_accuracy": accuracy, "best_step": step}
                     best = jax.tree.map(jnp.copy, state.classifier)
-            if evaluates or step % options.checkpoint_every == 0:
-                write_pending()
+            if saves:
                 progress |= {"step": step, "seconds": earlier_seconds + time.perf_counter() - began}
                 save_checkpoint(folder / "checkpoint", progress, state, best)
-                timed_step, timed_at = step, time.perf_counter()
+                timed_at = time.perf_counter()
 
     splits = setup.evaluate_reports(best)
     save_best(folder / "best", setup, best)

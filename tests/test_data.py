@@ -1,0 +1,726 @@
+"""The lists, preprocessing, augmentation, batches and placement of data.py, on small trees of real image files."""
+
+import itertools
+import math
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+from clip import InputError
+
+CLASSES = ("The_Eiffel_Tower", "dog", "ice_cream")
+
+
+def pixels(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """Noise with hard edges: every filter tap and every clipping shows."""
+    return np.random.default_rng(seed).choice([0, 7, 90, 128, 200, 255], (height, width, channels)).astype(np.uint8)
+
+
+def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture as smooth as a photograph."""
+    return Image.fromarray(pixels(9, 7, seed=seed)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def saved(image: Image.Image, path: Path, **options) -> data.ListedFile:
+    image.save(path, **options)
+    return data.ListedFile(path, "list line 1")
+
+
+def evaluate(file: data.ListedFile, resolution: int) -> np.ndarray:
+    with data.open_image(file) as image:
+        return data.evaluation_image(image, resolution)
+
+
+def train(file: data.ListedFile, resolution: int, seed: int) -> np.ndarray:
+    with data.open_image(file) as image:
+        return data.training_image(image, resolution, np.random.default_rng(seed))
+
+
+def split_of(paths: list[Path]) -> data.Split:
+    """A split whose labels tell its images apart."""
+    files = tuple(data.ListedFile(path, f"list line {number}") for number, path in enumerate(paths, start=1))
+    return data.Split("made", tuple(map(str, range(len(files)))), files, np.arange(len(files), dtype=np.int32))
+
+
+@contextmanager
+def raises(message: str) -> Iterator[None]:
+    """Expects an InputError of one line that matches."""
+    with pytest.raises(InputError, match=message) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """DomainNet's layout: training and test lists of `real`, test lists of `clipart` and `sketch`."""
+    for name, images in {"real_train": 12, "real_test": 2, "clipart_test": 2, "sketch_test": 1}.items():
+        domain, lines = name.split("_")[0], []
+        for label, folder in enumerate(CLASSES):
+            (tmp_path / domain / folder).mkdir(parents=True, exist_ok=True)
+            for index in range(images):
+                path = f"{domain}/{folder}/{name}_{index:06}.{'png' if domain == 'sketch' else 'jpg'}"
+                smooth(24, 18, seed=label * 100 + index).save(tmp_path / path)
+                lines.append(f"{path} {label}\n")
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Replaces the first `old` in a list."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+# ------------------------------------------------------------------------------------------------------ preprocessing
+
+
+def bicubic_weights(size: int, new_size: int) -> np.ndarray:
+    """Pillow's bicubic filter as a matrix of integers in units of 2^-22, a row per new pixel."""
+    scale = size / new_size
+    stretch = max(scale, 1.0)
+    support = 2 * stretch
+    weights = np.zeros((new_size, size), np.int64)
+    for new in range(new_size):
+        centre = (new + 0.5) * scale
+        first, end = max(int(centre - support + 0.5), 0), min(int(centre + support + 0.5), size)
+        x = np.abs((np.arange(first, end) - centre + 0.5) / stretch)
+        near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+        taps = np.where(x < 1, near, np.where(x < 2, far, 0))
+        taps = taps / sum(taps) * 2**22
+        weights[new, first:end] = np.trunc(taps + np.copysign(0.5, taps))
+    return weights
+
+
+def resize_bicubic(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Rows, then columns, each rounded to bytes; a direction that keeps its size is left alone."""
+
+    def resize_columns(image: np.ndarray, size: int) -> np.ndarray:
+        if image.shape[0] == size:
+            return image
+        weighted = np.tensordot(bicubic_weights(image.shape[0], size).astype(float), image.astype(float), 1)  # exact
+        return np.clip((weighted.astype(np.int64) + 2**21) >> 22, 0, 255).astype(np.uint8)
+
+    return resize_columns(resize_columns(image.swapaxes(0, 1), width).swapaxes(0, 1), height)
+
+
+def centre_crop(image: np.ndarray, resolution: int) -> np.ndarray:
+    """Half the surplus is cut off before the crop, rounded to even."""
+    halves = [divmod(side - resolution, 2) for side in image.shape[:2]]
+    top, left = (half + (odd and half % 2) for half, odd in halves)
+    return image[top : top + resolution, left : left + resolution]
+
+
+SIZES = [
+    (640, 480), (480, 640), (300, 300), (1, 200), (200, 1), (32, 32), (32, 35), (65, 32), (31, 33), (1000, 37),
+    (7, 5), (1, 1), (129, 97),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_evaluation_image_bit_for_bit(size: tuple[int, int], mode: str, tmp_path: Path) -> None:
+    """Against the filter written out in numpy."""
+    resolution, original = 32, pixels(*size, channels=len(mode))
+    file = saved(Image.fromarray(original.squeeze(2) if mode == "L" else original), tmp_path / "image.png")
+    width, height = (resolution * side // min(size) for side in size)
+    expected = centre_crop(resize_bicubic(original, width, height), resolution)
+    actual = evaluate(file, resolution)
+    assert actual.dtype == np.uint8
+    np.testing.assert_array_equal(actual, np.broadcast_to(expected, (resolution, resolution, 3)))
+
+
+def test_evaluation_image_at_clips_resolution(tmp_path: Path) -> None:
+    original = pixels(500, 333)
+    expected = centre_crop(resize_bicubic(original, int(224 * 500 / 333), 224), 224)
+    file = saved(Image.fromarray(original), tmp_path / "image.png")
+    np.testing.assert_array_equal(evaluate(file, 224), expected)
+
+
+@pytest.mark.parametrize(("surplus", "cut"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (7, 4), (9, 4)])
+def test_centre_crop_rounds_ties_to_even(surplus: int, cut: int) -> None:
+    ramp = np.broadcast_to(np.arange(8 + surplus, dtype=np.uint8), (8, 8 + surplus))
+    assert data.evaluation_image(Image.fromarray(ramp.copy()), 8)[0, 0, 0] == cut
+    assert data.evaluation_image(Image.fromarray(ramp.T.copy()), 8)[0, 0, 0] == cut
+
+
+@pytest.mark.parametrize("transparency", [None, 2, b"\x00\x80\xff\x10\x00"], ids=repr)
+def test_palette_images(transparency: bytes | int | None, tmp_path: Path) -> None:
+    """In OpenAI's order: enlarged by the nearest pixel, and only then RGB. Transparency plays no part."""
+    indices, palette = pixels(49, 30, 1, seed=1)[:, :, 0] % 5, pixels(5, 1, 3, seed=2)[0]
+    image = Image.fromarray(indices)
+    image.putpalette(palette.tobytes())
+    file = saved(image, tmp_path / "image.png", **({} if transparency is None else {"transparency": transparency}))
+    with data.open_image(file) as image:
+        assert image.mode == "P" and image.info.get("transparency") == transparency
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in ((30, 32), (49, 52)))
+    np.testing.assert_array_equal(evaluate(file, 32), centre_crop(palette[indices[rows][:, columns]], 32))
+    assert train(file, 32, seed=0).shape == (32, 32, 3)
+
+
+def picture(mode: str) -> Image.Image:
+    """A smooth picture in the given mode."""
+    colour = smooth(50, 40)
+    if mode == "P":
+        return colour.quantize(256)
+    if mode.startswith("I;16"):
+        wide = np.asarray(colour.convert("L")).astype(np.uint16) * 256 + np.arange(50, dtype=np.uint16)
+        return Image.frombytes("I;16B", (50, 40), wide.astype(">u2").tobytes()) if mode[4:] else Image.fromarray(wide)
+    return colour.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "tolerance"),
+    [("L", "png", 0), ("LA", "png", 0), ("I;16", "png", 0), ("I;16B", "tiff", 0), ("CMYK", "tiff", 0), ("L", "jpg", 2),
+     ("RGB", "jpg", 2), ("CMYK", "jpg", 2), ("RGB", "webp", 10), ("P", "png", 15), ("P", "gif", 15)],
+)  # fmt: skip
+def test_every_kind_of_image(mode: str, suffix: str, tolerance: int, tmp_path: Path) -> None:
+    """Near what the picture in RGB or grey gives, on average. 16-bit images count by their high byte."""
+    options = {"quality": 95, "subsampling": 0} if suffix == "jpg" else {}
+    file = saved(picture(mode), tmp_path / f"image.{suffix}", **options)
+    same = saved(smooth(50, 40).convert("RGB" if mode in ("RGB", "CMYK", "P") else "L"), tmp_path / "same.png")
+    for prepare in (evaluate, lambda file, resolution: train(file, resolution, seed=0)):
+        actual, expected = prepare(file, 32), prepare(same, 32)
+        assert actual.shape == (32, 32, 3) and actual.dtype == np.uint8
+        assert np.mean(np.abs(actual.astype(int) - expected)) <= tolerance
+
+
+def test_cmyk_jpeg_keeps_its_colour(tmp_path: Path) -> None:
+    """JPEG stores CMYK inverted: a sign error turns orange into blue."""
+    file = saved(Image.new("RGB", (40, 30), (230, 120, 20)).convert("CMYK"), tmp_path / "image.jpg")
+    assert np.max(np.abs(evaluate(file, 16).astype(int) - (230, 120, 20))) <= 6
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "1"])
+def test_conversion_comes_last(mode: str, tmp_path: Path) -> None:
+    """OpenAI's order of Pillow's own operations."""
+    alpha = smooth(50, 40, seed=1).convert("L").point(lambda value: max(value, 1))
+    image = Image.merge("RGBA", (*smooth(50, 40).split(), alpha)).convert(mode)
+    expected = image.resize((40, 32), Image.Resampling.BICUBIC).crop((4, 0, 36, 32)).convert("RGB")
+    np.testing.assert_array_equal(evaluate(saved(image, tmp_path / "image.png"), 32), expected)
+
+
+def test_alpha_is_dropped(tmp_path: Path) -> None:
+    """The colour is not blended with a background."""
+    file = saved(Image.new("RGBA", (20, 20), (200, 100, 50, 128)), tmp_path / "image.png")
+    for actual in (evaluate(file, 8), train(file, 8, seed=0)):
+        assert np.max(np.abs(actual.astype(int) - (200, 100, 50))) <= 1
+
+
+# ------------------------------------------------------------------------------------------------------- augmentation
+
+
+def test_random_crop_distribution() -> None:
+    """Uniform areas and log-uniform ratios, given that the crop fits."""
+    random, side = np.random.default_rng(0), 2_000
+    crops = np.array([data.random_crop(side, side, random) for _ in range(20_000)])
+    left, top, w, h = crops.T
+    area, ratio = w * h / side**2, w / h
+    assert 0.08 - 1e-3 <= area.min() < 0.085 and 0.98 < area.max() <= 1
+    assert 0.75 - 2e-3 <= ratio.min() < 0.752 and 1.33 < ratio.max() <= 4 / 3 + 2e-3
+    grid_area = np.linspace(0.08, 1, 1_001)[:, None]
+    log_ratio = np.log(4 / 3) * np.linspace(-1, 1, 1_001)
+    fits = grid_area <= np.exp(-np.abs(log_ratio))
+    np.testing.assert_allclose(area.mean(), np.mean(np.broadcast_to(grid_area, fits.shape)[fits]), atol=0.01)
+    np.testing.assert_allclose(np.log(ratio).std(), np.broadcast_to(log_ratio, fits.shape)[fits].std(), atol=0.005)
+    np.testing.assert_allclose(np.log(ratio).mean(), 0, atol=0.006)
+    for start, room in ((left, side - w), (top, side - h)):
+        np.testing.assert_allclose(np.mean(start[room > 200] / room[room > 200]), 0.5, atol=0.01)
+
+
+class NeverFits(np.random.Generator):
+    """Draws sides that are longer than any image's."""
+
+    def uniform(self, *bounds: float) -> float:
+        return 100.0
+
+
+def test_fallback_crop_is_the_largest() -> None:
+    """Among all crops with a ratio in bounds, by brute force; in the middle."""
+    for width, height in itertools.product(range(1, 14), repeat=2):
+        left, top, w, h = data.random_crop(width, height, NeverFits(np.random.PCG64(0)))
+        candidates = itertools.product(range(1, width + 1), range(1, height + 1))
+        assert w * h == max(a * b for a, b in candidates if 3 * b <= 4 * a and 3 * a <= 4 * b)
+        assert 3 * h <= 4 * w and 3 * w <= 4 * h
+        assert abs(2 * left - (width - w)) <= 1 and abs(2 * top - (height - h)) <= 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1_000), (1_000, 1), (10, 3_000), (3_000, 10)])
+def test_extreme_shapes_fall_back(width: int, height: int) -> None:
+    short = min(width, height)
+    long = short * 4 // 3
+    for seed in range(20):
+        left, top, w, h = data.random_crop(width, height, np.random.default_rng(seed))
+        if short == 10:  # here small draws may fit
+            assert 7 <= w <= 13 and 7 <= h <= 13
+        else:
+            assert (w, h) == ((1, long) if width == 1 else (long, 1))
+            assert max(left, top) == (1_000 - long) // 2
+
+
+@settings(derandomize=True, deadline=None, max_examples=300)
+@given(st.integers(1, 3_000), st.integers(1, 3_000), st.integers(0, 2**32 - 1))
+def test_random_crop_is_inside(width: int, height: int, seed: int) -> None:
+    left, top, w, h = data.random_crop(width, height, np.random.default_rng(seed))
+    assert w >= 1 and h >= 1
+    assert 0 <= left <= width - w and 0 <= top <= height - h
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A large JPEG whose sides no power of two divides, and its decoded pixels as PNG."""
+    folder = tmp_path_factory.mktemp("large")
+    detail = Image.fromarray(pixels(160, 120)).resize((1_601, 1_203), Image.Resampling.BICUBIC)
+    Image.blend(smooth(1_601, 1_203), detail, 0.05).save(folder / "image.jpg", quality=90)
+    with Image.open(folder / "image.jpg") as image:
+        image.save(folder / "image.png", compress_level=1)
+    return folder / "image.jpg", folder / "image.png"
+
+
+@pytest.mark.parametrize(("resolution", "expected_scales"), [(64, {4, 8}), (224, {1, 2, 4})])
+def test_training_decodes_large_jpegs_small(
+    resolution: int, expected_scales: set[int], large: tuple[Path, Path]
+) -> None:
+    """Never smaller than the crop needs, and with nearly the same result (seen: up to 0.59 of 255 apart)."""
+    scales = set()
+    with Image.open(large[1]) as whole:
+        for seed in range(12):
+            _, _, w, h = data.random_crop(*whole.size, np.random.default_rng(seed))
+            with Image.open(large[0]) as image:
+                actual = data.training_image(image, resolution, np.random.default_rng(seed))
+            scale = round(whole.width / image.width)
+            assert image.size == tuple(-(-side // scale) for side in whole.size)
+            assert min(w, h) / scale >= resolution
+            scales.add(scale)
+            expected = data.training_image(whole, resolution, np.random.default_rng(seed))
+            assert np.mean(np.abs(actual.astype(int) - expected)) < 0.8
+    assert scales == expected_scales
+
+
+def test_draft_does_not_shift_the_crop(tmp_path: Path) -> None:
+    """Decoded sizes are rounded up: 1601 pixels become 201, but span 200.125 of them."""
+    ramp = np.linspace(0, 255, 1_601)
+    image = Image.fromarray(np.broadcast_to(np.round(ramp)[None, :, None], (1_601, 1_601, 3)).astype(np.uint8))
+    image.save(tmp_path / "image.jpg", quality=100)
+    for seed in range(8):
+        left, _, w, _ = data.random_crop(1_601, 1_601, np.random.default_rng(seed))
+        with Image.open(tmp_path / "image.jpg") as image:
+            row = data.training_image(image, 32, np.random.default_rng(seed)).mean(axis=(0, 2))
+        centres = left + (np.arange(32) + 0.5) * w / 32 - 0.5
+        expected = np.interp(centres, np.arange(1_601), ramp)
+        assert image.size == (201, 201)
+        # Seen: 0.03 to 0.13; from 0.52 where the two sizes' ratio stood for the scale.
+        assert abs(np.mean((np.sort(row) - expected)[2:-2])) < 0.25
+
+
+def test_evaluation_decodes_whole_jpegs(large: tuple[Path, Path]) -> None:
+    with Image.open(large[0]) as jpeg, Image.open(large[1]) as png:
+        np.testing.assert_array_equal(data.evaluation_image(jpeg, 64), data.evaluation_image(png, 64))
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory: pytest.TempPathFactory) -> data.Split:
+    """Ten images that get brighter from left to right; labels tell them apart."""
+    folder = tmp_path_factory.mktemp("ramps")
+    paths = []
+    for index in range(10):
+        ramp = np.linspace(0, 200 + 5 * index, 24).astype(np.uint8)
+        paths.append(folder / f"{index}.png")
+        Image.fromarray(np.broadcast_to(ramp, (20, 24)).copy()).save(paths[-1])
+    return split_of(paths)
+
+
+def take(batches: Iterator[data.HostBatch], count: int) -> list[data.HostBatch]:
+    return list(itertools.islice(batches, count))
+
+
+def assert_equal(actual: list[data.HostBatch], expected: list[data.HostBatch]) -> None:
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+def test_training_batches_are_a_function_of_seed_and_number(ramps: data.Split) -> None:
+    """Whatever the threads, and wherever they start."""
+    expected = take(data.training_batches(ramps, 8, 4, seed=5, workers=1), 9)
+    assert_equal(take(data.training_batches(ramps, 8, 4, seed=5, workers=4), 9), expected)
+    assert_equal(take(data.training_batches(ramps, 8, 4, seed=5, workers=2, start=3), 6), expected[3:])
+    for batch in expected:
+        assert batch.keys() == {"image", "label"}
+        assert batch["image"].shape == (4, 8, 8, 3) and batch["image"].dtype == np.uint8
+        assert batch["label"].shape == (4,) and batch["label"].dtype == np.int32
+
+
+def test_training_batches_shuffle_and_augment_anew(ramps: data.Split) -> None:
+    """Every epoch has each image once, in an order and with crops of its own; so has every seed."""
+    orders, crops = [], set()
+    for seed in range(3):
+        batches = take(data.training_batches(ramps, 8, 5, seed, workers=2), 8)
+        labels = np.concatenate([batch["label"] for batch in batches]).reshape(4, 10)
+        assert (np.sort(labels) == np.arange(10)).all()
+        orders += [tuple(epoch) for epoch in labels]
+        images = np.concatenate([batch["image"] for batch in batches])
+        crops |= {image.tobytes() for image, label in zip(images, labels.ravel(), strict=True) if label == 3}
+    assert len(set(orders)) == 12
+    assert len(crops) == 12
+
+
+def test_half_of_the_training_images_are_mirrored(ramps: data.Split) -> None:
+    batches = take(data.training_batches(ramps, 8, 20, seed=0, workers=1), 20)
+    images = np.concatenate([batch["image"] for batch in batches]).astype(int)
+    mirrored = images[:, 4, 0, 0] > images[:, 4, -1, 0]
+    assert abs(np.mean(mirrored) - 0.5) < 4 * 0.5 / math.sqrt(400)
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(4, 3), (5, 2), (10, 1), (16, 1), (1, 10)])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_evaluation_batches(ramps: data.Split, batch_size: int, batches: int, workers: int) -> None:
+    """Each image once, in order; what fills up the last batch is not valid."""
+    taken = list(data.evaluation_batches(ramps, 8, batch_size, workers))
+    assert len(taken) == batches
+    image, label, valid = (np.concatenate([batch[key] for batch in taken]) for key in ("image", "label", "valid"))
+    assert image.shape == (batches * batch_size, 8, 8, 3) and image.dtype == np.uint8
+    assert label.dtype == np.int32 and valid.dtype == np.bool_
+    np.testing.assert_array_equal(valid, np.arange(batches * batch_size) < 10)
+    np.testing.assert_array_equal(label[valid], np.arange(10))
+    for file, pixels in zip(ramps.images, image[valid], strict=True):
+        with Image.open(file.path) as original:
+            np.testing.assert_array_equal(pixels, data.evaluation_image(original, 8))
+
+
+# ------------------------------------------------------------------------------------------------------- reading lists
+
+
+def test_domainnet_layout(root: Path) -> None:
+    images = data.read_domainnet(root, "real", (), "test")
+    assert list(images.reports) == ["real", "clipart", "sketch"]  # the reference first, then all others
+    assert images.selection is images.reports["real"]
+    assert [len(split) for split in (images.train, *images.reports.values())] == [36, 6, 6, 3]
+    assert images.train.labels.tolist() == [0] * 12 + [1] * 12 + [2] * 12
+    for split in (images.train, *images.reports.values()):
+        assert split.classes == ("The Eiffel Tower", "dog", "ice cream")
+    assert images.reports["sketch"].images[1] == (
+        root / "sketch/dog/sketch_test_000000.png",
+        f"{root / 'sketch_test.txt'} line 2",
+    )
+    data.check_images([images.train, *images.reports.values()], workers=2)
+    assert list(data.read_domainnet(root, "real", ("sketch",), "test").reports) == ["real", "sketch"]
+
+
+def test_keep_underscores(root: Path) -> None:
+    images = data.read_domainnet(root, "real", (), "test", keep_underscores=True)
+    assert images.train.classes == images.reports["clipart"].classes == CLASSES
+
+
+def test_a_validation_list_is_preferred(root: Path) -> None:
+    lines = (root / "real_test.txt").read_text()
+    (root / "real_val.txt").write_text(lines)
+    images = data.read_domainnet(root, "real", (), "val")
+    assert len(images.train) == 36 and images.selection.name == "val"
+    assert [file.path for file in images.selection.images] == [file.path for file in images.reports["real"].images]
+
+
+def test_without_a_validation_list_a_tenth_is_held_out(root: Path) -> None:
+    images, whole = (data.read_domainnet(root, "real", (), select_on) for select_on in ("val", "test"))
+    assert (len(images.train), len(images.selection)) == (33, 3)
+    assert images.selection.labels.tolist() == [0, 1, 2]
+    assert sorted(images.train.images + images.selection.images) == sorted(whole.train.images)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 5), min_size=10, max_size=200))
+def test_hold_out_tenth(labels: list[int]) -> None:
+    """Disjoint, complete, in the list's order, and even over classes."""
+    whole = split_of([Path(str(index)) for index in range(len(labels))])
+    whole = data.Split(whole.name, whole.classes, whole.images, np.array(labels, np.int32))
+    train, held_out = data.hold_out_tenth(whole)
+    assert len(held_out) == len(labels) // 10
+    assert sorted(train.images + held_out.images, key=whole.images.index) == list(whole.images)
+    for split in (train, held_out):
+        indices = [whole.images.index(file) for file in split.images]
+        assert indices == sorted(indices) and split.labels.tolist() == [labels[index] for index in indices]
+    for label in range(6):
+        assert abs(np.sum(held_out.labels == label) - labels.count(label) / 10) < 1
+
+
+def test_too_few_images_to_hold_out(root: Path) -> None:
+    lines = (root / "real_train.txt").read_text().splitlines(keepends=True)
+    (root / "real_train.txt").write_text("".join(lines[::5]))
+    with raises("8 training images are too few .* --select-on test"):
+        data.read_domainnet(root, "real", (), "val")
+    assert len(data.read_domainnet(root, "real", (), "test").train) == 8
+
+
+def test_a_test_list_may_lack_a_class(root: Path) -> None:
+    """DomainNet's own painting_test.txt does."""
+    path = root / "sketch_test.txt"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "/dog/" not in line))
+    sketch = data.read_domainnet(root, "real", (), "test").reports["sketch"]
+    assert sketch.labels.tolist() == [0, 2] and sketch.classes == ("The Eiffel Tower", "dog", "ice cream")
+
+
+@pytest.mark.parametrize("name", ["a picture of 3 dogs.png", "æøå 犬 🐕.png", "a\u2028b\x85c.png"], ids=ascii)
+def test_odd_file_names(name: str, root: Path) -> None:
+    (root / "sketch/dog/sketch_test_000000.png").rename(root / "sketch/dog" / name)
+    path = root / "sketch_test.txt"
+    path.write_text(path.read_text().replace("sketch_test_000000.png 1", f"{name} 1"), encoding="utf-8")
+    sketch = data.read_domainnet(root, "real", ("sketch",), "test").reports["sketch"]
+    assert sketch.images[1].path.name == name
+    data.check_images([sketch], 1)
+
+
+def windows(path: Path) -> None:
+    """As Notepad saves it."""
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def blank_end(path: Path) -> None:
+    path.write_text(path.read_text() + "\n \n")
+
+
+def no_last_newline(path: Path) -> None:
+    path.write_text(path.read_text().rstrip("\n"))
+
+
+def other_folders(path: Path) -> None:
+    """Absolute and relative paths elsewhere: the class is still the last folder."""
+    lines = path.read_text().splitlines()
+    lines[0], lines[1] = f"{path.parent}/{lines[0]}", f"clipart/../{lines[1]}"
+    path.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("change", [windows, blank_end, no_last_newline, other_folders])
+def test_harmless_lists(change: Callable[[Path], None], root: Path) -> None:
+    change(root / "sketch_test.txt")
+    images = data.read_domainnet(root, "real", ("sketch",), "test")
+    assert images.reports["sketch"].labels.tolist() == [0, 1, 2]
+    data.check_images([images.reports["sketch"]], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("real", "The_Eiffel_Tower, dog, ice_cream"), ("empty", "nothing"), ("no", "no such folder")]
+)
+def test_a_folder_without_lists(name: str, found: str, root: Path) -> None:
+    (root / "empty").mkdir()
+    with raises(rf"--data-root .*{name} has no DOMAIN_test.txt \(found: {found}\): expected DOMAIN/CLASS/FILE"):
+        data.read_domainnet(root / name, "real", (), "test")
+
+
+@pytest.mark.parametrize(
+    ("reference", "shifts", "message"),
+    [
+        ("reel", (), "unknown split 'reel': did you mean real.* known: clipart, real, sketch"),
+        ("real", ("sketch", "clip-art"), "unknown split 'clip-art': did you mean clipart"),
+        ("real", ("sketch", "real"), "'real' is the reference and a shift at once: leave it out of --shifts"),
+        ("", (), "--reference is needed .* one of clipart, real, sketch"),
+        ("sketch", (), "list .*sketch_train.txt cannot be read .*: restore it"),
+    ],
+)
+def test_wrong_splits(reference: str, shifts: tuple[str, ...], message: str, root: Path) -> None:
+    with raises(message):
+        data.read_domainnet(root, reference, shifts, "test")
+
+
+EIFFEL, DOG = "real/The_Eiffel_Tower/real_train_000000.jpg", "real/dog/real_train_000000.jpg"
+
+
+@pytest.mark.parametrize(
+    ("list_name", "old", "new", "message"),
+    [
+        ("real_train", f"{DOG} 1", DOG, f"real_train.txt line 13: '{DOG}' is not 'DOMAIN/CLASS/FILE LABEL': correct"),
+        ("real_train", f"{DOG} 1", f"{DOG} one", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
+        ("real_train", f"{DOG} 1", f"{DOG} -1", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
+        ("real_train", f"{DOG} 1", f"{DOG} \u0661", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
+        ("real_train", f"{DOG} 1", f"{DOG} {'1' * 5_000}", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
+        ("real_train", f"{DOG} 1", f"{DOG}\t1", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
+        ("real_train", f"{DOG} 1", "1.jpg 1", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
+        ("real_train", f"{DOG} 1", "real/dog/ 1", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
+        ("real_train", f"{DOG} 1", "1", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
+        ("real_train", f"{DOG} 1", "", "line 13: '' is not 'DOMAIN/CLASS/FILE LABEL'"),
+        ("real_train", "dog/real_train_000003.jpg 1", "dog/real_train_000003.jpg 2",
+         "line 16: .*000003.jpg has label 2, but line 13 gives folder 'dog' label 1: correct one"),
+        ("real_train", f"{EIFFEL} 0", "real/tower/1.jpg 0",
+         "line 2: .*has label 0, but line 1 gives it to folder 'tower': correct one"),
+        ("clipart_test", "clipart/dog/", "clipart/wolf/",
+         "clipart_test.txt line 3: folder 'wolf' is no class of the training list: correct one"),
+        ("clipart_test", "clipart/dog/clipart_test_000000.jpg 1", "clipart/dog/clipart_test_000000.jpg 2",
+         "clipart_test.txt line 3: .* has label 2, but the training list gives folder 'dog' label 1: correct one"),
+    ],
+)  # fmt: skip
+def test_wrong_lines(list_name: str, old: str, new: str, message: str, root: Path) -> None:
+    edit(root / f"{list_name}.txt", old, new)
+    with raises(message):
+        data.read_domainnet(root, "real", (), "test")
+
+
+def test_a_class_that_training_does_not_know(root: Path) -> None:
+    with (root / "sketch_test.txt").open("a") as file:
+        file.write("sketch/wolf/1.png 3\n")
+    with raises("sketch_test.txt line 4: folder 'wolf' is no class of the training list"):
+        data.read_domainnet(root, "real", (), "test")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "real_train.txt is empty: it needs one 'DOMAIN/CLASS/FILE LABEL' a line"),
+        (b"\n \r\n", "real_train.txt is empty"),
+        (b"real/dog/1.jpg 0\nreal/cat/2.jpg 2\n", "real_train.txt has no label 1: number the classes from 0"),
+        (b"real/dog/1.jpg 1\n", "real_train.txt has no label 0: number the classes from 0"),
+        (b"real/dog/\xff.jpg 0\n", "real_train.txt cannot be read .*: restore it as UTF-8 text"),
+    ],
+)
+def test_wrong_training_lists(content: bytes, message: str, root: Path) -> None:
+    (root / "real_train.txt").write_bytes(content)
+    with raises(message):
+        data.read_domainnet(root, "real", (), "test")
+
+
+# -------------------------------------------------------------------------------------------------------- broken files
+
+
+def encoded(suffix: str, tmp_path: Path) -> bytes:
+    """A JPEG or PNG of a few kilobytes."""
+    path = tmp_path / f"whole.{suffix}"
+    Image.fromarray(pixels(60, 40)).save(path)
+    return path.read_bytes()
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+BROKEN = {
+    "zero bytes.jpg": lambda _: b"",
+    "text.jpg": lambda _: b"<html>404 Not Found</html>\n" * 20,
+    "half.jpg": half,
+    "half.png": half,
+    "first bytes.jpg": lambda content: content[:30],
+    "first bytes.png": lambda content: content[:30],
+    "no end marker.jpg": lambda content: content[:-2],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_found_at_once(name: str, tmp_path: Path) -> None:
+    """The one among many, by name and list line; and again when it is decoded."""
+    whole = tmp_path / "whole.png"
+    content = encoded(name[-3:], tmp_path)
+    smooth(20, 20).save(whole)
+    broken = tmp_path / name
+    broken.write_bytes(BROKEN[name](content))
+    split = split_of([*[whole] * 3, broken, *[whole] * 3])
+    message = rf"list line 4: .*{name} is no readable image \(.*\): replace it or delete the line"
+    with raises(message):
+        data.check_images([split_of([whole]), split], workers=3)
+    assert_batches_raise(split, message)
+
+
+def test_missing_files_are_found_at_once(root: Path) -> None:
+    (root / "sketch/dog/sketch_test_000000.png").unlink()
+    sketch = data.read_domainnet(root, "real", ("sketch",), "test").reports["sketch"]
+    message = "sketch_test.txt line 2: .*dog/sketch_test_000000.png does not exist: restore it or delete the line"
+    with raises(message):
+        data.check_images([sketch], workers=2)
+    assert_batches_raise(sketch, message)
+
+
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
+    with raises("list line 1: .* is no readable image"):
+        data.check_images([split_of([tmp_path])], workers=1)
+
+
+def bytes_after_the_end(content: bytes) -> bytes:
+    return content + b"\0" * 100
+
+
+def no_end_chunk(content: bytes) -> bytes:
+    return content[:-12]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change"), [("jpg", bytes_after_the_end), ("png", bytes_after_the_end), ("png", no_end_chunk)]
+)
+def test_files_with_all_their_pixels_pass(suffix: str, change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / f"image.{suffix}"
+    path.write_bytes(change(encoded(suffix, tmp_path)))
+    split = split_of([path])
+    data.check_images([split], workers=1)
+    assert next(data.evaluation_batches(split, 8, 1, 1))["valid"].all()
+
+
+def bad_marker(content: bytes) -> bytes:
+    """A Huffman table of zeros amid the pixels."""
+    middle = len(content) // 2
+    return content[:middle] + b"\xff\xc4" + b"\0" * 50 + content[middle + 52 :]
+
+
+def bad_pixels(content: bytes) -> bytes:
+    """Pixels that are no zlib stream, under a checksum that is right."""
+    start = content.index(b"IDAT")
+    (length,) = struct.unpack(">I", content[start - 4 : start])
+    body = b"IDAT" + content[start + 4 : start + 40] + b"\xff" * (length - 36)
+    return content[:start] + body + struct.pack(">I", zlib.crc32(body)) + content[start + 8 + length :]
+
+
+def assert_batches_raise(split: data.Split, message: str) -> None:
+    """From the thread that decodes to whoever asks for batches, in evaluation and in training."""
+    for workers in (1, 4):
+        with raises(message):
+            list(data.evaluation_batches(split, 8, 2, workers))
+        with raises(message):
+            take(data.training_batches(split, 8, 2, 0, workers), len(split))
+
+
+@pytest.mark.parametrize(("suffix", "damage"), [("jpg", bad_marker), ("png", bad_pixels)])
+def test_files_that_break_only_when_decoded(suffix: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / f"damaged.{suffix}"
+    path.write_bytes(damage(encoded(suffix, tmp_path)))
+    smooth(20, 20).save(tmp_path / "whole.png")
+    split = split_of([tmp_path / "whole.png", path, tmp_path / "whole.png"])
+    data.check_images([split], workers=1)  # its two ends are in place
+    assert_batches_raise(split, rf"list line 2: .*damaged.{suffix} is no readable image")
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
+
+
+def test_batches_are_placed_evenly() -> None:
+    mesh = data.device_mesh(16)
+    batch = {
+        "image": pixels(16, 2 * 2).reshape(16, 2, 2, 3),
+        "label": np.arange(16, dtype=np.int32),
+        "valid": np.arange(16) < 13,
+    }
+    placed = data.shard_batch(batch, mesh)
+    for key, array in batch.items():
+        np.testing.assert_array_equal(placed[key], array)
+        assert placed[key].dtype == array.dtype
+        shards = sorted(placed[key].addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        assert [shard.device for shard in shards] == jax.devices()
+        for number, shard in enumerate(shards):
+            np.testing.assert_array_equal(shard.data, array[2 * number : 2 * number + 2])
+    copies = data.replicate(batch["label"], mesh).addressable_shards
+    assert len(copies) == 8 and all(shard.data.shape == (16,) for shard in copies)
+
+
+@pytest.mark.parametrize("batch_size", [12, 4, 1])
+def test_batches_that_do_not_divide(batch_size: int) -> None:
+    with raises(f"--batch-size {batch_size} does not divide among 8 devices: give a multiple"):
+        data.device_mesh(batch_size)

@@ -1,0 +1,159 @@
+"""Metrics against brute force and hand-made cases, whole splits against PyTorch, tables by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import shared
+
+import clip
+import data
+import eval as evaluation
+import lipsum
+import weights
+from clip import InputError
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def brute_force_ece(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    total = 0.0
+    for index in range(bins):
+        inside = [i for i, c in enumerate(confidence) if index / bins < c <= (index + 1) / bins]
+        if inside:
+            accuracy = sum(float(correct[i]) for i in inside) / len(inside)
+            mean_confidence = sum(float(confidence[i]) for i in inside) / len(inside)
+            total += len(inside) / len(confidence) * abs(accuracy - mean_confidence)
+    return total
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ece_against_brute_force(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    confidence = random.uniform(1 / 7, 1, 500).astype(np.float32)
+    correct = random.random(500) < confidence**2
+    expected = brute_force_ece(confidence, correct)
+    assert expected > 0.01
+    np.testing.assert_allclose(evaluation.expected_calibration_error(confidence, correct), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "expected"),
+    [
+        ([0.75] * 4, [True, True, True, False], 0.0),  # perfectly calibrated
+        ([1.0] * 3, [False] * 3, 1.0),  # always wrong and sure
+        ([0.5, 1.0], [False, True], 0.25),
+        # An edge belongs to the bin below it: 0.2 = 3/15 stays alone, and misses of opposite sign do not cancel.
+        ([0.2, 0.2001], [True, False], (0.8 + 0.2001) / 2),
+    ],
+)
+def test_ece_by_hand(confidence: list[float], correct: list[bool], expected: float) -> None:
+    actual = evaluation.expected_calibration_error(np.array(confidence), np.array(correct))
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
+
+
+def test_nll_of_a_probability_that_underflows() -> None:
+    """exp(-200) is 0 in float32; its logarithm is not lost."""
+    config = clip.Config(8, 4, *[clip.Transformer(8, 1, 2, 16)] * 2, 4, 8, 10, 8, 9)
+    vision = eqx.filter_jit(clip.CLIP)(config, jax.random.key(0)).vision
+    images = np.full((8, 8, 8, 3), 128, np.uint8)
+    feature = clip.image_features(vision, jnp.asarray(images))[0]
+    classifier = lipsum.Classifier(vision, jnp.stack([feature, -feature], axis=1))
+    label, confidence, correct = evaluation._outcomes(
+        classifier, jnp.float32(100), {"image": images, "label": np.ones(8, np.int32)}
+    )
+    np.testing.assert_allclose(evaluation.negative_log_likelihood(np.asarray(label)), 200, rtol=1e-5)
+    assert not correct.any() and np.all(confidence == 1)
+
+
+# ------------------------------------------------------------------------------------------------------- whole splits
+
+
+def test_zero_shot_on_real_images_equals_pytorch() -> None:
+    """Accuracies exactly, logits within 2e-3 (they are rounded), NLL and ECE within 1e-4, on every list."""
+    root = shared("data/pacs")
+    reference = json.loads(shared("weights/pacs-clip/reference.json").read_text())
+    model, tokenizer = weights.load(str(shared("weights/pacs-clip/openai.pt")))
+    images = data.read_domainnet(root, "photo", ("art_painting", "cartoon", "sketch"), "test")
+    assert list(images.train.classes) == reference["classes"] and list(images.reports) == list(reference["splits"])
+    features = clip.prompt_features(model, tokenizer, images.train.classes, reference["templates"])
+    classifier = lipsum.Classifier(model.vision, clip.zero_shot_head(features))
+    tau = jnp.exp(model.logit_scale)
+    np.testing.assert_allclose(tau, reference["logit_scale_exp"], rtol=1e-6)
+    mesh = data.device_mesh(64)
+    for name, expected in reference["splits"].items():
+        split = images.reports[name]
+        first = [str(file.path.relative_to(root)) for file in split.images[:4]]
+        assert first == expected["first_files"]
+        batch = next(data.evaluation_batches(split, model.config.image_size, 4, workers=1))
+        logits = lipsum.logits(clip.image_features(model.vision, jnp.asarray(batch["image"])), classifier.head, tau)
+        np.testing.assert_allclose(logits, expected["first_logits"], rtol=0, atol=2e-3)
+        actual = evaluation.evaluate(classifier, tau, split, 64, 2, mesh)
+        assert actual["n"] == expected["n"]
+        assert round(actual["accuracy"] * 210) == round(expected["accuracy"] * 210), name
+        assert abs(actual["accuracy"] - expected["accuracy"]) < 1e-6
+        assert abs(actual["nll"] - expected["nll"]) < 1e-4
+        assert abs(actual["ece"] - expected["ece"]) < 1e-4
+    # Padding never changes a metric: 210 images fill batches of 8 and of 64 with 6 and 46 more.
+    other = evaluation.evaluate(classifier, tau, split, 8, 2, data.device_mesh(8))
+    for metric in ("accuracy", "ece", "nll"):
+        np.testing.assert_allclose(other[metric], actual[metric], rtol=0, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def write_run(folder: Path, method: str, seed: int, accuracies: dict[str, float]) -> None:
+    def splits(accuracies: dict[str, float]) -> dict[str, dict[str, object]]:
+        return {
+            name: {"role": "shift" if index else "reference", "n": 10, "accuracy": a, "ece": a / 2, "nll": 1 - a}
+            for index, (name, a) in enumerate(accuracies.items())
+        }
+
+    folder.mkdir(parents=True)
+    zero_shot = splits(dict.fromkeys(accuracies, 0.5))
+    content = {"method": method, "seed": seed, "splits": splits(accuracies), "zero_shot": zero_shot}
+    (folder / "results.json").write_text(json.dumps(content))
+
+
+def test_table_by_hand(tmp_path) -> None:
+    write_run(tmp_path / "ft/seed-0", "ft", 0, {"photo": 0.8, "art": 0.3, "sketch": 0.1})
+    write_run(tmp_path / "ft/seed-1", "ft", 1, {"photo": 0.9, "art": 0.5, "sketch": 0.1})
+    write_run(tmp_path / "lipsum/seed-0", "lipsum", 0, {"photo": 0.85, "art": 0.6, "sketch": 0.4})
+    results = evaluation.read_results([tmp_path])
+    lines = [
+        [cell.strip() for cell in line.split("  ") if cell.strip()]
+        for line in evaluation.table(results, "accuracy").splitlines()
+    ]
+    deviation = 100 * 0.1 / math.sqrt(2)
+    assert lines == [
+        ["accuracy, %", "photo", "art", "sketch", "mean of shifts"],
+        ["-" * len(evaluation.table(results, "accuracy").splitlines()[0])],
+        ["zero-shot", "50.0", "50.0", "50.0", "50.0"],
+        ["FT", f"85.0 ± {deviation:.1f}", f"40.0 ± {2 * deviation:.1f}", "10.0 ± 0.0", f"25.0 ± {deviation:.1f}"],
+        ["Lipsum-FT", "85.0", "60.0", "40.0", "50.0"],
+    ]
+    assert "0.150 ± 0.071" in evaluation.table(results, "nll") and "NLL, nats" in evaluation.table(results, "nll")
+    assert "42.5 ± 3.5" in evaluation.table(results, "ece")
+
+
+def test_runs_of_other_splits_are_named(tmp_path) -> None:
+    write_run(tmp_path / "a", "ft", 0, {"photo": 0.8, "art": 0.3})
+    write_run(tmp_path / "b", "ft", 0, {"photo": 0.8, "clipart": 0.3})
+    with pytest.raises(InputError, match=r"a/results.json has splits photo, art, .*b/results.json has photo, clipart"):
+        evaluation.read_results([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "holds no results.json"), ("{", "cannot be read"), ("{}", "lacks")]
+)
+def test_folders_without_results(content: str | None, message: str, tmp_path) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        evaluation.read_results([tmp_path])
