@@ -1,13 +1,13 @@
 """Images: the lists that name them, preprocessing, augmentation, batches, and their placement on devices.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --data domainnet --data-root DIR` uses it.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` uses it.
 
 Batch number t is a pure function of the split, the seed and t, whatever the number of threads. Images leave here as
 uint8; `clip.standardize` turns them into floats on the device.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from tqdm import tqdm
 
+import minidomain
 from clip import InputError, unknown
 
 
@@ -33,11 +34,11 @@ class ListedFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """Images with labels; `classes` are names in label order."""
+    """Images, as files or as pixels, with labels; `classes` are names in label order."""
 
     name: str
     classes: tuple[str, ...]
-    images: tuple[ListedFile, ...]
+    images: tuple[ListedFile, ...] | UInt8[np.ndarray, "images height width 3"]
     labels: Int[np.ndarray, " images"]
 
     def __len__(self) -> int:
@@ -100,8 +101,18 @@ def read_list(
     return files, np.array(labels, np.int32), tuple(folders[label] for label in range(len(folders)))
 
 
+def choose_shifts(domains: Sequence[str], reference: str, shifts: tuple[str, ...]) -> tuple[str, ...]:
+    """`shifts`, or all domains but the reference. Raises InputError for unknown ones and for the reference itself."""
+    for domain in (reference, *shifts):
+        if domain not in domains:
+            raise unknown("split", domain, domains)
+    if reference in shifts:
+        raise InputError(f"split {reference!r} is the reference and a shift at once: leave it out of --shifts")
+    return shifts or tuple(domain for domain in domains if domain != reference)
+
+
 def read_domainnet(
-    root: Path, reference: str, shifts: tuple[str, ...], select_on: str, keep_underscores: bool = False
+    root: Path | None, reference: str, shifts: tuple[str, ...], select_on: str, keep_underscores: bool = False
 ) -> Data:
     """DomainNet's layout: `DOMAIN/CLASS/FILE`, listed in `DOMAIN_train.txt`, `DOMAIN_test.txt`, maybe `DOMAIN_val.txt`.
 
@@ -109,6 +120,8 @@ def read_domainnet(
     a tenth of the training list, held out) or `test`, as the paper did. Class names are the folders', with spaces for
     underscores. Raises InputError where lists are missing, wrong, or tell different classes.
     """
+    if root is None:
+        raise InputError("--data-root is needed with --data domainnet: the folder that holds DOMAIN_train.txt")
     domains = sorted(path.name.removesuffix("_test.txt") for path in root.glob("*_test.txt"))
     if not domains:
         found = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else ["no such folder"]
@@ -118,13 +131,7 @@ def read_domainnet(
         )
     if not reference:
         raise InputError(f"--reference is needed with --data domainnet: one of {', '.join(domains)}")
-    for domain in (reference, *shifts):
-        if domain not in domains:
-            raise unknown("split", domain, domains)
-    if reference in shifts:
-        raise InputError(f"split {reference!r} is the reference and a shift at once: leave it out of --shifts")
-    shifts = shifts or tuple(domain for domain in domains if domain != reference)
-
+    shifts = choose_shifts(domains, reference, shifts)
     classes: tuple[str, ...] = ()
 
     def read(name: str, split: str) -> Split:
@@ -159,13 +166,34 @@ def hold_out_tenth(train: Split) -> tuple[Split, Split]:
     return take("train", np.flatnonzero(~held_out)), take("val", np.flatnonzero(held_out))
 
 
-DATASETS = {"domainnet": read_domainnet}
+def read_minidomain(
+    root: Path | None, reference: str, shifts: tuple[str, ...], select_on: str, keep_underscores: bool = False
+) -> Data:
+    """The embedded benchmark, drawn where the cache does not hold it. No class of it has an underscore to keep.
+
+    Raises InputError for an unknown domain, or where `root` is given: there is nothing to read.
+    """
+    if root is not None:
+        raise InputError(f"--data minidomain is drawn, not read from --data-root {root}: give --data domainnet")
+    shifts = choose_shifts(minidomain.DOMAINS, reference, shifts)
+
+    def read(name: str, domain: str, split: str) -> Split:
+        return Split(name, minidomain.CLASSES, *minidomain.load(domain, split))
+
+    reports = {domain: read(domain, domain, "test") for domain in (reference, *shifts)}
+    selection = reports[reference] if select_on == "test" else read("val", reference, "val")
+    return Data(read("train", reference, "train"), selection, reports)
+
+
+DATASETS = {"minidomain": read_minidomain, "domainnet": read_domainnet}
 
 # -------------------------------------------------------------------------------------------------------- image files
 
 
-def open_image(file: ListedFile) -> Image.Image:
+def open_image(file: ListedFile | UInt8[np.ndarray, "height width 3"]) -> Image.Image:
     """The image, opened but not yet decoded. Raises InputError naming file and place."""
+    if isinstance(file, np.ndarray):
+        return Image.fromarray(file)
     try:
         return Image.open(file.path)
     except FileNotFoundError as error:
@@ -196,7 +224,8 @@ def check_image(file: ListedFile) -> None:
 
 def check_images(splits: list[Split], workers: int) -> None:
     """Checks every file of the splits before any long work begins. Raises InputError for the first that is broken."""
-    files = list(dict.fromkeys(file for split in splits for file in split.images))
+    listed = [split for split in splits if not isinstance(split.images, np.ndarray)]
+    files = list(dict.fromkeys(file for split in listed for file in split.images))
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for _ in tqdm(pool.map(check_image, files), "checking images", len(files), unit="image", leave=False, delay=2):
             pass
@@ -257,6 +286,15 @@ def training_image(
     return pixels[:, ::-1] if random.random() < 0.5 else pixels
 
 
+def unaugmented_image(
+    image: Image.Image, resolution: int, random: np.random.Generator
+) -> UInt8[np.ndarray, "resolution resolution 3"]:
+    """What evaluation sees."""
+    return evaluation_image(image, resolution)
+
+
+AUGMENTATIONS = {"crop": training_image, "none": unaugmented_image}
+
 # ------------------------------------------------------------------------------------------------------------- batches
 
 HostBatch = dict[
@@ -279,15 +317,22 @@ def _read_options(workers: int) -> grain.ReadOptions:
 
 
 def training_batches(
-    split: Split, resolution: int, batch_size: int, seed: int, workers: int, start: int = 0
+    split: Split,
+    resolution: int,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    start: int = 0,
+    augmentation: str = "crop",
 ) -> Iterator[HostBatch]:
     """Batches `start`, `start + 1`, ... without end: augmented, reshuffled every epoch."""
+    prepare = AUGMENTATIONS[augmentation]
     dataset = (
         grain.MapDataset.range(len(split))
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(lambda index, random: _example(split, index, training_image, resolution, random))
+        .random_map(lambda index, random: _example(split, index, prepare, resolution, random))
         .batch(batch_size)
     )
     return iter(dataset[start:].to_iter_dataset(_read_options(workers)))

@@ -4,14 +4,15 @@ Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py -
 Both formats are read and written through one table of names, `NAMES`.
 """
 
+import io
 import json
 import math
 import os
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,14 +132,17 @@ def from_state_dict(state: Mapping[str, np.ndarray], config: Config, style: str,
     expected = {name: leaf.shape for name, leaf in eqx.filter_eval_shape(to_state_dict, skeleton, style).items()}
     state = {name: array for name, array in state.items() if name not in _IGNORED[style]}
     problems = [f"lacks {name}" for name in expected if name not in state]
-    problems += [f"unexpected {name}" for name in state if name not in expected]
+    problems += [f"unexpected {name!r}" for name in state if name not in expected]
     for name in expected.keys() & state.keys():
         if state[name].shape != expected[name]:
             problems.append(f"{name} has shape {state[name].shape}, not {expected[name]}")
         elif not jnp.issubdtype(state[name].dtype, jnp.floating):
             problems.append(f"{name} has dtype {state[name].dtype}, not a floating one")
     if problems:
-        raise InputError(f"weights {source} do not fit a CLIP of their size: {'; '.join(sorted(problems))}")
+        raise InputError(
+            f"weights {source} do not fit a CLIP of their size, download them and their configuration again: "
+            f"{'; '.join(sorted(problems))}"
+        )
 
     taken: dict[str, int] = {}  # rows already read of an entry that several leaves share
 
@@ -183,54 +187,76 @@ class _StandIn:
     """Takes the place of a TorchScript class: holds what the archive sets on it and does nothing."""
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads tensors and nothing else: any global but PyTorch's tensor builders is refused, never called."""
+class _Tensor(NamedTuple):
+    """A tensor as the pickle describes it, not checked. Arrays are made once the pickle has been read: it could call
+    `__setstate__` of whatever it holds, and that of a NumPy dtype changes the dtype for the whole process."""
 
-    def __init__(self, archive: zipfile.ZipFile, prefix: str):
-        super().__init__(archive.open(f"{prefix}data.pkl"))
-        self.archive, self.prefix, self.storages = archive, prefix, {}
+    storage: Any  # ("storage", type, key, device, length)
+    offset: Any
+    size: Any
+    stride: Any
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads descriptions of tensors and nothing else: any other global is refused by name, never called."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
+            return lambda storage, offset, size, stride, *_: _Tensor(storage, offset, size, stride)
         if module == "torch" and name in _STORAGES:
-            return np.dtype(_STORAGES[name])
+            return name
         if module.partition(".")[0] == "__torch__":
             return type(name, (_StandIn,), {})
+        wanted = f"{module}.{name}"
         raise InputError(
-            f"its data.pkl asks for the global {module}.{name}, which no CLIP needs: do not trust this file"
+            f"its data.pkl asks for {wanted!r}, which no weights need: do not trust this file; of a model of your own, "
+            "save the state_dict()"
         )
 
-    def persistent_load(self, pid: tuple) -> np.ndarray:
-        kind, dtype, key, _device, size = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise InputError(f"its data.pkl refers to {pid!r}, which is no tensor storage: download the file again")
-        if key not in self.storages:
-            entry = self.archive.getinfo(f"{self.prefix}data/{key}")
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise InputError(f"its entry {entry.filename} is compressed: save it again with torch.save")
-            self.storages[key] = np.frombuffer(self.archive.read(entry), np.uint8)
-        return self.storages[key][: size * dtype.itemsize].view(dtype)
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
 
 
-def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_rest: Any) -> np.ndarray:
-    """A view of `storage`, with bounds checked: a wrong stride must not read other memory."""
-    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
+    """One entry, its checksum verified."""
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise InputError(f"its entry {name!r} is compressed: save it again with torch.save")
+    return archive.read(entry)
+
+
+def _unpickle(content: bytes) -> Any:
+    # The unpickler makes room for the highest memo index at once: four wrong bytes may cost 64 GB. Other lengths are
+    # checked against the content by genops itself.
+    highest = max((index for opcode, index, _ in pickletools.genops(content) if opcode.name.endswith("PUT")), default=0)
+    if highest > len(content):
+        raise InputError(f"its data.pkl has a memo of {highest} objects: download the file again")
+    return _Unpickler(io.BytesIO(content)).load()
+
+
+def _to_array(tensor: _Tensor, data: Mapping[str, bytes]) -> np.ndarray:
+    """The array that `tensor` describes, a view of its storage in `data` and never of other memory."""
+    (kind, storage, key, _device, length), offset, size, stride = tensor
+    if kind != "storage" or storage not in _STORAGES:
+        raise InputError(f"its data.pkl refers to {tensor.storage!r}, which is no storage: download the file again")
+    dtype = np.dtype(_STORAGES[storage])
+    if length * dtype.itemsize > len(data[key]):
+        raise InputError(f"its storage {key!r} is shorter than {length} numbers: download the file again")
+    last = offset + sum((axis - 1) * step for axis, step in zip(size, stride, strict=True))
     count = math.prod(size)
-    if min((offset, *size, *stride)) < 0 or (count and last >= storage.size) or count > storage.size:
+    if min((offset, *size, *stride)) < 0 or (count and last >= length) or count > length:
         raise InputError(f"a tensor of shape {size} reaches outside its storage: download the file again")
-    steps = tuple(step * storage.itemsize for step in stride)
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+    return np.ndarray(size, dtype, data[key], offset * dtype.itemsize, [step * dtype.itemsize for step in stride])
 
 
-def _tensors(value: Any, prefix: str = "") -> dict[str, np.ndarray]:
+def _tensors(value: Any, prefix: str = "") -> dict[str, _Tensor]:
     """Every tensor under a module stand-in or a state dict, by its dotted name."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, _Tensor):
         return {prefix: value}
     children = vars(value) if isinstance(value, _StandIn) else value if isinstance(value, dict) else {}
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, _Tensor] = {}
     for name, child in children.items():
         found |= _tensors(child, f"{prefix}.{name}" if prefix else str(name))
     return found
@@ -245,11 +271,16 @@ def read_torch_archive(path: Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(path) as archive:
             pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
             if not pickles:
-                raise InputError("it holds no data.pkl: it is a zip file, but not one of PyTorch's")
-            prefix = min(pickles, key=len).removesuffix("data.pkl")
-            tensors = _tensors(_Unpickler(archive, prefix).load())
+                raise InputError("it is a zip file without a data.pkl: give one that PyTorch saved")
+            name = min(pickles, key=len)
+            tensors = _tensors(_unpickle(_read_entry(archive, name)))
+            folder = f"{name.removesuffix('data.pkl')}data"
+            data = {key: _read_entry(archive, f"{folder}/{key}") for key in {t.storage[2] for t in tensors.values()}}
+        return {name: _to_array(tensor, data) for name, tensor in tensors.items()}
     except FileNotFoundError as error:
-        raise InputError(f"weights {path} do not exist: give a .pt file, a Hugging Face folder or a preset") from error
+        raise InputError(
+            f"weights {path} do not exist: give a .pt file, a Hugging Face folder or one of {', '.join(PRESETS)}"
+        ) from error
     except InputError as error:
         raise InputError(f"weights {path} are refused: {error}") from error
     except zipfile.BadZipFile as error:
@@ -258,16 +289,13 @@ def read_torch_archive(path: Path) -> dict[str, np.ndarray]:
             "old PyTorch, save it again with torch.save"
         ) from error
     except Exception as error:  # a malformed pickle may raise anything
-        raise InputError(
-            f"weights {path} are damaged ({type(error).__name__}: {error}): download them again"
-        ) from error
-    return tensors
+        raise InputError(f"weights {path} are damaged ({error!r}): download them again") from error
 
 
 def openai_config(state: Mapping[str, np.ndarray], source: str) -> Config:
     """Sizes from the shapes of OpenAI's entries; heads are 64 wide, the last two tokens are start and end.
 
-    Raises InputError where an entry that tells a size is missing or has the wrong number of axes.
+    Raises InputError where an entry that tells a size is missing, is empty or has the wrong number of axes.
     """
     ranks = {
         "visual.conv1.weight": 4,
@@ -279,16 +307,18 @@ def openai_config(state: Mapping[str, np.ndarray], source: str) -> Config:
         "transformer.resblocks.0.mlp.c_fc.weight": 2,
     }
     wrong = [f"lacks {name}" for name in ranks if name not in state]
-    wrong += [
-        f"{name} has shape {state[name].shape}" for name in ranks if name in state and state[name].ndim != ranks[name]
-    ]
+    shapes = {name: state[name].shape for name in ranks if name in state}
+    wrong += [f"{name} has shape {shape}" for name, shape in shapes.items() if len(shape) != ranks[name] or 0 in shape]
     if wrong:
-        raise InputError(f"weights {source} are not those of a CLIP with a vision transformer: {'; '.join(wrong)}")
+        raise InputError(f"weights {source} are no CLIP with a vision transformer, give one: {'; '.join(wrong)}")
 
     def tower(prefix: str) -> Transformer:
         mlp_width, width = state[f"{prefix}resblocks.0.mlp.c_fc.weight"].shape
         if width % 64:
-            raise InputError(f"weights {source}: width {width} is no multiple of 64, the width of OpenAI's heads")
+            raise InputError(
+                f"weights {source}: width {width} is no multiple of 64, as OpenAI's heads ask: give the model as a "
+                "Hugging Face folder, whose config.json tells its heads"
+            )
         layers = {name.split(".")[prefix.count(".") + 1] for name in state if name.startswith(f"{prefix}resblocks.")}
         return Transformer(width, len(layers), width // 64, mlp_width)
 
@@ -313,43 +343,52 @@ def openai_config(state: Mapping[str, np.ndarray], source: str) -> Config:
 def hugging_face_config(path: Path) -> Config:
     """Sizes from a Hugging Face `config.json`. Raises InputError where a key is missing or of no use."""
     content = read_json(path)
+
+    def size(section: Mapping[str, Any], key: str) -> int:
+        if type(section[key]) is not int or section[key] < 1:
+            raise InputError(f"{path}: {key} is {section[key]!r}, not a positive whole number: restore the file")
+        return section[key]
+
     try:
         vision, text = content["vision_config"], content["text_config"]
-        towers = [
-            Transformer(
-                tower["hidden_size"],
-                tower["num_hidden_layers"],
-                tower["num_attention_heads"],
-                tower["intermediate_size"],
+        keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        towers = [Transformer(*(size(tower, key) for key in keys)) for tower in (vision, text)]
+        for tower in towers:
+            if tower.width % tower.heads:
+                raise InputError(
+                    f"{path}: hidden_size {tower.width} is no multiple of its {tower.heads} attention heads: "
+                    "restore the file"
+                )
+        (activation, epsilon), other = (
+            (tower.get("hidden_act", "quick_gelu"), tower.get("layer_norm_eps", 1e-5)) for tower in (vision, text)
+        )
+        if (activation, epsilon) != other or activation not in ACTIVATIONS or type(epsilon) is not float:
+            raise InputError(
+                f"{path}: both towers need one layer_norm_eps and one hidden_act of {', '.join(ACTIVATIONS)}: choose "
+                "another model"
             )
-            for tower in (vision, text)
-        ]
-        activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
-        epsilons = {tower.get("layer_norm_eps", 1e-5) for tower in (vision, text)}
-        vocabulary_size, end_token = text["vocab_size"], text.get("eos_token_id", 49407)
-        config = Config(
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            vision=towers[0],
-            text=towers[1],
-            embedding_size=content["projection_dim"],
-            context_length=text["max_position_embeddings"],
+        vocabulary_size = size(text, "vocab_size")
+        tokens = text.get("bos_token_id", 49406), text.get("eos_token_id", 49407)
+        if tokens[1] == 2:  # the first published configurations say 2 and mean the highest id
+            tokens = vocabulary_size - 2, vocabulary_size - 1
+        if not all(type(token) is int and 0 <= token < vocabulary_size for token in tokens):
+            raise InputError(
+                f"{path}: bos_token_id, eos_token_id are {tokens}, no ids of the vocabulary: restore the file"
+            )
+        return Config(
+            size(vision, "image_size"),
+            size(vision, "patch_size"),
+            *towers,
+            embedding_size=size(content, "projection_dim"),
+            context_length=size(text, "max_position_embeddings"),
             vocabulary_size=vocabulary_size,
-            start_token=text.get("bos_token_id", 49406),
-            end_token=end_token,
-            activation=activations.pop(),
-            layer_norm_epsilon=epsilons.pop(),
+            start_token=tokens[0],
+            end_token=tokens[1],
+            activation=activation,
+            layer_norm_epsilon=epsilon,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not the configuration of a CLIP ({error!r}): restore the file") from error
-    if end_token == 2:  # the first published configurations say 2 and mean the highest id
-        config = replace(config, start_token=vocabulary_size - 2, end_token=vocabulary_size - 1)
-    if activations or epsilons or config.activation not in ACTIVATIONS:
-        raise InputError(f"{path}: both towers need one layer_norm_eps and one hidden_act of {', '.join(ACTIVATIONS)}")
-    for tower in towers:
-        if tower.width % tower.heads:
-            raise InputError(f"{path}: hidden_size {tower.width} is no multiple of its {tower.heads} attention heads")
-    return config
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -357,18 +396,24 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, safetensors.SafetensorError, TypeError) as error:
-        raise InputError(f"weights {path} cannot be read ({error}): download them again") from error
+    except FileNotFoundError as error:
+        raise InputError(f"weights {path} do not exist: put the model's safetensors file there") from error
+    except Exception as error:  # AttributeError for a dtype that NumPy lacks, such as F8_E4M3
+        raise InputError(f"weights {path} cannot be read ({error!r}): download them again") from error
 
 
 def read_hugging_face_weights(folder: Path) -> dict[str, np.ndarray]:
-    """`model.safetensors`, or the shards that `model.safetensors.index.json` names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return read_safetensors(folder / "model.safetensors")
+    """`model.safetensors`, else the shards that `model.safetensors.index.json` names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return read_safetensors(single)
+    try:
+        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} does not name the shards ({error!r}): restore the file") from error
     state: dict[str, np.ndarray] = {}
-    for shard in sorted(set(read_json(index)["weight_map"].values())):
-        state |= read_safetensors(folder / shard)
+    for shard in shards:
+        state |= read_safetensors(shard)
     return state
 
 
@@ -377,10 +422,7 @@ def save(folder: Path, model: CLIP, tokenizer: Tokenizer, dtype: Any = np.float3
     config = model.config
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors writes the buffer as it lies: a transposed array must be made contiguous first.
-    arrays = {
-        name: np.ascontiguousarray(np.asarray(leaf, dtype))
-        for name, leaf in to_state_dict(model, "hugging_face").items()
-    }
+    arrays = {name: np.asarray(leaf, dtype, order="C") for name, leaf in to_state_dict(model, "hugging_face").items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
 
     def tower(kind: str, sizes: Transformer) -> dict[str, Any]:
@@ -460,12 +502,15 @@ def _vocabulary_file(folder: Path) -> Path:
     )
 
 
+TINY = Path(__file__).parent / "assets" / "tiny-clip"
+
+
 def load(name: str) -> tuple[CLIP, Tokenizer]:
     """The model and tokenizer of an OpenAI `.pt` file, a Hugging Face folder, or a preset's file in the cache.
 
     Raises InputError where something is missing, damaged, or does not fit together.
     """
-    path = Path(name)
+    path = TINY if name == "tiny" else Path(name)
     if name in PRESETS:
         file = f"{name.replace('/', '-').replace('@', '-')}.pt"
         path = cache_folder() / file
@@ -473,7 +518,7 @@ def load(name: str) -> tuple[CLIP, Tokenizer]:
             address = f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256[name]}/{file}"
             raise InputError(f"the weights of {name} are not at {path}: download {address} to it")
     elif not path.exists() and not {"/", os.sep, "."} & set(name):
-        raise unknown("model preset", name, PRESETS)
+        raise unknown("model preset", name, ["tiny", *PRESETS])
     if path.is_dir():
         config = hugging_face_config(path / "config.json")
         model = from_state_dict(read_hugging_face_weights(path), config, "hugging_face", str(path))

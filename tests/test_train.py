@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import seeded
 from PIL import Image
 from safetensors.numpy import load_file
+from test_clip import config_of
 
 import clip
 import data
@@ -31,11 +32,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     symbols = clip.byte_symbols()
     words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), clip.START_TEXT, clip.END_TEXT]
     tokenizer = clip.bpe_tokenizer({word: index for index, word in enumerate(words)}, [])
-    config = clip.Config(
-        16, 8, clip.Transformer(16, 2, 2, 32), clip.Transformer(16, 1, 2, 32), 8, 40, len(words), 512, 513
-    )
+    sizes = seeded.ARCHITECTURES["tiny"] | {"image_size": 16, "context_length": 40, "vocabulary_size": len(words)}
+    state = seeded.hugging_face_weights(sizes, seeded.SEED)
     folder = tmp_path_factory.mktemp("model")
-    weights.save(folder, eqx.filter_jit(clip.CLIP)(config, jax.random.key(0)), tokenizer)
+    weights.save(folder, weights.from_state_dict(state, config_of(sizes), "hugging_face", "seeded"), tokenizer)
     return folder
 
 
@@ -61,7 +61,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def options(model: Path, root: Path, tmp_path: Path) -> train.Options:
     return train.Options(
-        model=str(model), data_root=root, reference="real", steps=6, batch_size=8, learning_rate=1e-3,
+        model=str(model), data="domainnet", data_root=root, reference="real", steps=6, batch_size=8, learning_rate=1e-3,
         num_texts=4, text_length=3, eval_every=2, checkpoint_every=100, workers=1, out=tmp_path / "runs",
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_run_from_start_to_table(options: train.Options, capsys: pytest.CaptureF
         "best", "checkpoint", "config.json", "metrics.jsonl", "results.json",
     ]  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 10, 12]
+    assert [line["step"] for line in lines] == [1, 2, 4, 6, 8, 10, 12]
     assert list(lines[0])[:2] == ["step", "loss"]
     for line in lines:
         np.testing.assert_allclose(line["loss"], line["cross_entropy"] + line["regularizer"], rtol=1e-5)
@@ -187,9 +187,11 @@ def test_resume_keeps_finished_runs_and_refuses_other_settings(options: train.Op
         ({"model": "ViT-B16"}, "unknown model preset 'ViT-B16': did you mean ViT-B/16"),
         ({"model": "missing.pt"}, "missing.pt do not exist"),
         ({"reference": "reel"}, "unknown split 'reel': did you mean real"),
-        ({"reference": ""}, "--reference is needed with --data domainnet: one of real, sketch"),
+        ({"reference": None}, "--reference is needed with --data domainnet: one of real, sketch"),
         ({"shifts": ("sketsh",)}, "unknown split 'sketsh': did you mean sketch"),
         ({"shifts": ("real",)}, "'real' is the reference and a shift at once"),
+        ({"data_root": None}, "--data-root is needed with --data domainnet"),
+        ({"data": "minidomain"}, "--data minidomain is drawn, not read from --data-root"),
         ({"data_root": Path("nowhere")}, "--data-root nowhere has no DOMAIN_test.txt (found: no such folder)"),
         ({"steps": 0}, "--steps is 0: give at least 1"),
         ({"warmup": 1.5}, "--warmup is 1.5"),
@@ -257,7 +259,18 @@ def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
     assert shown.returncode == 0
     for field in dataclasses.fields(train.Options):
         assert f"--{field.name.replace('_', '-')}" in shown.stdout
-    common = ("--model", str(model), "--data-root", str(root), "--reference", "real", "--out", str(tmp_path / "runs"))
+    common = (
+        "--model",
+        str(model),
+        "--data",
+        "domainnet",
+        "--data-root",
+        str(root),
+        "--reference",
+        "real",
+        "--out",
+        str(tmp_path / "runs"),
+    )
     done = run("train.py", "--method", "ft", *common, "--steps", "2", "--batch-size", "4", "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert "images/s" in done.stderr

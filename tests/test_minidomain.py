@@ -1,0 +1,346 @@
+"""The embedded benchmark: what it draws, what it says about its images, how it keeps and exports them."""
+
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import minidomain
+from clip import InputError
+from minidomain import CLASSES, COLOURS, DOMAINS, TEMPLATES, captions, draw, load, load_web
+
+pytestmark = pytest.mark.filterwarnings("error")
+MODULE = Path(minidomain.__file__)
+SMALL = {"train": 40, "val": 20, "test": 20}
+FEW = "import minidomain; minidomain.SIZES = {'train': 40, 'val': 20, 'test': 20}; "
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder and a small benchmark."""
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(minidomain, "SIZES", SMALL)
+    monkeypatch.setattr(minidomain, "WEB_SIZE", 30)
+    return tmp_path / "cache" / "minidomain"
+
+
+def python(*arguments):
+    """Starts Python where it finds the modules, warnings as errors."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments):
+    process = python(*arguments)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def digest(image):
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- drawing
+
+
+def test_an_image_depends_on_its_arguments_only():
+    wanted = [("test", domain, index, 3) for domain in DOMAINS for index in (0, 7, 2**33)] + [("web", None, 5, 0)]
+    first = [draw(*arguments) for arguments in wanted]
+    again = [draw(*arguments) for arguments in reversed(wanted)][::-1]
+    assert all(a[0].tobytes() == b[0].tobytes() and a[1] == b[1] for a, b in zip(first, again, strict=True))
+    assert all(image.shape == (36, 36, 3) and image.dtype == np.uint8 for image, _ in first)
+    code = f"import hashlib, minidomain\nfor a in {wanted}: print(hashlib.sha256(minidomain.draw(*a)[0]).hexdigest())"
+    status, output, errors = run("-c", code)
+    assert (status, errors) == (0, "")
+    assert output.split() == [digest(image) for image, _ in first]
+
+
+def test_no_image_is_in_two_splits():
+    images = [
+        digest(draw(split, domain, index, seed)[0])
+        for split in minidomain.SIZES
+        for domain in DOMAINS
+        for index in range(40)
+        for seed in (0, 1)
+    ]
+    images += [digest(draw("web", None, index)[0]) for index in range(300)]
+    assert len(set(images)) == len(images)
+
+
+def test_streams_never_coincide():
+    states = {
+        str(minidomain.stream(name, domain, index, seed).bit_generator.state["state"])
+        for name in minidomain.STREAMS
+        for domain in DOMAINS
+        for index in (0, 1, 2**32, 2**32 + 1)
+        for seed in (0, 1, 2**32)
+    }
+    assert len(states) == len(minidomain.STREAMS) * len(DOMAINS) * 4 * 3
+
+
+def test_classes_are_balanced():
+    assert len(CLASSES) == len(set(CLASSES)) == 20
+    assert all(size % len(CLASSES) == 0 for size in minidomain.SIZES.values())
+    labels = Counter(draw("val", "clipart", index)[1].label for index in range(100))
+    assert labels == {label: 5 for label in range(20)}
+
+
+def test_the_web_has_few_real_images():
+    attributes = [draw("web", None, index)[1] for index in range(600)]
+    domains = Counter(each.domain for each in attributes)
+    assert 0.10 < domains["real"] / 600 < 0.20
+    assert all(0.16 < domains[domain] / 600 < 0.27 for domain in DOMAINS[1:])
+    assert {each.label for each in attributes} == set(range(20))
+
+
+def test_attributes_describe_the_image():
+    spots, areas = {}, {}
+    for index in range(400):
+        image, attributes = draw("test", "clipart", index)
+        paper = np.median(image[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)
+        assert (attributes.background == "white") == (paper.min() == 255)
+        if CLASSES[attributes.label] != "tree":  # a conifer is shaded all over
+            assert np.abs(image - np.array(COLOURS[attributes.colour])).max(axis=2).min() <= 1
+        rows, columns = np.nonzero(np.abs(image - paper).max(axis=2) > 30)
+        spots.setdefault(attributes.position, []).append((columns.mean(), rows.mean()))
+        areas.setdefault(attributes.size, []).append(len(rows))
+    centre = np.mean(spots["center"], axis=0)
+    for position, (x, y) in minidomain.POSITIONS.items():
+        moved = np.mean(spots[position], axis=0) - centre
+        assert np.abs(moved[[x == 0, y == 0]]).max(initial=0) < 1.5
+        assert moved @ (x, y) > 2 or position == "center"
+    assert np.mean(areas["small"]) < np.mean(areas["medium"]) < np.mean(areas["large"])
+
+
+def test_shapes_lie_in_their_square():
+    rng = np.random.default_rng(0)
+    for name, shape in minidomain.SHAPES.items():
+        for _ in range(20):
+            points = np.concatenate([part.outline for part in shape(rng)])
+            assert np.isfinite(points).all() and np.abs(points).max() < 1.2, name
+            assert np.ptp(points, axis=0).max() > 1.4, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("tests", "real", 0), "'tests'"),
+        (("test", "photo", 0), "'photo'"),
+        (("test", None, 0), "None"),
+        (("web", "real", 0), "'real'"),
+        (("test", "real", -1), "-1"),
+        (("test", "real", 0, -2), "-2"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, named):
+    with pytest.raises(InputError, match=named):
+        draw(*arguments)
+
+
+def test_load_refuses_what_it_does_not_have(cache):
+    for arguments in (("real", "web"), ("real", "tests"), ("photo", "test"), ("real", "test", -1)):
+        with pytest.raises(InputError):
+            load(*arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------- captions
+
+
+def test_captions_tell_the_truth():
+    rng = np.random.default_rng(0)
+    for index in range(600):
+        _, attributes = draw("web", None, index)
+        for caption in captions(attributes, rng, number=6):
+            noun, _, place = re.match(r"(.*?)( (?:in|on|at) (.*?))?\.?$", caption).groups()
+            words = noun.split()
+            assert {word for word in words if word in CLASSES} <= {CLASSES[attributes.label]}
+            assert {word for word in words if word in COLOURS} <= {attributes.colour}
+            assert {word for word in words if word in minidomain.EXTENTS} <= {attributes.size}
+            places = [attributes.position, attributes.background, f"{attributes.background} background"]
+            assert place is None or place.removeprefix("the ").removeprefix("a ") in places, caption
+            if " of " in noun:
+                style = re.fullmatch(r"(?:an?|the) (.*?) of (?:an?|the) .*", noun)[1]
+                assert style in minidomain.STYLE_WORDS[attributes.domain]
+            assert not re.search(r"[{}]|  |\ba [aeiou]|\ban [^aeiou]", caption), caption
+            assert len(caption.replace(".", " .").split()) + 2 <= 16, "too long for the tiny CLIP's context"
+
+
+def test_captions_say_as_much_as_they_should():
+    for domain, share in (("real", 0.85), ("sketch", 0.95)):
+        _, attributes = draw("test", domain, 0)
+        texts = captions(attributes, np.random.default_rng(1), number=4000)
+        assert len(texts) == 4000
+        assert np.mean(["star" in text.replace(".", "").split() for text in texts]) == pytest.approx(share, abs=0.02)
+        assert np.mean([" of " in text for text in texts]) == pytest.approx(0.8, abs=0.02)
+        coloured = np.mean([any(colour in text.split() for colour in COLOURS) for text in texts])
+        assert coloured == (pytest.approx(0.4, abs=0.03) if domain == "real" else 0)
+    assert len(captions(attributes, np.random.default_rng(1))) == 4
+
+
+def test_templates_take_a_class():
+    assert len(set(TEMPLATES)) == 8
+    assert all("{" not in template.format("star") and "star" in template.format("star") for template in TEMPLATES)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_load_returns_what_draw_draws(cache):
+    for _ in ("drawn", "cached"):
+        images, labels = load("painting", "val", seed=2)
+        assert (images.shape, images.dtype, labels.dtype) == ((20, 36, 36, 3), np.uint8, np.int32)
+        assert all(np.array_equal(images[index], draw("val", "painting", index, 2)[0]) for index in range(20))
+        assert labels.tolist() == list(range(20))
+        images, texts = load_web()
+        assert (images.shape, len(texts), {len(each) for each in texts}) == ((30, 36, 36, 3), 30, {4})
+        assert all(np.array_equal(images[index], draw("web", None, index)[0]) for index in range(30))
+        assert texts[7] == captions(draw("web", None, 7)[1], minidomain.stream("captions", None, 7, 0))
+
+
+def test_only_what_is_asked_for_is_drawn_and_only_once(cache, capsys):
+    load("sketch", "test")
+    (file,) = cache.iterdir()
+    assert capsys.readouterr().err.count("\n") == 1
+    stamp = file.stat().st_mtime_ns
+    load("sketch", "test")
+    assert (file.stat().st_mtime_ns, capsys.readouterr().err) == (stamp, "")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "flipped byte", "flipped checksum", "appended"])
+def test_a_damaged_cache_is_drawn_again(cache, capsys, damage):
+    images, labels = load("clipart", "test")
+    (file,) = cache.iterdir()
+    content = file.read_bytes()
+    capsys.readouterr()
+    bad = bytearray(content)
+    match damage:
+        case "empty":
+            bad.clear()
+        case "cut off":
+            del bad[len(bad) // 2 :]
+        case "flipped byte":
+            bad[len(bad) // 2] ^= 1
+        case "flipped checksum":
+            bad[3] ^= 1
+        case "appended":
+            bad += b"\0"
+    file.write_bytes(bad)
+    again, labels_again = load("clipart", "test")
+    assert np.array_equal(images, again) and np.array_equal(labels, labels_again)
+    assert capsys.readouterr().err == f"minidomain: {file} was cut off or altered: drawing it again\n"
+    assert [file] == list(cache.iterdir())
+    load("clipart", "test")
+    assert capsys.readouterr().err == ""
+
+
+def test_two_processes_at_once(cache):
+    code = FEW + "import hashlib; print(hashlib.sha256(minidomain.load('real', 'train')[0]).hexdigest())"
+    processes = [python("-c", code) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs == [digest(load("real", "train")[0])] * 2
+    assert [file.suffix for file in cache.iterdir()] == [".cache"]
+
+
+def test_a_failed_write_leaves_nothing_behind(cache, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left"):
+        load("clipart", "val")
+    assert list(cache.iterdir()) == []
+
+
+def test_changed_code_draws_again(cache, tmp_path, monkeypatch, capsys):
+    before, _ = load("clipart", "val")
+    source = MODULE.read_text()
+    assert '"red": (205, 45, 45)' in source
+    changed = tmp_path / "changed.py"
+    changed.write_text(source.replace('"red": (205, 45, 45)', '"red": (250, 0, 0)'))
+    spec = importlib.util.spec_from_file_location("changed", changed)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "SIZES", SMALL)
+    capsys.readouterr()
+    after, _ = module.load("clipart", "val")
+    assert "drawing" in capsys.readouterr().err
+    assert not np.array_equal(before, after)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_cache_folder_that_cannot_be_used(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="LIPSUM_CACHE"):
+        load("clipart", "val")
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def test_an_export_reads_back_as_loaded(cache, tmp_path):
+    minidomain.main(export=tmp_path / "set", web=True)
+    root = tmp_path / "set"
+    lists = {f"{domain}_{split}.txt" for domain in DOMAINS for split in SMALL}
+    assert {path.name for path in root.iterdir()} == {*DOMAINS, *lists, "web", "captions.tsv"}
+    for domain in DOMAINS:
+        assert {path.name for path in (root / domain).iterdir()} == set(CLASSES)
+        for split, size in SMALL.items():
+            rows = [line.split(" ") for line in (root / f"{domain}_{split}.txt").read_text().splitlines()]
+            images, labels = load(domain, split)
+            assert len(rows) == size
+            for (path, label), image, expected in zip(rows, images, labels, strict=True):
+                assert int(label) == expected and path.split("/")[:2] == [domain, CLASSES[expected]]
+                assert np.array_equal(np.asarray(Image.open(root / path)), image)
+    files = [path for domain in DOMAINS for path in (root / domain).rglob("*.png")]
+    assert len(files) == len(DOMAINS) * sum(SMALL.values())
+
+    heading, *rows = [line.split("\t") for line in (root / "captions.tsv").read_text().splitlines()]
+    images, texts = load_web()
+    assert heading == ["filepath", "title"]
+    assert [text for _, text in rows] == [text for each in texts for text in each]
+    for (path, _), image in zip(rows[::4], images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(root / path)), image)
+
+
+def test_an_export_mixes_with_nothing(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    status, output, errors = run(MODULE, "--export", tmp_path)
+    assert (status, output, errors.count("\n")) == (2, "", 1)
+    assert str(tmp_path) in errors and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(InputError, match="not an empty folder"):
+        minidomain.main(export=tmp_path / "mine.txt")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"web": True}, {"show": Path("no such folder/sheet.png")}, {"show": Path("sheet.png"), "seed": -1}]
+)
+def test_the_command_line_refuses(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError):
+        minidomain.main(**options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_contact_sheet(tmp_path):
+    status, output, errors = run(MODULE, "--show", tmp_path / "sheet.png")
+    assert (status, output, errors) == (0, "", "")
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.size == (84 + 5 * 2 * 74, 20 + 20 * 74)
+    second_heart = Image.fromarray(draw("test", "painting", 21)[0]).resize((72, 72), Image.Resampling.NEAREST)
+    left, top = 84 + 3 * 74 + 1, 20 + 74 + 1
+    assert np.array_equal(np.asarray(sheet)[top : top + 72, left : left + 72], np.asarray(second_heart))

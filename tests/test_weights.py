@@ -1,0 +1,832 @@
+"""Weights in and out: PyTorch archives written here by hand, Hugging Face folders, and what is refused."""
+
+import functools
+import gzip
+import json
+import pickle
+import re
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import seeded
+from conftest import shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from test_clip import config_of
+
+import clip
+import weights
+from clip import InputError
+
+# Widths are multiples of 64, as OpenAI's format asks; the vocabulary is that of `TOKENIZER`.
+SIZES = {
+    "image_size": 16,
+    "patch_size": 8,
+    "vision_width": 64,
+    "vision_layers": 2,
+    "vision_heads": 1,
+    "text_width": 128,
+    "text_layers": 1,
+    "text_heads": 2,
+    "context_length": 8,
+    "vocabulary_size": 516,
+    "embedding_size": 32,
+}
+CONFIG = config_of(SIZES)
+MERGES = [("d", "o"), ("do", "g</w>")]
+SYMBOLS = clip.byte_symbols()
+WORDS = [*SYMBOLS, *(f"{symbol}</w>" for symbol in SYMBOLS), *map("".join, MERGES), clip.START_TEXT, clip.END_TEXT]
+VOCABULARY = {word: index for index, word in enumerate(WORDS)}
+TOKENIZER = clip.bpe_tokenizer(VOCABULARY, MERGES)
+
+
+@functools.cache
+def hugging_face_state() -> Mapping[str, np.ndarray]:
+    """Seeded weights, with values in them that arithmetic would change."""
+    state = seeded.hugging_face_weights(SIZES, seeded.SEED)
+    special = np.array([0x80000000, 0x7FC00123, 0xFF800000, 0x00000001], np.uint32)  # -0, a NaN, -inf, the least float
+    state["text_model.embeddings.token_embedding.weight"][0, :4] = special.view(np.float32)
+    return state
+
+
+@functools.cache
+def model() -> clip.CLIP:
+    return weights.from_state_dict(hugging_face_state(), CONFIG, "hugging_face", "seeded")
+
+
+@functools.cache
+def openai_state() -> Mapping[str, np.ndarray]:
+    """In the dtypes of OpenAI's files: float16 but for the LayerNorms and embeddings."""
+    state = {name: np.asarray(array) for name, array in weights.to_state_dict(model(), "openai").items()}
+    kept = re.compile(r"ln_|embedding|logit_scale")
+    return {name: array if kept.search(name) else array.astype(np.float16) for name, array in state.items()}
+
+
+def assert_same(actual: clip.CLIP, expected: clip.CLIP) -> None:
+    """Every bit, and the configuration."""
+    assert actual.config == expected.config
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, jnp.float32)
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def refused(call: Callable[[], Any], *words: object) -> None:
+    """An InputError of one line that holds `words` and says what to do."""
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert message.isprintable()
+    assert re.search("download|give|put|copy|save|restore|choose|do not trust|did you mean", message), message
+    for word in words:
+        assert str(word) in message
+
+
+# ------------------------------------------------------------------------------------------------- archives by hand
+
+
+class Global(NamedTuple):
+    name: str  # "module name"
+
+
+class Call(NamedTuple):
+    function: Global
+    arguments: tuple
+
+
+class Build(NamedTuple):
+    target: Any
+    state: Any
+
+
+class New(NamedTuple):
+    kind: Global
+
+
+class Stored(NamedTuple):
+    """A storage: its place under `data/` and what the archive says of it."""
+
+    key: str
+    type: str
+    length: int
+    device: str = "cpu"
+
+
+def pickled(value: Any) -> bytes:
+    """Protocol 2 opcodes, as PyTorch writes them. A pickler would import what it names."""
+    match value:
+        case Global(name):
+            return pickle.GLOBAL + "{}\n{}\n".format(*name.split()).encode()
+        case Call(function, arguments):
+            return pickled(function) + pickled(arguments) + pickle.REDUCE
+        case Build(target, state):
+            return pickled(target) + pickled(state) + pickle.BUILD
+        case New(kind):
+            return pickled(kind) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
+        case Stored(key, kind, length, device):
+            return pickled(("storage", Global(f"torch {kind}"), key, device, length)) + pickle.BINPERSID
+        case dict():
+            items = b"".join(pickled(key) + pickled(child) for key, child in value.items())
+            return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
+        case tuple():
+            return pickle.MARK + b"".join(map(pickled, value)) + pickle.TUPLE
+        case str():
+            return pickle.BINUNICODE + struct.pack("<I", len(value.encode())) + value.encode()
+        case _:  # numbers, booleans, None
+            return pickle.dumps(value, 2).removeprefix(b"\x80\x02").removesuffix(pickle.STOP)
+
+
+STORAGE_TYPES = {"f2": "HalfStorage", "f4": "FloatStorage", "f8": "DoubleStorage", "i8": "LongStorage"}
+
+
+def rebuilt(stored: Any, offset: Any, size: Any, stride: Any) -> Call:
+    hooks = Call(Global("collections OrderedDict"), ())
+    return Call(Global("torch._utils _rebuild_tensor_v2"), (stored, offset, size, stride, False, hooks))
+
+
+def described(key: str, array: np.ndarray, device: str = "cpu") -> Call:
+    """A whole contiguous array as the tensor on storage `key`."""
+    stored = Stored(key, STORAGE_TYPES[array.dtype.str[1:]], array.size, device)
+    return rebuilt(stored, 0, array.shape, tuple(step // array.itemsize for step in array.strides))
+
+
+def module(tensors: Mapping[str, Any]) -> Build:
+    """A TorchScript module with `tensors` at their dotted names, and what such a module holds besides."""
+    children: dict[str, Any] = {"training": True, "_is_full_backward_hook": None, "cast": 1.5}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(first, {})[rest] = tensor
+        else:
+            children[name] = tensor
+    children |= {name: module(inner) for name, inner in nested.items()}
+    return Build(New(Global("__torch__.multimodal.___torch_mangle_9591 Multimodal")), children)
+
+
+def state_dict(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(tensors)
+
+
+def entries(tree: Any, storages: Mapping[str, bytes], prefix: str = "archive/") -> dict[str, bytes]:
+    """The files of an archive, with those beside the weights that PyTorch writes."""
+    content = pickle.PROTO + b"\x02" + pickled(tree) + pickle.STOP
+    return {f"{prefix}data/{key}": storage for key, storage in storages.items()} | {
+        f"{prefix}version": b"3\n",
+        f"{prefix}byteorder": b"little",
+        f"{prefix}data.pkl": content,
+        f"{prefix}constants.pkl": b"\x80\x02).",
+        f"{prefix}code/__torch__.py": b"class Multimodal(Module): ...",
+        f"{prefix}code/__torch__.py.debug_pkl": b"not read",
+        f"{prefix}code/data.pkl.debug_pkl": b"not read",
+    }
+
+
+def write(path: Path, files: Mapping[str, bytes], compressed: str = "") -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name == compressed else zipfile.ZIP_STORED)
+    return path
+
+
+def archive(
+    state: Mapping[str, np.ndarray], tree: Callable = state_dict, prefix: str = "archive/", device: str = "cpu"
+) -> dict[str, bytes]:
+    """An archive of `state`, each array on its own storage."""
+    tensors = {name: described(str(key), array, device) for key, (name, array) in enumerate(state.items())}
+    storages = {str(key): array.tobytes() for key, array in enumerate(state.values())}
+    return entries(tree(tensors), storages, prefix)
+
+
+def read(path: Path) -> clip.CLIP:
+    """What `load` does with an archive, without the tokenizer."""
+    state = weights.read_torch_archive(path)
+    return weights.from_state_dict(state, weights.openai_config(state, str(path)), "openai", str(path))
+
+
+@pytest.mark.parametrize("tree", [state_dict, module])
+@pytest.mark.parametrize("prefix", ["archive/", "x/y/", ""])
+def test_archive(tree: Callable, prefix: str, tmp_path: Path) -> None:
+    """Both kinds, saved on a GPU in mixed precision, with the integers that OpenAI's files carry."""
+    integers = {name: np.array(8) for name in ("input_resolution", "context_length", "vocab_size")}
+    actual = read(write(tmp_path / "clip.pt", archive(openai_state() | integers, tree, prefix, "cuda:0")))
+    assert actual.config == CONFIG
+    for name, array in weights.to_state_dict(actual, "openai").items():
+        assert np.asarray(array).tobytes() == openai_state()[name].astype(np.float32).tobytes(), name
+
+
+def test_attributes_of_a_state_dict(tmp_path: Path) -> None:
+    """The `_metadata` of `state_dict()` is no tensor."""
+    array = np.arange(3, dtype=np.float32)
+    tree = Build(Call(Global("collections OrderedDict"), ()), {"_metadata": {"": {"version": 1}}})
+    path = write(tmp_path / "clip.pt", entries({"a": described("0", array), "b": tree}, {"0": array.tobytes()}))
+    tensors = weights.read_torch_archive(path)
+    assert list(tensors) == ["a"]
+    np.testing.assert_array_equal(tensors["a"], array)
+
+
+def test_strides_and_offsets(tmp_path: Path) -> None:
+    """Views of shared storages, of every floating dtype, come out as their values."""
+    numbers = np.arange(24, dtype=np.float32)
+    single, brain = Stored("0", "FloatStorage", 24), Stored("1", "BFloat16Storage", 24)
+    tree = {
+        "whole": rebuilt(single, 0, (2, 3, 4), (12, 4, 1)),
+        "part": rebuilt(single, 5, (2, 3), (6, 2)),
+        "transposed": rebuilt(single, 0, (4, 6), (1, 4)),
+        "permuted": rebuilt(single, 0, (4, 2, 3), (1, 12, 4)),
+        "scalar": rebuilt(single, 7, (), ()),
+        "repeated": rebuilt(single, 3, (5,), (0,)),
+        "empty": rebuilt(single, 0, (0, 4), (4, 1)),
+        "brain": rebuilt(brain, 4, (4, 5), (1, 4)),
+        "half": described("2", numbers.astype(np.float16)),
+        "double": described("3", numbers.astype(np.float64)),
+    }
+    storages = dict(enumerate([numbers, numbers.astype(jnp.bfloat16), *map(numbers.astype, ("f2", "f8"))]))
+    path = write(tmp_path / "a.pt", entries(tree, {str(key): array.tobytes() for key, array in storages.items()}))
+    expected = {
+        "whole": numbers.reshape(2, 3, 4),
+        "part": np.array([[5, 7, 9], [11, 13, 15]]),
+        "transposed": numbers.reshape(6, 4).T,
+        "permuted": numbers.reshape(2, 3, 4).transpose(2, 0, 1),
+        "scalar": np.array(7),
+        "repeated": np.full(5, 3),
+        "empty": np.zeros((0, 4)),
+        "brain": numbers[4:].reshape(5, 4).T,
+        "half": numbers,
+        "double": numbers,
+    }
+    tensors = weights.read_torch_archive(path)
+    assert tensors.keys() == expected.keys()
+    for name, array in tensors.items():
+        assert array.shape == expected[name].shape
+        np.testing.assert_array_equal(array.astype(np.float32), expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32, np.float64])
+def test_other_precisions_become_float32(dtype: Any) -> None:
+    state = {name: array.astype(dtype) for name, array in hugging_face_state().items()}
+    actual = weights.from_state_dict(state, CONFIG, "hugging_face", "seeded")
+    for name, array in weights.to_state_dict(actual, "hugging_face").items():
+        assert array.dtype == jnp.float32
+        np.testing.assert_array_equal(array, state[name].astype(np.float32))
+
+
+def test_real_archive_and_folder_agree() -> None:
+    archive, tokenizer = weights.load(str(shared("weights/pacs-clip/openai.pt")))
+    folder, other = weights.load(str(shared("weights/pacs-clip/hf")))
+    assert_same(archive, folder)
+    assert archive.config.vision == clip.Transformer(128, 5, 2, 512)
+    assert tokenizer.get_vocab() == other.get_vocab()
+
+
+def vocabulary_file(folder: Path) -> None:
+    """As many merges as OpenAI's file holds, made up."""
+    merges = [f"{one} {other}" for one in SYMBOLS for other in SYMBOLS][: 49152 - 256 - 2]
+    (folder / clip.VOCABULARY_FILE).write_bytes(gzip.compress("\n".join(["header", *merges]).encode(), 1))
+
+
+def test_preset_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path))
+    vocabulary_file(tmp_path)
+    state = {name: array.astype(np.float16) for name, array in openai_state().items()}
+    state["token_embedding.weight"] = np.ones((49408, SIZES["text_width"]), np.float16)
+    write(tmp_path / "ViT-B-32.pt", archive(state))
+    loaded, tokenizer = weights.load("ViT-B/32")
+    assert (loaded.config.start_token, loaded.config.end_token) == (49406, 49407)
+    assert tokenizer.token_to_id(clip.END_TEXT) == 49407
+
+
+# ------------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("style", ["hugging_face", "openai"])
+def test_round_trip(style: str) -> None:
+    state = {name: np.asarray(array) for name, array in weights.to_state_dict(model(), style).items()}
+    assert_same(weights.from_state_dict(state, CONFIG, style, "here"), model())
+
+
+def test_hugging_face_names_and_layout() -> None:
+    state = weights.to_state_dict(model(), "hugging_face")
+    assert state.keys() == hugging_face_state().keys()
+    for name, array in hugging_face_state().items():
+        assert np.asarray(state[name]).tobytes() == array.tobytes(), name
+
+
+def test_openai_names_and_layout() -> None:
+    """Query, key and value in one entry, in that order; projections transposed; the rest as it is."""
+    source, state = hugging_face_state(), weights.to_state_dict(model(), "openai")
+    expected = {
+        "visual.proj": source["visual_projection.weight"].T,
+        "text_projection": source["text_projection.weight"].T,
+        "visual.conv1.weight": source["vision_model.embeddings.patch_embedding.weight"],
+        "visual.ln_pre.bias": source["vision_model.pre_layrnorm.bias"],
+        "positional_embedding": source["text_model.embeddings.position_embedding.weight"],
+        "ln_final.weight": source["text_model.final_layer_norm.weight"],
+    }
+    blocks = [("visual.transformer", "vision_model", 0), ("visual.transformer", "vision_model", 1)]
+    for prefix, tower, layer in [*blocks, ("transformer", "text_model", 0)]:
+        block, other = f"{prefix}.resblocks.{layer}", f"{tower}.encoder.layers.{layer}"
+        for kind in ("weight", "bias"):
+            stacked = [source[f"{other}.self_attn.{name}_proj.{kind}"] for name in ("q", "k", "v")]
+            expected[f"{block}.attn.in_proj_{kind}"] = np.concatenate(stacked)
+            expected[f"{block}.attn.out_proj.{kind}"] = source[f"{other}.self_attn.out_proj.{kind}"]
+            expected[f"{block}.mlp.c_fc.{kind}"] = source[f"{other}.mlp.fc1.{kind}"]
+            expected[f"{block}.mlp.c_proj.{kind}"] = source[f"{other}.mlp.fc2.{kind}"]
+            expected[f"{block}.ln_1.{kind}"] = source[f"{other}.layer_norm1.{kind}"]
+            expected[f"{block}.ln_2.{kind}"] = source[f"{other}.layer_norm2.{kind}"]
+    for name, array in expected.items():
+        np.testing.assert_array_equal(state[name], array, err_msg=name)
+    rest = {"visual.class_embedding", "visual.positional_embedding", "visual.ln_pre.weight", "visual.ln_post.weight"}
+    rest |= {"visual.ln_post.bias", "ln_final.bias", "token_embedding.weight", "logit_scale"}
+    assert state.keys() == expected.keys() | rest
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "not" / "yet"
+    weights.save(folder, model(), TOKENIZER)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved folder, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "clip")
+
+
+def shard(folder: Path) -> None:
+    """`model.safetensors` in two shards and their index."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    places = {name: names[index % 2] for index, name in enumerate(state)}
+    for file in names:
+        save_file({name: state[name] for name in state if places[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_save_then_load(folder: Path) -> None:
+    loaded, tokenizer = weights.load(str(folder))
+    assert_same(loaded, model())
+    assert tokenizer.to_str() == TOKENIZER.to_str()
+    assert tokenizer.encode("a dog").ids == [514, VOCABULARY["a</w>"], VOCABULARY["dog</w>"], 515]
+
+
+def test_save_again_over_shards(folder: Path) -> None:
+    """The single file counts, whatever index was left beside it."""
+    shard(folder)
+    other = eqx.tree_at(lambda model: model.logit_scale, model(), jnp.float32(1.25))
+    weights.save(folder, other, TOKENIZER)
+    assert_same(weights.load(str(folder))[0], other)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_save_in_half_precision(dtype: Any, tmp_path: Path) -> None:
+    weights.save(tmp_path, model(), TOKENIZER, dtype)
+    rounded = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype).astype(np.float32)), model())
+    assert_same(weights.load(str(tmp_path))[0], rounded)
+
+
+def test_sharded_folder(folder: Path) -> None:
+    shard(folder)
+    assert_same(weights.load(str(folder))[0], model())
+
+
+def test_vocabulary_and_merges_files(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(VOCABULARY))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{one} {other}\n" for one, other in MERGES))
+    assert weights.load(str(folder))[1].to_str() == TOKENIZER.to_str()
+
+
+def edit(folder: Path, keys: tuple[str, ...], value: Any) -> None:
+    """One value of config.json set, or removed where `value` is `...`."""
+    path = folder / "config.json"
+    content = inner = json.loads(path.read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    if value is ...:
+        del inner[keys[-1]]
+    path.write_text(json.dumps(content))
+
+
+def test_legacy_end_token_means_the_highest_id(folder: Path) -> None:
+    edit(folder, ("text_config", "bos_token_id"), 0)
+    edit(folder, ("text_config", "eos_token_id"), 2)
+    assert_same(weights.load(str(folder))[0], model())
+
+
+def test_position_ids_are_ignored(folder: Path) -> None:
+    """Older folders hold them as integers."""
+    ids = {f"{tower}_model.embeddings.position_ids": np.arange(5)[None] for tower in ("text", "vision")}
+    save_file(load_file(folder / "model.safetensors") | ids, folder / "model.safetensors")
+    assert_same(weights.load(str(folder))[0], model())
+
+
+# ------------------------------------------------------------------------------------------------- archives refused
+
+
+def test_missing_archive(tmp_path: Path) -> None:
+    refused(lambda: weights.load(str(tmp_path / "no.pt")), tmp_path / "no.pt", "do not exist", "ViT-B/16")
+
+
+@pytest.mark.parametrize("length", [0, 1, 30, 5_000, 0.5, 0.9, -30, -1])
+def test_truncated_archive(length: float, tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.pt", archive(openai_state()))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(length * len(content)) if isinstance(length, float) else length])
+    refused(lambda: read(path), path, "not a whole zip archive")
+
+
+@pytest.mark.parametrize(
+    "content", [b"no zip", pickle.dumps({"a": 1}, 2), b"PK\x03\x04" + bytes(100), b"PK\x05\x06" + bytes(18)]
+)
+def test_not_an_archive(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "clip.pt"
+    path.write_bytes(content)
+    refused(lambda: read(path), path, "zip")
+
+
+def test_zip_of_something_else(tmp_path: Path) -> None:
+    refused(lambda: read(write(tmp_path / "a.pt", {"a/readme.txt": b"hello"})), tmp_path / "a.pt", "data.pkl")
+
+
+def test_flipped_bit(tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.pt", archive(openai_state()))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    refused(lambda: read(path), path, "CRC")
+
+
+@pytest.mark.parametrize("entry", ["archive/data.pkl", "archive/data/3"])
+@pytest.mark.parametrize("damage", ["compressed", "missing", "empty"])
+def test_entry_that_cannot_be_read(entry: str, damage: str, tmp_path: Path) -> None:
+    files = archive(openai_state())
+    if damage == "missing":
+        del files[entry]
+    elif damage == "empty":
+        files[entry] = b""
+    path = write(tmp_path / "clip.pt", files, entry if damage == "compressed" else "")
+    refused(lambda: read(path), path, entry if damage == "compressed" else "")
+
+
+def write_tree(tmp_path: Path, tree: Any) -> Path:
+    """An archive of `tree` whose storage 0 holds 6 float32."""
+    return write(tmp_path / "clip.pt", entries(tree, {"0": np.arange(6, dtype=np.float32).tobytes()}))
+
+
+@pytest.mark.parametrize("place", ["call", "module", "value"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os system",
+        "torch._utils _rebuild_parameter",
+        "torch.jit._pickle build_intlist",
+        "posix system",
+        "builtins eval",
+        "__builtin__ eval",
+        "builtins getattr",
+        "torch load",
+        "torch.storage _load_from_bytes",
+        "torch._utils _rebuild_tensor",
+        "numpy.core.multiarray _reconstruct",
+        "numpy dtype",
+        "copyreg _reconstructor",
+        "collections OrderedDict.__init__",
+        "__torch__evil system",
+    ],
+)
+def test_forbidden_global_is_refused_by_name(name: str, place: str, tmp_path: Path) -> None:
+    function = Global(name)
+    tree = {"call": Call(function, ("",)), "module": Build(New(function), {}), "value": function}[place]
+    path = write_tree(tmp_path, {"a": tree})
+    refused(lambda: read(path), path, repr(name.replace(" ", ".")), "do not trust")
+
+
+@pytest.mark.parametrize(("name", "code"), [("os system", "touch {}"), ("builtins eval", "open('{}', 'w').close()")])
+def test_nothing_is_executed(name: str, code: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    payload = Call(Global(name), (code.format(trace),))
+    path = write_tree(tmp_path, {"a": payload})
+    refused(lambda: read(path), path)
+    assert not trace.exists()
+    pickle.loads(pickled(payload) + pickle.STOP)  # the payload does what it should where nothing refuses it
+    assert trace.exists()
+
+
+def test_archive_cannot_change_a_dtype(tmp_path: Path) -> None:
+    """NumPy's bfloat16 is one object for the whole process, and BUILD would call its `__setstate__`."""
+    swapped = Build(Global("torch BFloat16Storage"), (3, ">", None, None, None, -1, -1, 0))
+    path = write_tree(tmp_path, {"a": swapped})
+    refused(lambda: read(path), path)
+    assert np.dtype(jnp.bfloat16).byteorder == "="
+
+
+FLOATS = Stored("0", "FloatStorage", 6)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    {
+        "stride": rebuilt(FLOATS, 0, (2, 3), (4, 1)),
+        "offset": rebuilt(FLOATS, 1, (2, 3), (3, 1)),
+        "offset far": rebuilt(FLOATS, 2**62, (2,), (1,)),
+        "size": rebuilt(FLOATS, 0, (7,), (1,)),
+        "size far": rebuilt(FLOATS, 0, (2**62, 4), (4, 1)),
+        "negative size": rebuilt(FLOATS, 0, (-2, 3), (3, 1)),
+        "two negative sizes": rebuilt(FLOATS, 0, (-2, -3), (3, 1)),
+        "negative stride": rebuilt(FLOATS, 5, (6,), (-1,)),
+        "negative offset": rebuilt(FLOATS, -1, (2,), (1,)),
+        "bomb": rebuilt(FLOATS, 0, (10**12,), (0,)),
+        "axes": rebuilt(FLOATS, 0, (2, 3), (1,)),
+        "fraction": rebuilt(FLOATS, 0, (2.0, 3), (3, 1)),
+        "text": rebuilt(FLOATS, 0, "23", "31"),
+        "short storage": rebuilt(Stored("0", "FloatStorage", 7), 0, (2, 3), (3, 1)),
+        "short for its type": rebuilt(Stored("0", "DoubleStorage", 6), 0, (2,), (1,)),
+        "negative storage": rebuilt(Stored("0", "FloatStorage", -1), 0, (2,), (1,)),
+        "claims less": rebuilt(Stored("0", "FloatStorage", 5), 0, (2, 3), (3, 1)),
+        "no storage": rebuilt(("storage", "FloatStorage"), 0, (2, 3), (3, 1)),
+        "missing storage": rebuilt(Stored("1", "FloatStorage", 6), 0, (2, 3), (3, 1)),
+        "storage elsewhere": rebuilt(Stored("../version", "ByteStorage", 1), 0, (1,), (1,)),
+        "few arguments": Call(Global("torch._utils _rebuild_tensor_v2"), (FLOATS, 0)),
+        "called storage": Call(Global("torch FloatStorage"), (6,)),
+        "called module": Call(Global("__torch__.os system"), ("true",)),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_malformed_tensor(tensor: tuple[str, Any], tmp_path: Path) -> None:
+    path = write_tree(tmp_path, {"a": tensor[1]})
+    refused(lambda: weights.read_torch_archive(path), path, "clip.pt are")
+
+
+@pytest.mark.parametrize("opcode", [pickle.LONG_BINPUT + b"\xff\xff\xff\x7f", pickle.PUT + b"99999999999\n"])
+def test_memo_that_would_fill_the_memory(opcode: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.pt", {"archive/data.pkl": b"\x80\x02}" + opcode + b"."})
+    refused(lambda: read(path), path, "memo")
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        pickle.BYTEARRAY8 + struct.pack("<Q", 2**36),
+        pickle.BINUNICODE8 + struct.pack("<Q", 2**62),
+        pickle.LONG4 + b"\xff\xff\xff\x7f",
+        pickle.GLOBAL + b"torch\n\xff\n",
+        pickle.EMPTY_DICT,
+        b"\x80\x09}.",
+        b"",
+        b"}q\x00X\x01\x00\x00\x00ah\x00s.",  # a dict that holds itself
+    ],
+)
+def test_malformed_pickle(opcodes: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.pt", {"archive/data.pkl": b"\x80\x02" + opcodes})
+    refused(lambda: read(path), path, "damaged")
+
+
+# ------------------------------------------------------------------------------------------ weights that do not fit
+
+
+@pytest.mark.parametrize("style", ["hugging_face", "openai"])
+def test_every_mismatch_is_reported_at_once(style: str) -> None:
+    state = {name: np.asarray(array) for name, array in weights.to_state_dict(model(), style).items()}
+    gone, short, integer, *_ = state
+    del state[gone]
+    state |= {"head.weight\n": state[short], short: state[short][:1, None], integer: np.ones_like(state[integer], int)}
+    refused(
+        lambda: weights.from_state_dict(state, CONFIG, style, "FILE"),
+        "FILE",
+        f"lacks {gone}",
+        r"unexpected 'head.weight\n'",
+        f"{short} has shape (1, 1",
+        f"{integer} has dtype int64",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "word"),
+    [
+        ("visual.conv1.weight", None, "lacks visual.conv1.weight"),  # OpenAI's ResNets have none of this shape
+        ("visual.conv1.weight", np.zeros((64, 3, 0, 0)), "visual.conv1.weight has shape (64, 3, 0, 0)"),
+        ("visual.positional_embedding", np.zeros((0, 64)), "visual.positional_embedding has shape (0, 64)"),
+        ("visual.positional_embedding", np.zeros((6, 64)), "visual.positional_embedding has shape (6, 64), not (5,"),
+        ("token_embedding.weight", np.zeros(64), "token_embedding.weight has shape (64,)"),
+        ("token_embedding.weight", np.zeros((516, 128), int), "token_embedding.weight has dtype int64"),
+        ("transformer.resblocks.0.mlp.c_fc.weight", np.zeros((192, 48)), "width 48 is no multiple of 64"),
+        ("transformer.resblocks.1.ln_1.bias", np.zeros(128), "lacks transformer.resblocks.1.ln_1.weight"),
+    ],
+)
+def test_openai_sizes_that_do_not_fit(name: str, array: np.ndarray | None, word: str, tmp_path: Path) -> None:
+    state = openai_state() | {name: array}
+    if array is None:
+        del state[name]
+    path = write(tmp_path / "clip.pt", archive(state))
+    refused(lambda: read(path), path, word)
+
+
+# ---------------------------------------------------------------------------------------- Hugging Face folders refused
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "word"),
+    [
+        (("vision_config",), ..., "vision_config"),
+        (("text_config",), [], "configuration"),
+        (("vision_config", "hidden_size"), ..., "hidden_size"),
+        (("text_config", "max_position_embeddings"), ..., "max_position_embeddings"),
+        (("projection_dim",), None, "projection_dim is None"),
+        (("text_config", "hidden_size"), "128", "hidden_size is '128'"),
+        (("vision_config", "image_size"), [16, 16], "image_size is [16, 16]"),
+        (("vision_config", "patch_size"), 0, "patch_size is 0"),
+        (("vision_config", "num_hidden_layers"), 0, "num_hidden_layers is 0"),
+        (("vision_config", "num_hidden_layers"), 1.5, "num_hidden_layers is 1.5"),
+        (("text_config", "num_attention_heads"), 3, "no multiple of its 3 attention heads"),
+        (("text_config", "num_attention_heads"), 0, "num_attention_heads is 0"),
+        (("text_config", "hidden_act"), "gelu", "one hidden_act"),
+        (("text_config", "hidden_act"), ["gelu"], "hidden_act"),
+        (("text_config", "layer_norm_eps"), 1e-6, "one layer_norm_eps"),
+        (("text_config", "eos_token_id"), 516, "(514, 516)"),
+        (("text_config", "eos_token_id"), [515], "eos_token_id"),
+        (("text_config", "bos_token_id"), None, "bos_token_id"),
+    ],
+)
+def test_wrong_configuration(keys: tuple[str, ...], value: Any, word: str, folder: Path) -> None:
+    edit(folder, keys, value)
+    refused(lambda: weights.load(str(folder)), folder / "config.json", word)
+
+
+@pytest.mark.parametrize("key", ["hidden_act", "layer_norm_eps"])
+def test_value_that_no_tower_can_have(key: str, folder: Path) -> None:
+    for tower in ("vision_config", "text_config"):
+        edit(folder, (tower, key), "relu")
+    refused(lambda: weights.load(str(folder)), folder / "config.json", key, "quick_gelu")
+
+
+def test_weights_of_another_configuration(folder: Path) -> None:
+    edit(folder, ("vision_config", "num_hidden_layers"), 1)
+    edit(folder, ("projection_dim",), 40)
+    refused(
+        lambda: weights.load(str(folder)),
+        folder,
+        "unexpected 'vision_model.encoder.layers.1.mlp.fc2.bias'",
+        "text_projection.weight has shape (32, 128), not (40, 128)",
+    )
+
+
+def header(name: str, dtype: str, shape: list[int], size: int) -> bytes:
+    """A safetensors file of one tensor of zeros."""
+    content = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
+    return struct.pack("<Q", len(content)) + content + bytes(size)
+
+
+BROKEN = {
+    "config.json": [None, b"", b"{", b"[]", b"3", b"\xff"],
+    "model.safetensors": [
+        None, b"", b"12345678", struct.pack("<Q", 2**40) + b"{}", header("a", "F8_E4M3", [4], 4),
+        header("a", "F32", [4], 8), header("a\n", "F32", [1], 4), header("a", "NO\nNE", [1], 4),
+    ],
+    "tokenizer.json": [None, b"", b"{}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param(name, content, id=f"{name}-{number}")
+        for name, contents in BROKEN.items()
+        for number, content in enumerate(contents)
+    ],
+)
+def test_broken_file_is_named(name: str, content: bytes | None, folder: Path) -> None:
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    refused(lambda: weights.load(str(folder)), folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 3}}'])
+def test_broken_index_is_named(content: bytes, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_bytes(content)
+    refused(lambda: weights.load(str(folder)), folder / "model.safetensors.index.json")
+
+
+def test_missing_shard_is_named(folder: Path) -> None:
+    shard(folder)
+    (missing := folder / "model-00002-of-00002.safetensors").unlink()
+    refused(lambda: weights.load(str(folder)), missing, "do not exist")
+
+
+# ---------------------------------------------------------------------------------------------- load as a whole refused
+
+
+def test_missing_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "clip.pt", archive(openai_state()))
+    refused(lambda: weights.load(str(path)), clip.VOCABULARY_FILE, tmp_path, tmp_path / "cache")
+
+
+def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "clip.pt", archive(openai_state()))
+    vocabulary_file(tmp_path)
+    refused(lambda: weights.load(str(path)), path, "49408 tokens", "516")
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16", "vit-b32", "ViTL14"])
+def test_unknown_preset(name: str) -> None:
+    refused(lambda: weights.load(name), repr(name), "did you mean ViT-", "ViT-L/14@336px")
+
+
+@pytest.mark.parametrize("name", clip.PRESETS)
+def test_preset_that_is_not_in_the_cache(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path))
+    file = re.sub("[/@]", "-", name) + ".pt"
+    address = f"https://openaipublic.azureedge.net/clip/models/{weights.OPENAI_SHA256[name]}/{file}"
+    refused(lambda: weights.load(name), address, tmp_path / file)
+
+
+# ----------------------------------------------------------------------------------------------------------- any bytes
+
+MUTATIONS = st.lists(st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 255)), min_size=1, max_size=3)
+
+
+def mutated(content: bytes, places: Sequence[int], mutations: list[tuple[int, int]]) -> bytes:
+    changed = bytearray(content)
+    for place, value in mutations:
+        changed[places[place % len(places)]] = value
+    return bytes(changed)
+
+
+def read_unless_refused(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except InputError as error:
+        assert str(error).isprintable() and str(path) in str(error)
+        return None
+
+
+@functools.cache
+def packed() -> Mapping[str, bytes]:
+    """An archive whose tensors share one storage, and so is small."""
+    stored = Stored("0", "HalfStorage", max(array.size for array in openai_state().values()))
+    steps = {name: tuple(step // array.itemsize for step in array.strides) for name, array in openai_state().items()}
+    tree = module({name: rebuilt(stored, 0, array.shape, steps[name]) for name, array in openai_state().items()})
+    return entries(tree, {"0": np.linspace(-1, 1, stored.length, dtype=np.float16).tobytes()})
+
+
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(mutations=MUTATIONS)
+def test_any_bytes_in_a_pickle(mutations: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory) -> None:
+    name, files = "archive/data.pkl", packed()
+    content = mutated(files[name], range(len(files[name])), mutations)
+    read_unless_refused(write(tmp_path_factory.getbasetemp() / "pickle.pt", {**files, name: content}), read)
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, list[int], dict[str, np.ndarray]]:
+    """A file, its bytes, the places of those that are not contents of an entry, and its tensors."""
+    path = write(tmp_path_factory.mktemp("zip") / "clip.pt", packed())
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        places = [*range(file.start_dir, len(content))]
+        for entry in file.infolist():
+            places += range(entry.header_offset, entry.header_offset + 30 + len(entry.filename))
+    return path, content, places, weights.read_torch_archive(path)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@given(mutations=MUTATIONS)
+def test_any_bytes_in_a_zip(mutations: list[tuple[int, int]], intact: tuple) -> None:
+    """Checksums stand guard over the contents: what is read is what was written."""
+    path, content, places, original = intact
+    path.write_bytes(mutated(content, places, mutations))
+    tensors = read_unless_refused(path, weights.read_torch_archive)
+    if tensors is not None:
+        assert list(tensors) == list(original)
+        assert all(array.tobytes() == original[name].tobytes() for name, array in tensors.items())
+
+
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(mutations=MUTATIONS)
+def test_any_bytes_in_safetensors(mutations: list[tuple[int, int]], saved: Path) -> None:
+    content = (saved / "model.safetensors").read_bytes()
+    path = saved / "mutated.safetensors"
+    path.write_bytes(mutated(content, range(8 + int.from_bytes(content[:8], "little")), mutations))
+
+    def read(path: Path) -> clip.CLIP:
+        return weights.from_state_dict(weights.read_safetensors(path), CONFIG, "hugging_face", str(path))
+
+    read_unless_refused(path, read)
