@@ -293,7 +293,7 @@ def unaugmented_image(
     return evaluation_image(image, resolution)
 
 
-AUGMENTATIONS = {"crop": training_image, "none": unaugmented_image}
+AUGMENTATIONS = {"crop": training_image, "off": unaugmented_image}
 
 # ------------------------------------------------------------------------------------------------------------- batches
 

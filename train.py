@@ -5,16 +5,18 @@ Paper: Lipsum-FT, https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py -
 Each run has the folder OUT/METHOD/seed-S: config.json, metrics.jsonl, checkpoint/, best/ and results.json.
 """
 
+import ctypes
 import dataclasses
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
@@ -31,10 +33,16 @@ import data
 import eval as evaluation
 import lipsum
 import minidomain
+import pretrain
 import weights
 from clip import InputError, unknown
 
 LOG_EVERY = 10  # steps
+
+
+def _unsaid(metavar: str, default: str) -> Any:
+    """How --help shows an option whose default depends on the data set."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 @dataclass(frozen=True)
@@ -46,34 +54,33 @@ class Options:
     """
 
     method: tuple[str, ...] = ("lipsum",)
-    """How to fine-tune, one run each: ft, lipsum."""
+    """How to fine-tune, one run each: ft, lipsum. Or clip: pre-train a tiny CLIP on captioned images, into --out."""
     seed: tuple[int, ...] = (0,)
     """One run each: order of the images, augmentation, random texts."""
     model: str = "tiny"
-    """OpenAI's .pt file, a Hugging Face folder, the best/ folder of an earlier run, a preset whose .pt is in the cache
-    (ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px), or tiny, the CLIP that comes with this project."""
+    """OpenAI's .pt file, a Hugging Face folder, a run's best/ folder, a preset in the cache (ViT-B/16 ...), or tiny."""
     data: str = "minidomain"
-    """Layout of the data: domainnet (DOMAIN/CLASS/FILE with DOMAIN_train.txt and DOMAIN_test.txt), or minidomain, the
-    benchmark that comes with this project."""
-    data_root: Path | None = None
-    """The folder that holds the data (domainnet)."""
-    reference: str | None = None
-    """The split to train and select on, and the first column of the table. Default: real on minidomain."""
+    """domainnet (DOMAIN/CLASS/FILE, DOMAIN_train.txt, ...), minidomain (drawn), or for clip captions (captions.tsv)."""
+    data_root: Annotated[Path | None, _unsaid("DIR", "none")] = None
+    """The folder that holds the data (domainnet, captions)."""
+    reference: Annotated[str | None, _unsaid("SPLIT", "real on minidomain")] = None
+    """The split to train and select on, and the first column of the table."""
     shifts: tuple[str, ...] = ()
     """The splits that are only evaluated. Default: all others."""
-    templates: str | None = None
-    """A file with one prompt a line, or one prompt; {} stands for the class. Default: eight prompts on minidomain,
-    else "a photo of a {}."."""
+    templates: Annotated[str | None, _unsaid("FILE|PROMPT", "eight prompts on minidomain, else 'a photo of a {}.'")] = (
+        None
+    )
+    """A file with one prompt a line, or one prompt; {} stands for the class."""
     keep_underscores: bool = False
     """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
-    augmentation: Literal["crop", "none"] | None = None
-    """crop: random resized crops and mirroring. Default: none on minidomain, else crop."""
-    steps: int | None = None
-    """Updates to make. Default: 400 on minidomain, else 5000."""
-    batch_size: int | None = None
-    """Images per update, over all devices. Default: 64 on minidomain, else 256."""
-    learning_rate: float | None = None
-    """Peak rate of Adam. Default: 1e-3 on minidomain, else 1e-5."""
+    augmentation: Annotated[Literal["crop", "off"] | None, _unsaid("{crop,off}", "off on minidomain, else crop")] = None
+    """crop: random resized crops and mirroring."""
+    steps: Annotated[int | None, _unsaid("INT", "400 on minidomain, else 5000; clip has its own")] = None
+    """Updates to make."""
+    batch_size: Annotated[int | None, _unsaid("INT", "64 on minidomain, else 256; clip has its own")] = None
+    """Images per update, over all devices."""
+    learning_rate: Annotated[float | None, _unsaid("FLOAT", "1e-3 on minidomain, else 1e-5; clip has its own")] = None
+    """Peak rate of Adam."""
     warmup: float = 0.1
     """Fraction of the steps over which the rate rises from 0; it falls to 0 as a half cosine."""
     weight: float = 1.0
@@ -101,7 +108,7 @@ class Options:
 PAPER = {"steps": 5_000, "batch_size": 256, "learning_rate": 1e-5}  # for DomainNet
 DEFAULTS: dict[str, dict[str, Any]] = {
     "minidomain": {
-        "reference": "real", "augmentation": "none", "steps": 400, "batch_size": 64, "learning_rate": 1e-3,
+        "reference": "real", "augmentation": "off", "steps": 400, "batch_size": 64, "learning_rate": 1e-3,
     },
     "domainnet": {"reference": "", "templates": "a photo of a {}.", "augmentation": "crop", **PAPER},
 }  # fmt: skip
@@ -119,13 +126,15 @@ def check_options(options: Options) -> None:
     """Raises InputError for a value that makes no sense."""
     for method in options.method:
         if method not in lipsum.METHODS:
-            raise unknown("method", method, lipsum.METHODS)
+            raise unknown("method", method, [*lipsum.METHODS, "clip"])
     for name in ("steps", "batch_size", "num_texts", "text_length", "eval_every", "checkpoint_every", "workers"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1")
     for name in ("learning_rate", "weight"):
         if not 0 <= getattr(options, name) < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give a number, at least 0")
+    if options.resume and options.overwrite:
+        raise InputError("--resume keeps what --overwrite deletes: give one of them")
     if not 0 <= options.warmup <= 1:
         raise InputError(f"--warmup is {options.warmup}: give a fraction of the steps, from 0 to 1")
     if not options.method or not options.seed or min(options.seed) < 0 or max(options.seed) >= 2**32:
@@ -269,6 +278,13 @@ def write_metrics(log: Any, bar: tqdm, step: int, metrics: lipsum.Metrics, image
         raise InputError(f"the loss is {values['loss']} at step {step}: lower --learning-rate")
 
 
+def lines_up_to(path: Path, last_step: int) -> list[str]:
+    """The whole lines of a metrics.jsonl, where there is one, that a checkpoint of `last_step` has behind it."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
+    return [line for line in whole if json.loads(line)["step"] <= last_step]
+
+
 def save_best(folder: Path, setup: Setup, best: lipsum.Classifier) -> None:
     """The selected model as a Hugging Face CLIP folder, with the head and the names of its columns."""
     model = eqx.tree_at(lambda model: model.vision, setup.model, best.vision)
@@ -300,8 +316,7 @@ def fine_tune(setup: Setup, method: str, seed: int, zero_shot: dict[str, dict[st
 
     start, earlier_seconds = progress["step"], progress["seconds"]
     log_path = folder / "metrics.jsonl"
-    kept = log_path.read_text().splitlines() if log_path.exists() else []
-    log_path.write_text("".join(f"{line}\n" for line in kept if json.loads(line)["step"] <= start))
+    log_path.write_text("".join(lines_up_to(log_path, start)), encoding="utf-8")
 
     key = jax.random.key(seed)
     step_of_method = lipsum.METHODS[method].step
@@ -399,8 +414,36 @@ def prepare(options: Options) -> Setup:
     return Setup(options, model, tokenizer, images, data.replicate(frozen, mesh), mesh)
 
 
+def pretrain_options(options: Options) -> pretrain.Options:
+    """What `--method clip` reads of the options. Raises InputError where it is not asked for alone."""
+    if options.method != ("clip",) or len(options.seed) != 1:
+        raise InputError("--method clip trains one model: give it alone, with one --seed")
+    said = {
+        name: getattr(options, name)
+        for name in ("steps", "batch_size", "learning_rate")
+        if getattr(options, name) is not None
+    }
+    if options.data not in ("minidomain", "captions"):
+        raise unknown("captioned data set", options.data, ("minidomain", "captions"))
+    return pretrain.Options(
+        options.out, options.data, options.data_root, seed=options.seed[0], overwrite=options.overwrite, **said
+    )
+
+
+def keep_freed_memory() -> None:
+    """Has glibc, where there is one, keep what XLA frees: on CPU, mapping the pages anew takes a quarter of a step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_arena_max, 1)
+
+
 def main(options: Options) -> None:
     """Every method on every seed, then the table."""
+    if "clip" in options.method:
+        return pretrain.main(pretrain_options(options), shlex.join(["python", *sys.argv]))
     options = with_defaults(options)
     if options.data == "minidomain":
         print(
@@ -417,17 +460,18 @@ def main(options: Options) -> None:
         f"{options.data}: {len(images.train.classes)} classes, {len(images.train)} images to train on, "
         f"{len(images.selection)} to select on, to report on: {reports}"
     )
-    zero_shot = setup.evaluate_reports(setup.frozen.zero_shot)
-    folders = [run_folder(options, method, seed) for method in options.method for seed in options.seed]
-    for method in options.method:
-        for seed in options.seed:
-            if options.resume and (run_folder(options, method, seed) / "results.json").exists():
-                print(f"{run_folder(options, method, seed)} is finished: kept")
-            else:
-                fine_tune(setup, method, seed, zero_shot)
-    print(evaluation.table(evaluation.read_results(folders), "accuracy"))
+    runs = {(method, seed): run_folder(options, method, seed) for method in options.method for seed in options.seed}
+    finished = [run for run, folder in runs.items() if options.resume and (folder / "results.json").exists()]
+    for run in finished:
+        print(f"{runs[run]} is finished: kept")
+    if len(finished) < len(runs):
+        zero_shot = setup.evaluate_reports(setup.frozen.zero_shot)
+        for method, seed in [run for run in runs if run not in finished]:
+            fine_tune(setup, method, seed, zero_shot)
+    print(evaluation.table(evaluation.read_results(list(runs.values())), "accuracy"))
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Options, prog="python train.py")
+    arguments = tyro.cli(Options, prog="python train.py", config=(tyro.conf.FlagCreatePairsOff,))
+    keep_freed_memory()
     sys.exit(evaluation.exit_code(lambda: main(arguments)))

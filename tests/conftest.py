@@ -11,7 +11,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-with install_import_hook(["clip", "weights", "lipsum", "data", "eval", "train"], "beartype.beartype"):
+with install_import_hook(
+    ["clip", "weights", "lipsum", "minidomain", "data", "eval", "pretrain", "train"], "beartype.beartype"
+):
     import train  # noqa: F401 (imports all the others)
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -20,6 +20,7 @@ import clip
 import data
 import eval as evaluation
 import lipsum
+import minidomain
 import train
 import weights
 
@@ -149,6 +150,8 @@ def test_interrupted_run_resumes_to_the_same_bits(options: train.Options, monkey
         patched.setitem(lipsum.METHODS, "lipsum", lipsum.Method("Lipsum-FT", breaks))
         train.main(broken)
     folders = [options.out / name / "lipsum" / "seed-0" for name in ("unbroken", "broken")]
+    with open(folders[1] / "metrics.jsonl", "a") as log:
+        log.write('{"step": 5, "lo')  # what a kill may leave
     assert not (folders[1] / "results.json").exists()
     train.main(dataclasses.replace(broken, resume=True))
     contents = []
@@ -176,6 +179,33 @@ def test_resume_keeps_finished_runs_and_refuses_other_settings(options: train.Op
     assert (folder / "results.json").exists()
 
 
+def test_exported_benchmark_gives_the_same_numbers(
+    options: train.Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--data minidomain`, and `--data domainnet` on what `minidomain.py --export` wrote."""
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(minidomain, "SIZES", {"train": 40, "val": 20, "test": 20})
+    minidomain.main(export=tmp_path / "export")
+    drawn = dataclasses.replace(
+        options,
+        data="minidomain",
+        data_root=None,
+        reference=None,
+        templates="a {}.",
+        augmentation="off",
+        method=("ft",),
+    )
+    read = dataclasses.replace(drawn, data="domainnet", data_root=tmp_path / "export", reference="real")
+    results = []
+    for name, variant in (("drawn", drawn), ("read", read)):
+        train.main(dataclasses.replace(variant, out=options.out / name))
+        results.append(json.loads((options.out / name / "ft" / "seed-0" / "results.json").read_text()))
+    assert list(results[0]["splits"]) == list(minidomain.DOMAINS)
+    for key in ("zero_shot", "selection"):
+        assert results[0][key] == results[1][key]
+    assert results[0]["splits"] == {domain: results[1]["splits"][domain] for domain in minidomain.DOMAINS}
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -201,6 +231,9 @@ def test_resume_keeps_finished_runs_and_refuses_other_settings(options: train.Op
         ({"templates": "a photo"}, "--templates 'a photo' is neither a prompt with {} nor a readable file"),
         ({"templates": "a {} " + "x" * 60}, "tokens, the model takes 38: shorten it"),
         ({"seed": (-1,)}, "--seed"),
+        ({"method": ("ft", "clip")}, "--method clip trains one model: give it alone"),
+        ({"method": ("clip",)}, "unknown captioned data set 'domainnet'"),
+        ({"data": "captions"}, "unknown data set 'captions'"),
     ],
 )
 def test_bad_input_is_one_line_and_makes_nothing(
