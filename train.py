@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,18 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import Mesh
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer
+from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 import clip
 import data
 import eval as evaluation
 import lipsum
-import minidomain
 import pretrain
-import weights
 from clip import InputError, unknown
 
 LOG_EVERY = 10  # steps
@@ -54,7 +51,8 @@ class Options:
     """
 
     method: tuple[str, ...] = ("lipsum",)
-    """How to fine-tune, one run each: ft, lipsum. Or clip: pre-train a tiny CLIP on captioned images, into --out."""
+    """How to fine-tune, one run each: ft, scratch-ft, lp, lp-ft, ema, l2sp, kd, car-ft, lipsum, lipsum-exact,
+    kld-random, mse-fixed, feat-kd, or all. Or clip: pre-train a tiny CLIP on captioned images, into --out."""
     seed: tuple[int, ...] = (0,)
     """One run each: order of the images, augmentation, random texts."""
     model: str = "tiny"
@@ -75,7 +73,7 @@ class Options:
     """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
     augmentation: Annotated[Literal["crop", "off"] | None, _unsaid("{crop,off}", "off on minidomain, else crop")] = None
     """crop: random resized crops and mirroring."""
-    steps: Annotated[int | None, _unsaid("INT", "400 on minidomain, else 5000; clip has its own")] = None
+    steps: Annotated[int | None, _unsaid("INT", "250 on minidomain, else 5000; clip has its own")] = None
     """Updates to make."""
     batch_size: Annotated[int | None, _unsaid("INT", "64 on minidomain, else 256; clip has its own")] = None
     """Images per update, over all devices."""
@@ -83,12 +81,20 @@ class Options:
     """Peak rate of Adam."""
     warmup: float = 0.1
     """Fraction of the steps over which the rate rises from 0; it falls to 0 as a half cosine."""
-    weight: float = 1.0
-    """Lambda, the weight of the regulariser (lipsum)."""
+    weight: Annotated[float | None, _unsaid("FLOAT", "1; l2sp 0.01")] = None
+    """Lambda, the weight of the regulariser, for the methods that have one."""
     num_texts: int = 80
-    """M, random texts per step (lipsum)."""
+    """M, texts per step (lipsum, kld-random)."""
     text_length: int = 8
-    """L, random tokens per text (lipsum)."""
+    """L, random tokens per text (lipsum, lipsum-exact, kld-random)."""
+    guidance: Annotated[Path | None, _unsaid("FILE", "random texts")] = None
+    """A file with one text a line, to draw the M texts from (lipsum, kld-random), or to average over (lipsum-exact)."""
+    temperature: float = 1.0
+    """T of equation 20 (car-ft, kld-random)."""
+    decay: float = 0.99
+    """d of equation 16, the share of the old average (ema)."""
+    fixed_head: bool = False
+    """Keep the head as it is at the start."""
     eval_every: int = 1_000
     """Steps between evaluations on the selection data; the most accurate model is kept. Always at the end."""
     select_on: Literal["val", "test"] = "val"
@@ -108,7 +114,7 @@ class Options:
 PAPER = {"steps": 5_000, "batch_size": 256, "learning_rate": 1e-5}  # for DomainNet
 DEFAULTS: dict[str, dict[str, Any]] = {
     "minidomain": {
-        "reference": "real", "augmentation": "off", "steps": 400, "batch_size": 64, "learning_rate": 1e-3,
+        "reference": "real", "augmentation": "off", "steps": 250, "batch_size": 64, "learning_rate": 1e-3,
     },
     "domainnet": {"reference": "", "templates": "a photo of a {}.", "augmentation": "crop", **PAPER},
 }  # fmt: skip
@@ -119,20 +125,26 @@ def with_defaults(options: Options) -> Options:
     if options.data not in data.DATASETS:
         raise unknown("data set", options.data, data.DATASETS)
     unsaid = {name: value for name, value in DEFAULTS[options.data].items() if getattr(options, name) is None}
-    return dataclasses.replace(options, **unsaid)
+    method = tuple(lipsum.METHODS) if options.method == ("all",) else options.method
+    return dataclasses.replace(options, method=method, **unsaid)
 
 
 def check_options(options: Options) -> None:
     """Raises InputError for a value that makes no sense."""
     for method in options.method:
         if method not in lipsum.METHODS:
-            raise unknown("method", method, [*lipsum.METHODS, "clip"])
+            raise unknown("method", method, [*lipsum.METHODS, "all (alone)", "clip (alone)"])
     for name in ("steps", "batch_size", "num_texts", "text_length", "eval_every", "checkpoint_every", "workers"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1")
-    for name in ("learning_rate", "weight"):
-        if not 0 <= getattr(options, name) < float("inf"):
+    for name in ("learning_rate", "weight", "temperature"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give a number, at least 0")
+    if options.temperature == 0:
+        raise InputError("--temperature is 0: give a number above 0")
+    if not 0 <= options.decay < 1:
+        raise InputError(f"--decay is {options.decay}: give a number from 0 up to, but not including, 1")
     if options.resume and options.overwrite:
         raise InputError("--resume keeps what --overwrite deletes: give one of them")
     if not 0 <= options.warmup <= 1:
@@ -141,39 +153,16 @@ def check_options(options: Options) -> None:
         raise InputError("--method and --seed need at least one value, seeds from 0 to 2**32 - 1")
 
 
-def read_templates(templates: str | None) -> list[str]:
-    """The prompts of a file, or the one prompt given, or minidomain's. Raises InputError for one without `{}`."""
-    if templates is None:
-        return list(minidomain.TEMPLATES)
-    if "{}" in templates:
-        return [templates]
-    try:
-        lines = Path(templates).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--templates {templates!r} is neither a prompt with {{}} nor a readable file: {error}"
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"--templates {templates} is empty: write one prompt a line")
-    for prompt in prompts:
-        if "{}" not in prompt:
-            raise InputError(f"--templates {templates}: {prompt!r} has no {{}} for the class: add it")
-    return prompts
-
-
 # ---------------------------------------------------------------------------------------------------- files of a run
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Written beside its place and renamed onto it, so that the file is whole at any moment."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def run_folder(options: Options, method: str, seed: int) -> Path:
     return options.out / method / f"seed-{seed}"
+
+
+def weight_of(options: Options, method: str) -> float:
+    """Lambda: what was said, else the method's own."""
+    return lipsum.METHODS[method].weight if options.weight is None else options.weight
 
 
 def run_config(options: Options, method: str, seed: int, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -182,7 +171,7 @@ def run_config(options: Options, method: str, seed: int, classes: tuple[str, ...
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
         if field.name not in ("method", "seed", "out", "resume", "overwrite", "workers")
-    }
+    } | {"weight": weight_of(options, method)}
     return {
         "method": method,
         "seed": seed,
@@ -245,29 +234,6 @@ def load_checkpoint(
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What every run of one command shares."""
-
-    options: Options
-    model: clip.CLIP
-    tokenizer: Tokenizer
-    data: data.Data
-    frozen: lipsum.Frozen
-    mesh: Mesh
-
-    def evaluate(self, classifier: lipsum.Classifier, split: data.Split) -> dict[str, int | float]:
-        options = self.options
-        return evaluation.evaluate(classifier, self.frozen.tau, split, options.batch_size, options.workers, self.mesh)
-
-    def evaluate_reports(self, classifier: lipsum.Classifier) -> dict[str, dict[str, Any]]:
-        """The results of every reported split, with its role."""
-        return {
-            name: {"role": "shift" if index else "reference", **self.evaluate(classifier, split)}
-            for index, (name, split) in enumerate(self.data.reports.items())
-        }
-
-
 def write_metrics(log: Any, bar: tqdm, step: int, metrics: lipsum.Metrics, images_per_second: float) -> None:
     """A line of metrics.jsonl, and the bar's figures. Raises InputError where the loss is not finite."""
     values = {"loss": 0.0} | {name: float(value) for name, value in metrics.items()}  # jit sorts names; loss goes first
@@ -285,41 +251,65 @@ def lines_up_to(path: Path, last_step: int) -> list[str]:
     return [line for line in whole if json.loads(line)["step"] <= last_step]
 
 
-def save_best(folder: Path, setup: Setup, best: lipsum.Classifier) -> None:
-    """The selected model as a Hugging Face CLIP folder, with the head and the names of its columns."""
-    model = eqx.tree_at(lambda model: model.vision, setup.model, best.vision)
-    temporary = folder.with_name("best.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    weights.save(temporary, model, setup.tokenizer)
-    save_file({"head": np.asarray(best.head, order="C")}, temporary / "head.safetensors")
-    write_json(temporary / "classes.json", setup.data.train.classes)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+@dataclass(frozen=True)
+class Shared:
+    """What every run of one command shares."""
+
+    options: Options
+    setup: evaluation.Setup
+    guidance: Int[np.ndarray, "pool tokens"] | None
+    second_moment: Float[Array, "dim dim"] | None
+
+    def frozen(self, method: str) -> lipsum.Frozen:
+        options, setup = self.options, self.setup
+        names = {field.name for field in dataclasses.fields(lipsum.Settings)}
+        said = {name: value for name, value in vars(options).items() if name in names}
+        settings = lipsum.Settings(**said | {"weight": weight_of(options, method)})
+        extra = (self.guidance, self.second_moment if lipsum.METHODS[method].exact else None)
+        texts = data.replicate((setup.model.text, *extra), setup.mesh)
+        return lipsum.Frozen(setup.zero_shot, texts[0], setup.context_head, setup.tau, settings, *texts[1:])
+
+    @cached_property
+    def probe(self) -> lipsum.Classifier:
+        """LP: the zero-shot tower with the head trained to convergence on its features, without augmentation."""
+        setup = self.setup
+        features, labels = evaluation.features(setup.zero_shot.vision, setup.data.train, setup.sources, setup.mesh)
+        head, steps = lipsum.linear_probe(features, labels, setup.zero_shot.head, setup.tau)
+        print(f"linear probe: {int(steps)} steps of L-BFGS on {len(labels)} features")
+        return lipsum.Classifier(setup.zero_shot.vision, data.replicate(head, setup.mesh))
+
+    def start(self, method: str) -> lipsum.Classifier:
+        """Where the method starts."""
+        zero_shot, start = self.setup.zero_shot, lipsum.METHODS[method].start
+        if start == "probe":
+            return self.probe
+        return lipsum.Classifier(zero_shot.vision, 0 * zero_shot.head) if start == "zeros" else zero_shot
 
 
-def fine_tune(setup: Setup, method: str, seed: int, zero_shot: dict[str, dict[str, Any]]) -> None:
+def fine_tune(shared: Shared, method: str, seed: int, zero_shot: dict[str, dict[str, Any]]) -> None:
     """One run from its start, or its checkpoint with --resume, to results.json."""
-    options, frozen = setup.options, setup.frozen
+    options, setup, frozen = shared.options, shared.setup, shared.frozen(method)
     folder = run_folder(options, method, seed)
     config = run_config(options, method, seed, setup.data.train.classes)
     if options.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
-    state = data.replicate(lipsum.initial_state(frozen), setup.mesh)
-    best = frozen.zero_shot
+    step_of_method = lipsum.METHODS[method].step
+    last = options.steps if step_of_method else 0
+    best = shared.start(method)
+    state = data.replicate(lipsum.initial_state(frozen, best, lipsum.METHODS[method].averaged), setup.mesh)
     progress = {"step": 0, "seconds": 0.0, "best_accuracy": -1.0, "best_step": 0, "config": config}
     if options.resume and (folder / "checkpoint" / "state.eqx").exists():
         progress, state, best = load_checkpoint(folder / "checkpoint", config, state, best)
         state, best = data.replicate((state, best), setup.mesh)
-    write_json(folder / "config.json", config)
+    evaluation.write_json(folder / "config.json", config)
 
     start, earlier_seconds = progress["step"], progress["seconds"]
     log_path = folder / "metrics.jsonl"
     log_path.write_text("".join(lines_up_to(log_path, start)), encoding="utf-8")
 
     key = jax.random.key(seed)
-    step_of_method = lipsum.METHODS[method].step
     batches = data.training_batches(
         setup.data.train,
         frozen.zero_shot.vision.image_size,
@@ -333,14 +323,14 @@ def fine_tune(setup: Setup, method: str, seed: int, zero_shot: dict[str, dict[st
     timed_step, timed_at = start, began
     with (
         open(log_path, "a", encoding="utf-8") as log,
-        tqdm(total=options.steps, initial=start, desc=f"{method} seed {seed}", unit="step") as bar,
+        tqdm(total=last, initial=start, desc=f"{method} seed {seed}", unit="step") as bar,
     ):
-        for step in range(start + 1, options.steps + 1):
+        for step in range(start + 1, last + 1):
             previous = metrics if step > start + 1 else None
             state, metrics = step_of_method(state, frozen, data.shard_batch(next(batches), setup.mesh), key)
             jax.block_until_ready(previous)  # one step behind: waiting for this one would leave the device idle
             bar.update()
-            evaluates = step % options.eval_every == 0 or step == options.steps
+            evaluates = step % options.eval_every == 0 or step == last
             saves = evaluates or step % options.checkpoint_every == 0
             if step % LOG_EVERY == 0 or step == 1 or saves:
                 jax.block_until_ready(metrics)
@@ -348,25 +338,27 @@ def fine_tune(setup: Setup, method: str, seed: int, zero_shot: dict[str, dict[st
                 write_metrics(log, bar, step, metrics, (step - timed_step) * options.batch_size / (now - timed_at))
                 timed_step, timed_at = step, now
             if evaluates:
-                accuracy = setup.evaluate(state.classifier, setup.data.selection)["accuracy"]
+                accuracy = setup.evaluate([state.evaluated], setup.data.selection)["accuracy"]
                 if accuracy > progress["best_accuracy"]:
                     progress |= {"best_accuracy": accuracy, "best_step": step}
-                    best = jax.tree.map(jnp.copy, state.classifier)
+                    best = jax.tree.map(jnp.copy, state.evaluated)
             if saves:
                 progress |= {"step": step, "seconds": earlier_seconds + time.perf_counter() - began}
                 save_checkpoint(folder / "checkpoint", progress, state, best)
                 timed_at = time.perf_counter()
 
-    splits = setup.evaluate_reports(best)
-    save_best(folder / "best", setup, best)
-    write_json(
+    if last == 0:
+        progress["best_accuracy"] = setup.evaluate([best], setup.data.selection)["accuracy"]
+    splits = setup.evaluate_reports([best])
+    evaluation.save_classifier(folder / "best", setup, best)
+    evaluation.write_json(
         folder / "results.json",
         {
             "method": method,
             "model": options.model,
             "data": options.data,
             "seed": seed,
-            "steps": options.steps,
+            "steps": last,
             "seconds": round(progress["seconds"], 2),
             "settings": config["settings"],
             "selection": {"accuracy": progress["best_accuracy"], "step": progress["best_step"]},
@@ -379,39 +371,46 @@ def fine_tune(setup: Setup, method: str, seed: int, zero_shot: dict[str, dict[st
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def prepare(options: Options) -> Setup:
+def read_guidance(path: Path, setup: evaluation.Setup, at_least: int) -> Int[np.ndarray, "pool tokens"]:
+    """The texts of a file, one a line, tokenized and cut to the longest.
+
+    Raises InputError naming the line that is empty or too long, or where the texts are fewer than `at_least`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--guidance {path} cannot be read ({error}): give a UTF-8 file, one text a line") from error
+    for number, line in enumerate(lines, start=1):
+        if not clip.clean_text(line):
+            raise InputError(f"--guidance {path} line {number} is empty: write a text or delete the line")
+        try:
+            clip.tokenize(setup.tokenizer, [line], setup.model.config)
+        except InputError as error:
+            raise InputError(f"--guidance {path} line {number}: {error}") from error
+    if len(lines) < at_least:
+        raise InputError(f"--guidance {path} has {len(lines)} texts: give at least --num-texts {at_least} or lower it")
+    ids = clip.tokenize(setup.tokenizer, lines, setup.model.config)
+    return ids[:, : 1 + np.max(np.argmax(ids == setup.model.config.end_token, axis=1))]
+
+
+def prepare(options: Options) -> Shared:
     """Loads and checks everything that the runs share. Raises InputError before any long work."""
     check_options(options)
     check_folders(options)
-    templates = read_templates(options.templates)
-    mesh = data.device_mesh(options.batch_size)
-    model, tokenizer = weights.load(options.model)
-    if options.text_length + 2 > model.config.context_length:
+    names = [field.name for field in dataclasses.fields(evaluation.Sources)]
+    setup = evaluation.prepare(evaluation.Sources(**{name: getattr(options, name) for name in names}))
+    config = setup.model.config
+    if options.text_length + 2 > config.context_length:
         raise InputError(
             f"--text-length {options.text_length} with start and end token is over the model's context of "
-            f"{model.config.context_length} tokens: give at most {model.config.context_length - 2}"
+            f"{config.context_length} tokens: give at most {config.context_length - 2}"
         )
-    read = data.DATASETS[options.data]
-    images = read(options.data_root, options.reference, options.shifts, options.select_on, options.keep_underscores)
-    data.check_images([images.train, images.selection, *images.reports.values()], options.workers)
-
-    features = clip.prompt_features(model, tokenizer, images.train.classes, templates)
-    settings = lipsum.Settings(
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        warmup=options.warmup,
-        weight=options.weight,
-        num_texts=options.num_texts,
-        text_length=options.text_length,
-    )
-    frozen = lipsum.Frozen(
-        zero_shot=lipsum.Classifier(model.vision, clip.zero_shot_head(features)),
-        text=model.text,
-        context_head=clip.context_head(features),
-        tau=jnp.exp(model.logit_scale),
-        settings=settings,
-    )
-    return Setup(options, model, tokenizer, images, data.replicate(frozen, mesh), mesh)
+    draws = {"lipsum", "kld-random"} & set(options.method)
+    guidance = options.guidance and read_guidance(options.guidance, setup, options.num_texts if draws else 1)
+    second_moment = None
+    if any(lipsum.METHODS[method].exact for method in options.method):
+        second_moment = lipsum.text_second_moment(setup.model.text, guidance, options.text_length)
+    return Shared(options, setup, guidance, second_moment)
 
 
 def pretrain_options(options: Options) -> pretrain.Options:
@@ -450,9 +449,10 @@ def main(options: Options) -> None:
             "minidomain: 20 classes drawn in five domains, to see what fine-tuning costs and what Lipsum-FT saves\n"
             "real data: python train.py --model ViT-B/16 --data domainnet --data-root DIR --reference real"
         )
-    setup = prepare(options)
+    shared = prepare(options)
+    setup = shared.setup
     images = setup.data
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.frozen.zero_shot))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.zero_shot))
     reports = ", ".join(f"{len(split)} {name}" for name, split in images.reports.items())
     print(
         f"{options.model}: {parameters / 1e6:.1f} M trained parameters on {jax.device_count()} "
@@ -465,13 +465,15 @@ def main(options: Options) -> None:
     for run in finished:
         print(f"{runs[run]} is finished: kept")
     if len(finished) < len(runs):
-        zero_shot = setup.evaluate_reports(setup.frozen.zero_shot)
+        zero_shot = setup.evaluate_reports([setup.zero_shot])
         for method, seed in [run for run in runs if run not in finished]:
-            fine_tune(setup, method, seed, zero_shot)
+            fine_tune(shared, method, seed, zero_shot)
     print(evaluation.table(evaluation.read_results(list(runs.values())), "accuracy"))
 
 
 if __name__ == "__main__":
     arguments = tyro.cli(Options, prog="python train.py", config=(tyro.conf.FlagCreatePairsOff,))
     keep_freed_memory()
+    if not jax.config.jax_compilation_cache_dir:  # the next run of the same sizes starts at once
+        jax.config.update("jax_compilation_cache_dir", str(clip.cache_folder() / "jax"))
     sys.exit(evaluation.exit_code(lambda: main(arguments)))

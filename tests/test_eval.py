@@ -91,14 +91,14 @@ def test_zero_shot_on_real_images_equals_pytorch() -> None:
         batch = next(data.evaluation_batches(split, model.config.image_size, 4, workers=1))
         logits = lipsum.logits(clip.image_features(model.vision, jnp.asarray(batch["image"])), classifier.head, tau)
         np.testing.assert_allclose(logits, expected["first_logits"], rtol=0, atol=2e-3)
-        actual = evaluation.evaluate(classifier, tau, split, 64, 2, mesh)
+        actual = evaluation.evaluate([classifier], tau, split, 64, 2, mesh)
         assert actual["n"] == expected["n"]
         assert round(actual["accuracy"] * 210) == round(expected["accuracy"] * 210), name
         assert abs(actual["accuracy"] - expected["accuracy"]) < 1e-6
         assert abs(actual["nll"] - expected["nll"]) < 1e-4
         assert abs(actual["ece"] - expected["ece"]) < 1e-4
     # Padding never changes a metric: 210 images fill batches of 8 and of 64 with 6 and 46 more.
-    other = evaluation.evaluate(classifier, tau, split, 8, 2, data.device_mesh(8))
+    other = evaluation.evaluate([classifier], tau, split, 8, 2, data.device_mesh(8))
     for metric in ("accuracy", "ece", "nll"):
         np.testing.assert_allclose(other[metric], actual[metric], rtol=0, atol=1e-6)
 

@@ -101,7 +101,7 @@ def test_run_from_start_to_table(options: train.Options, capsys: pytest.CaptureF
     assert json.loads((folder / "best" / "classes.json").read_text()) == config["classes"]
     split = data.read_domainnet(options.data_root, "real", ("sketch",), "val").reports["sketch"]
     again = evaluation.evaluate(
-        lipsum.Classifier(best.vision, jnp.asarray(head)), jnp.exp(best.logit_scale), split, 8, 1, data.device_mesh(8)
+        [lipsum.Classifier(best.vision, jnp.asarray(head))], jnp.exp(best.logit_scale), split, 8, 1, data.device_mesh(8)
     )
     assert again["accuracy"] == results["splits"]["sketch"]["accuracy"]
     np.testing.assert_allclose(again["nll"], results["splits"]["sketch"]["nll"], rtol=1e-6)
@@ -123,9 +123,9 @@ def test_the_most_accurate_model_is_kept(options: train.Options, monkeypatch: py
     kept = []
     selection = iter([0.2, 0.6, 0.6])
 
-    def evaluate(classifier, tau, split, *rest):
+    def evaluate(members, tau, split, *rest):
         if split.name == "val":
-            kept.append(np.array(classifier.head))
+            kept.append(np.array(members[0].head))
             return {"n": 3, "accuracy": next(selection), "ece": 0.0, "nll": 0.0}
         return {"n": 12, "accuracy": 0.5, "ece": 0.0, "nll": 0.0}
 
