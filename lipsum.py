@@ -6,6 +6,7 @@ Equations stand in the paper's order under the paper's numbers; equation 1's zer
 Images are [B, H, W, 3], features [B, D] and [M, D] of unit norm, K classes.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -233,6 +234,7 @@ Loss = Callable[[Classifier, Frozen, Batch, PRNGKeyArray], tuple[Float[Array, ""
 Step = Callable[[State, Frozen, Batch, PRNGKeyArray], tuple[State, Metrics]]
 
 
+@functools.cache
 def training_step(loss: Loss) -> Step:
     """The jitted step of the method that minimises `loss`: gradient, Adam, update. Donates its state.
 
@@ -357,33 +359,37 @@ def feat_kd_loss(classifier, features, frozen, batch, key):
 
 
 class Method(NamedTuple):
-    """A way to fine-tune: its name in tables, its step, lambda, and where it starts."""
+    """A way to fine-tune: its name in tables, its loss, lambda, and where it starts."""
 
     label: str
-    step: Step | None  # None: nothing is trained after the start
+    loss: Loss | None  # None: nothing is trained after the start
     weight: float = 0.0  # lambda's default; 0 where the method has no regulariser
     start: Literal["zero-shot", "zeros", "probe"] = "zero-shot"  # the head at the start
     averaged: bool = False  # equation 16
     exact: bool = False  # needs C2
 
+    @property
+    def step(self) -> Step | None:
+        """The jitted step: methods of one loss share it."""
+        return training_step(self.loss) if self.loss else None
 
-ft_step = training_step(ft_loss)
+
 # A line a method. Lambda is the paper's for Lipsum-FT (the authors' script), and 1 where Tables 3 and 9 compare it with
 # its ablations; the digits of the others are lost in the paper's text, so that theirs are ours (README, "Weights").
 METHODS = {
-    "ft": Method("FT", ft_step),
-    "scratch-ft": Method("Scratch-FT", ft_step, start="zeros"),
+    "ft": Method("FT", ft_loss),
+    "scratch-ft": Method("Scratch-FT", ft_loss, start="zeros"),
     "lp": Method("LP", None, start="probe"),
-    "lp-ft": Method("LP-FT", ft_step, start="probe"),
-    "ema": Method("EMA", ft_step, averaged=True),
-    "l2sp": Method("L2SP", training_step(l2sp_loss), weight=1e-2),
-    "kd": Method("KD", training_step(kd_loss), weight=1.0),
-    "car-ft": Method("CAR-FT", training_step(car_ft_loss), weight=1.0),
-    "lipsum": Method("Lipsum-FT", training_step(lipsum_loss), weight=1.0),
-    "lipsum-exact": Method("Lipsum-FT, exact", training_step(lipsum_exact_loss), weight=1.0, exact=True),
-    "kld-random": Method("KLD, random", training_step(kld_random_loss), weight=1.0),
-    "mse-fixed": Method("MSE, fixed", training_step(mse_fixed_loss), weight=1.0),
-    "feat-kd": Method("FeatKD", training_step(feat_kd_loss), weight=1.0),
+    "lp-ft": Method("LP-FT", ft_loss, start="probe"),
+    "ema": Method("EMA", ft_loss, averaged=True),
+    "l2sp": Method("L2SP", l2sp_loss, weight=1e-2),
+    "kd": Method("KD", kd_loss, weight=1.0),
+    "car-ft": Method("CAR-FT", car_ft_loss, weight=1.0),
+    "lipsum": Method("Lipsum-FT", lipsum_loss, weight=1.0),
+    "lipsum-exact": Method("Lipsum-FT, exact", lipsum_exact_loss, weight=1.0, exact=True),
+    "kld-random": Method("KLD, random", kld_random_loss, weight=1.0),
+    "mse-fixed": Method("MSE, fixed", mse_fixed_loss, weight=1.0),
+    "feat-kd": Method("FeatKD", feat_kd_loss, weight=1.0),
 }
 
 # ------------------------------------------------------------------------------------------------ linear probe, table 4
@@ -491,7 +497,7 @@ def tpgm_projection(zero_shot: Classifier, fine_tuned: Classifier, gamma: Radii,
 
 def tpgm_loss(
     gamma: Radii, zero_shot: Classifier, fine_tuned: Classifier, tau: Float[Array, ""], batch: Batch, norm: Norm,
-    penalty: float,
+    penalty: float | Float[Array, ""],
 ) -> Float[Array, ""]:  # fmt: skip
     """Equation 19 on one batch; TPGM-C adds `penalty * |gamma|^2`, the form of the penalty being this project's."""
     projected = tpgm_projection(zero_shot, fine_tuned, gamma, norm)
@@ -519,7 +525,8 @@ def tpgm_start(zero_shot: Classifier, fine_tuned: Classifier, norm: Norm) -> tup
 @partial(jax.jit, static_argnames="norm")
 def tpgm_step(
     gamma: Radii, bound: Radii, state: optax.OptState, zero_shot: Classifier, fine_tuned: Classifier,
-    tau: Float[Array, ""], batch: Batch, norm: Norm, penalty: float,
+    tau: Float[Array, ""], batch: Batch, norm: Norm,
+    penalty: float | Float[Array, ""],
 ) -> tuple[Radii, optax.OptState, Float[Array, ""]]:  # fmt: skip
     """One step of Adam on gamma, which stays in [1e-8, bound]."""
     loss, gradient = jax.value_and_grad(tpgm_loss)(gamma, zero_shot, fine_tuned, tau, batch, norm, penalty)

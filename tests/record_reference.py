@@ -19,6 +19,15 @@ NAME.npz holds what `transformers.CLIPModel` makes of the weights, images and te
                         stream of random numbers, say) from a wrong model; sums over each image and each weight
     versions            of the libraries
 
+methods.npz holds one step of every fine-tuning method at the size `nano`, on `seeded.fine_tuning`, in float64:
+
+    METHOD/loss         cross-entropy plus lambda times the regulariser, both means over the images (L2SP: the sum
+                        over all parameters of vision tower, visual projection and head); KL(zero-shot || trained);
+                        tau 20, lambda 0.7, temperature 2 where there is one
+    METHOD/grad/LEAF    its gradient, under PyTorch's names; the head's is `head`
+    probe/loss          the least cross-entropy of a linear probe, and
+    probe/logits        its logits on its own data
+
 tokenizer.json.gz holds {"versions": {...}, "strings": [[text, ids], ...]}, the ids without start and end token.
 OpenAI's tokenizer passes texts through `ftfy` first; it is left out here, so that the ids depend on no version of it.
 """
@@ -51,7 +60,7 @@ MODELS = {
     "vit-b-16": ("ViT-B/16", "quick_gelu"),
     "vit-l-14": ("ViT-L/14", "quick_gelu"),
 }
-NAMES = [*MODELS, "tokenizer"]
+NAMES = [*MODELS, "methods", "tokenizer"]
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
@@ -143,6 +152,99 @@ def model_values(model, images: np.ndarray, token_ids: np.ndarray, all_tokens: b
         "logits": logits,
     }
     return {name: value.numpy() for name, value in values.items()}
+
+
+# The fine-tuning methods, written anew in PyTorch.
+
+TAU, LAMBDA, TEMPERATURE = 20.0, 0.7, 2.0
+
+
+def record_methods() -> None:
+    import torch
+    from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss, normalize
+
+    inputs = seeded.fine_tuning(seeded.SEED)
+    architecture = seeded.ARCHITECTURES["nano"]
+    zero_shot = build_model(architecture, "quick_gelu", inputs["zero_shot"]).double().requires_grad_(False)
+    pixels = (inputs["images"].astype(np.float32) / np.float32(255) - MEAN) / DEVIATION
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).double()
+    labels = torch.from_numpy(inputs["labels"]).long()
+    head0, context = (torch.from_numpy(inputs[name]).double() for name in ("zero_shot_head", "context_head"))
+    ids = torch.from_numpy(inputs["texts"]).long()
+
+    def unit(model, which: str, **given):
+        tower, projection = (model.vision_model, model.visual_projection)
+        if which == "text":
+            tower, projection = (model.text_model, model.text_projection)
+        return normalize(projection(tower(**given).pooler_output), dim=-1)
+
+    texts = unit(zero_shot, "text", input_ids=ids)
+    features0 = unit(zero_shot, "vision", pixel_values=pixels)
+
+    def kl(v, v0, temperature=1.0):
+        one, other = log_softmax(v / temperature, dim=1), log_softmax(v0 / temperature, dim=1)
+        return temperature**2 * kl_div(one, other, reduction="batchmean", log_target=True)
+
+    def halved_mse(v, v0):
+        return mse_loss(v, v0) / 2
+
+    def distance(model, head):
+        start = dict(zero_shot.named_parameters())
+        moved = [
+            ((parameter - start[name]) ** 2).sum()
+            for name, parameter in model.named_parameters()
+            if name.startswith("vis")
+        ]
+        return sum(moved) + ((head - head0) ** 2).sum()
+
+    # Each takes the trained features, model and head.
+    regularizers = {
+        "ft": lambda features, model, head: 0.0,
+        "scratch-ft": lambda features, model, head: 0.0,
+        "l2sp": lambda features, model, head: distance(model, head),
+        "kd": lambda features, model, head: kl(TAU * features @ head, TAU * features0 @ head0),
+        "car-ft": lambda features, model, head: kl(TAU * features @ context, TAU * features0 @ context, TEMPERATURE),
+        "lipsum": lambda features, model, head: halved_mse(TAU * features @ texts.T, TAU * features0 @ texts.T),
+        "lipsum-exact": lambda features, model, head: halved_mse(TAU * features @ texts.T, TAU * features0 @ texts.T),
+        "kld-random": lambda features, model, head: kl(
+            TAU * features @ texts.T, TAU * features0 @ texts.T, TEMPERATURE
+        ),
+        "mse-fixed": lambda features, model, head: halved_mse(TAU * features @ context, TAU * features0 @ context),
+        "feat-kd": lambda features, model, head: ((features - features0) ** 2).sum(dim=1).mean(),
+    }
+    values = {
+        "versions": np.array([f"{name} {version}" for name, version in versions("torch", "transformers").items()])
+    }
+    for method, regularizer in regularizers.items():
+        model = build_model(architecture, "quick_gelu", inputs["trained"]).double()
+        head = torch.from_numpy(inputs["trained_head"]).double()
+        head = (torch.zeros_like(head) if method == "scratch-ft" else head).requires_grad_()
+        features = unit(model, "vision", pixel_values=pixels)
+        loss = cross_entropy(TAU * features @ head, labels) + LAMBDA * regularizer(features, model, head)
+        loss.backward()
+        values[f"{method}/loss"] = loss.detach().numpy()
+        values[f"{method}/grad/head"] = head.grad.numpy().astype(np.float32)
+        for name, parameter in model.named_parameters():
+            if name.startswith("vis"):
+                values[f"{method}/grad/{name}"] = parameter.grad.numpy().astype(np.float32)
+
+    features = torch.from_numpy(inputs["probe_features"]).double()
+    labels = torch.from_numpy(inputs["probe_labels"]).long()
+    probe = torch.zeros(8, 5, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [probe], max_iter=5000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        solver.zero_grad()
+        loss = cross_entropy(features @ probe, labels)
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    values["probe/loss"] = closure().detach().numpy()
+    values["probe/logits"] = (features @ probe).detach().numpy()
+    np.savez_compressed(REFERENCE / "methods.npz", **values)
 
 
 # The tokenizer.
@@ -289,6 +391,8 @@ def main() -> None:
         began = time.perf_counter()
         if name == "tokenizer":
             record_tokenizer(arguments.shared)
+        elif name == "methods":
+            record_methods()
         else:
             record_model(name)
         print(f"{name}: {time.perf_counter() - began:.1f} s")

@@ -55,6 +55,17 @@ ARCHITECTURES = {
     },
 }
 
+# Small enough to record whole gradients.
+ARCHITECTURES["nano"] = ARCHITECTURES["tiny"] | {
+    "image_size": 16,
+    "vision_width": 16,
+    "vision_layers": 2,
+    "vision_heads": 2,
+    "text_width": 16,
+    "text_heads": 2,
+    "embedding_size": 8,
+}
+
 Tensor = tuple[str, tuple[int, ...], float, float]  # name, shape, mean, standard deviation
 
 
@@ -92,6 +103,46 @@ def token_ids(architecture: dict[str, int], seed: int, number: int) -> np.ndarra
     for text, length in zip(texts, lengths, strict=True):
         text[: length + 2] = [start, *generator.integers(0, start, length), end]
     return texts
+
+
+def fine_tuning(seed: int) -> dict[str, np.ndarray | dict[str, np.ndarray]]:
+    """What one step of every method needs, at the size `nano`: weights, images, labels, heads and texts.
+
+    `trained` is `zero_shot` with its vision tower moved, so that no regulariser is zero. Unit-norm heads are
+    [dim, classes] and [dim, templates]; `texts` is [texts, tokens]; `probe_*` is a linear probe's data.
+    """
+    architecture = ARCHITECTURES["nano"]
+    generator = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape, dtype=np.float32)
+
+    def unit_columns(columns: int) -> np.ndarray:
+        head = normal(architecture["embedding_size"], columns)
+        return head / np.linalg.norm(head, axis=0)
+
+    zero_shot = hugging_face_weights(architecture, seed)
+    vision = ("vision_model", "visual_projection")
+    trained = {
+        name: weight + np.float32(0.02) * normal(*weight.shape) if name.startswith(vision) else weight
+        for name, weight in zero_shot.items()
+    }
+    head = unit_columns(5)
+    texts = generator.integers(0, 98, (9, 6)).astype(np.int32)
+    texts[:, 0], texts[:, -1] = 98, 99
+    probe_features = unit_columns(60).T
+    return {
+        "zero_shot": zero_shot,
+        "trained": trained,
+        "zero_shot_head": head,
+        "trained_head": head + np.float32(0.05) * normal(*head.shape),
+        "context_head": unit_columns(7),
+        "images": images(architecture, seed, 6),
+        "labels": generator.integers(0, 5, 6).astype(np.int32),
+        "texts": texts,
+        "probe_features": probe_features,
+        "probe_labels": generator.integers(0, 5, 60).astype(np.int32),
+    }
 
 
 def _tensors(architecture: dict[str, int]) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import seeded
-from conftest import shared
+from conftest import REFERENCE, shared
 from test_clip import config_of, seeded_model
 
 import clip
@@ -205,6 +205,254 @@ def test_original_three_steps(recorded_texts) -> None:
                 assert np.abs(expected - start[name]).max() > 5e-6
 
 
+# ------------------------------------------------------------------------------------------ every method, in PyTorch
+
+TRAINED = [name for name, method in lipsum.METHODS.items() if method.loss]
+
+
+@functools.cache
+def methods_reference() -> dict[str, np.ndarray]:
+    with np.load(REFERENCE / "methods.npz") as file:
+        return dict(file)
+
+
+def nano_setup(dtype: type = np.float32) -> tuple[clip.CLIP, lipsum.Frozen, lipsum.Classifier, lipsum.Batch]:
+    """The inputs of `record_reference.py methods`, guidance being its very texts."""
+    inputs = seeded.fine_tuning(seeded.SEED)
+    config = config_of(seeded.ARCHITECTURES["nano"])
+    models = [
+        weights.from_state_dict(inputs[name], config, "hugging_face", "seeded") for name in ("zero_shot", "trained")
+    ]
+    zero_shot, trained = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), models)
+    texts = clip.text_features(zero_shot.text, jnp.asarray(inputs["texts"]))
+    frozen = lipsum.Frozen(
+        zero_shot=lipsum.Classifier(zero_shot.vision, jnp.asarray(inputs["zero_shot_head"].astype(dtype))),
+        text=zero_shot.text,
+        context_head=jnp.asarray(inputs["context_head"].astype(dtype)),
+        tau=jnp.asarray(dtype(20)),
+        settings=lipsum.Settings(steps=20, learning_rate=1e-3, weight=0.7, num_texts=9, temperature=2.0),
+        guidance=jnp.asarray(inputs["texts"]),
+        second_moment=texts.T @ texts / len(texts),
+    )
+    classifier = lipsum.Classifier(trained.vision, jnp.asarray(inputs["trained_head"].astype(dtype)))
+    pixels = inputs["images"] if dtype == np.float32 else (inputs["images"] / 255.0).astype(dtype)
+    return zero_shot, frozen, classifier, {"image": jnp.asarray(pixels), "label": jnp.asarray(inputs["labels"])}
+
+
+@pytest.mark.parametrize("method", [name for name in TRAINED if name not in ("ema", "lp-ft")])  # FT's loss
+def test_losses_and_gradients_equal_pytorch(method: str) -> None:
+    zero_shot, frozen, classifier, batch = nano_setup()
+    if lipsum.METHODS[method].start == "zeros":
+        classifier = lipsum.Classifier(classifier.vision, 0 * classifier.head)
+    loss = lipsum.METHODS[method].loss
+    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(classifier, frozen, batch, jax.random.key(0))
+    expected = methods_reference()
+    np.testing.assert_allclose(value, expected[f"{method}/loss"], rtol=1e-5)
+    model = eqx.tree_at(lambda model: model.vision, zero_shot, gradient.vision)
+    leaves = weights.to_state_dict(model, "hugging_face") | {"head": gradient.head}
+    compared = 0
+    for name, theirs in expected.items():
+        if name.startswith(f"{method}/grad/") and (method == "l2sp" or not name.endswith("k_proj.bias")):
+            ours = leaves[name.removeprefix(f"{method}/grad/")]
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max(), err_msg=name)
+            compared += 1
+    assert compared == 9 + 2 * (16 if method == "l2sp" else 15)
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch):
+    """JAX in float64 throughout: its own attention takes the softmax in float32 whatever it is given."""
+
+    def attention(query, key, value, is_causal):
+        scores = jnp.einsum("thd,shd->hts", query, key) / math.sqrt(query.shape[-1])
+        allowed = jnp.tril(jnp.ones(scores.shape[1:], bool)) | (not is_causal)
+        return jnp.einsum("hts,shd->thd", jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf)), value)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.usefixtures("float64")
+def test_gradients_are_those_of_finite_differences() -> None:
+    """In float64, along one random direction, for every loss."""
+    _, frozen, classifier, batch = nano_setup(np.float64)
+    random = np.random.default_rng(0)
+    direction = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape)), classifier)
+    for name in (name for name in TRAINED if lipsum.METHODS[name].loss is not lipsum.ft_loss or name == "ft"):
+
+        def along(t, loss=lipsum.METHODS[name].loss):
+            moved = jax.tree.map(lambda leaf, way: leaf + t * way, classifier, direction)
+            return loss(moved, frozen, batch, jax.random.key(0))[0]
+
+        # One compilation gives both: values beside the point and the slope in it.
+        values, slopes = jax.jit(jax.vmap(jax.value_and_grad(along)))(jnp.array([-1e-5, 0.0, 1e-5]))
+        np.testing.assert_allclose(slopes[1], (values[2] - values[0]) / 2e-5, rtol=1e-6, err_msg=name)
+
+
+def test_kld_tends_to_equation_21() -> None:
+    v, zero_shot_v = (lipsum.text_energies(features, TEXTS, TAU) for features in (IMAGES, OTHER))
+    difference = np.asarray(v, np.float64) - np.asarray(zero_shot_v, np.float64)
+    texts = len(TEXTS)
+    limit = np.mean((difference**2).sum(1) / (2 * texts) - difference.sum(1) ** 2 / (2 * texts**2))
+    with jax.enable_x64(True):  # the divergence is 1e-8 of its terms there
+        v, zero_shot_v = jnp.asarray(np.asarray(v), jnp.float64), jnp.asarray(np.asarray(zero_shot_v), jnp.float64)
+        np.testing.assert_allclose(lipsum.kld_regularizer(v, zero_shot_v, 1e4), limit, rtol=1e-3)
+
+
+def test_exact_lipsum_is_the_average_over_all_texts() -> None:
+    """10,000 random texts: eq. 7 on all of them at once, and their mean over batches of 80."""
+    _, frozen, classifier, batch = nano_setup()
+    second_moment = lipsum.text_second_moment(frozen.text, None, 8)
+    ids = lipsum.random_texts(frozen.text, 10_000, 8, jax.random.key(0))
+    features = clip.image_features(classifier.vision, batch["image"])
+    zero_shot = clip.image_features(frozen.zero_shot.vision, batch["image"])
+    exact = lipsum.expected_lipsum_regularizer(features, zero_shot, second_moment, frozen.tau)
+    texts = jax.jit(clip.text_features)(frozen.text, ids)
+    sampled = [
+        lipsum.lipsum_regularizer(
+            *(lipsum.text_energies(x, texts[start : start + 80], frozen.tau) for x in (features, zero_shot))
+        )
+        for start in range(0, 10_000, 80)
+    ]
+    np.testing.assert_allclose(exact, np.mean(sampled), rtol=1e-5)
+    np.testing.assert_allclose(exact, 20**2 / 2 * lipsum.energy_gap(features, zero_shot, texts), rtol=1e-5)
+
+
+def test_linear_probe_reaches_the_least_loss() -> None:
+    inputs, expected = seeded.fine_tuning(seeded.SEED), methods_reference()
+    features, labels = inputs["probe_features"], inputs["probe_labels"]
+    for head in (np.zeros((8, 5), np.float32), inputs["zero_shot_head"]):  # it is convex: the start does not matter
+        probe, steps = lipsum.linear_probe(*map(jnp.asarray, (features, labels, head)), jnp.float32(20))
+        u = lipsum.logits(jnp.asarray(features), probe, jnp.float32(20))
+        np.testing.assert_allclose(lipsum.cross_entropy(u, jnp.asarray(labels)), expected["probe/loss"], rtol=1e-5)
+        np.testing.assert_allclose(
+            jax.nn.softmax(u), np.asarray(jax.nn.softmax(expected["probe/logits"].astype(np.float32))), atol=1e-3
+        )
+        assert 0 < steps < 1000
+
+
+def test_average_is_equation_16_and_fixed_head_keeps_its_bits() -> None:
+    _, frozen, classifier, batch = nano_setup()
+    object.__setattr__(
+        frozen, "settings", lipsum.Settings(steps=20, learning_rate=1e-2, warmup=0.0, decay=0.75, fixed_head=True)
+    )
+    state = lipsum.initial_state(frozen, classifier, averaged=True)
+    average = jax.tree.map(lambda leaf: np.array(leaf, np.float64), frozen.zero_shot)
+    for _ in range(3):
+        state, _ = lipsum.training_step(lipsum.ft_loss)(state, frozen, batch, jax.random.key(0))
+        average = jax.tree.map(
+            lambda old, new: 0.75 * old + 0.25 * np.asarray(new, np.float64), average, state.classifier
+        )
+    for ours, expected in zip(jax.tree.leaves(state.evaluated), jax.tree.leaves(average), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(state.classifier.head, classifier.head)
+    assert not np.array_equal(state.classifier.vision.projection.weight, classifier.vision.projection.weight)
+
+
+def test_guidance_draws_different_texts_of_the_users() -> None:
+    _, frozen, _, _ = nano_setup()
+    object.__setattr__(frozen, "settings", lipsum.Settings(num_texts=4))
+    rows = {tuple(row) for row in np.asarray(frozen.guidance).tolist()}
+    seen = set()
+    for number in range(20):
+        drawn = [tuple(row) for row in np.asarray(lipsum.draw_texts(frozen, jax.random.key(number))).tolist()]
+        assert len(set(drawn)) == 4 and set(drawn) <= rows
+        seen |= set(drawn)
+    assert seen == rows
+
+
+# ----------------------------------------------------------------------------------------------------------- post-hoc
+
+
+def equal_leaves(one: lipsum.Classifier, other: lipsum.Classifier) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_wise_ends_are_the_models() -> None:
+    _, frozen, classifier, _ = nano_setup()
+    assert equal_leaves(lipsum.wise(frozen.zero_shot, classifier, 0.0), frozen.zero_shot)
+    assert equal_leaves(lipsum.wise(frozen.zero_shot, classifier, 1.0), classifier)
+    half = lipsum.wise(frozen.zero_shot, classifier, 0.25).head
+    np.testing.assert_allclose(half, 0.75 * frozen.zero_shot.head + 0.25 * classifier.head, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "mars"])
+def test_tpgm_projection(norm: lipsum.Norm) -> None:
+    """Ends, the radius reached per layer and tensor (by NumPy), gamma's start and bounds, its gradient."""
+    _, frozen, classifier, batch = nano_setup()
+    gamma, bound, optimizer = lipsum.tpgm_start(frozen.zero_shot, classifier, norm)
+
+    def projected(scale: float) -> lipsum.Classifier:
+        radii = jax.tree.map(lambda radius: scale * radius, bound)
+        return lipsum.tpgm_projection(frozen.zero_shot, classifier, radii, norm)
+
+    assert equal_leaves(projected(1e6), classifier)
+    assert equal_leaves(projected(0.0), frozen.zero_shot)
+
+    moved = np.asarray(classifier.vision.blocks.fc1.weight) - np.asarray(frozen.zero_shot.vision.blocks.fc1.weight)
+    shrunk = lipsum.tpgm_projection(frozen.zero_shot, classifier, gamma, norm)
+    shift = np.asarray(shrunk.vision.blocks.fc1.weight) - np.asarray(frozen.zero_shot.vision.blocks.fc1.weight)
+    radii = gamma.vision.blocks.fc1.weight
+    assert radii.shape == (2, 1, 1) and gamma.head.shape == (1, 1)
+    for layer in range(2):
+        if norm == "frobenius":
+            np.testing.assert_allclose(radii[layer, 0, 0], np.linalg.norm(moved[layer]) / 2, rtol=1e-5)
+            np.testing.assert_allclose(shift[layer], moved[layer] / 2, atol=1e-6)
+        else:
+            rows = np.abs(moved[layer]).sum(axis=1)
+            np.testing.assert_allclose(radii[layer, 0, 0], rows.min() / 2, rtol=1e-5)
+            np.testing.assert_allclose(np.abs(shift[layer]).sum(axis=1), rows.min() / 2, rtol=1e-3)
+            np.testing.assert_allclose(bound.vision.blocks.fc1.weight[layer, 0, 0], rows.max(), rtol=1e-5)
+
+    for _ in range(5):
+        gamma, optimizer, _ = lipsum.tpgm_step(
+            gamma, bound, optimizer, frozen.zero_shot, classifier, frozen.tau, batch, norm, 0.0
+        )
+    for radius, most in zip(jax.tree.leaves(gamma), jax.tree.leaves(bound), strict=True):
+        assert np.all(radius >= 1e-8) and np.all(radius <= np.maximum(most, 1e-8))
+
+
+@pytest.mark.usefixtures("float64")
+def test_tpgm_gradient_is_that_of_finite_differences() -> None:
+    _, frozen, classifier, batch = nano_setup(np.float64)
+    gamma, _, _ = lipsum.tpgm_start(frozen.zero_shot, classifier, "frobenius")
+    random = np.random.default_rng(0)
+    direction = jax.tree.map(lambda leaf: leaf * jnp.asarray(random.normal(size=leaf.shape)), gamma)
+
+    def along(t):
+        moved = jax.tree.map(lambda leaf, way: leaf + t * way, gamma, direction)
+        return lipsum.tpgm_loss(moved, frozen.zero_shot, classifier, frozen.tau, batch, "frobenius", 0.3)
+
+    values, slopes = jax.jit(jax.vmap(jax.value_and_grad(along)))(jnp.array([-1e-5, 0.0, 1e-5]))
+    np.testing.assert_allclose(slopes[1], (values[2] - values[0]) / 2e-5, rtol=1e-6)
+
+
+def test_soup_is_the_mean_and_of_one_is_that_one() -> None:
+    _, frozen, classifier, _ = nano_setup()
+    third = lipsum.wise(frozen.zero_shot, classifier, 3.0)
+    assert equal_leaves(lipsum.soup([classifier]), classifier)
+    mixed = lipsum.soup([frozen.zero_shot, classifier, third])
+    for mean, *members in zip(*map(jax.tree.leaves, (mixed, frozen.zero_shot, classifier, third)), strict=True):
+        np.testing.assert_allclose(mean, np.mean([np.asarray(x, np.float64) for x in members], axis=0), atol=1e-6)
+
+
+def test_greedy_members() -> None:
+    """Best first, ties in the order given, kept only if strictly better, at most so many; never below the best."""
+    alone = [0.5, 0.8, 0.8, 0.7]
+    asked = []
+
+    def accuracy_of(members: list[int]) -> float:
+        asked.append(members)
+        return {(1, 2): 0.8, (1, 3): 0.9, (1, 3, 0): 0.95}[tuple(members)]
+
+    assert lipsum.greedy_members(alone, accuracy_of, 4) == [1, 3, 0]
+    assert asked == [[1, 2], [1, 3], [1, 3, 0]]
+    assert lipsum.greedy_members(alone, accuracy_of, 2) == [1, 3]
+    assert lipsum.greedy_members(alone, lambda members: 0.1, 4) == [1]
+
+
 # --------------------------------------------------------------------------------------------------------------- steps
 
 
@@ -216,6 +464,7 @@ def tiny_setup() -> tuple[lipsum.Frozen, lipsum.Batch]:
         context_head=unit_rows(2, 40, 1).T,
         tau=jnp.float32(100),
         settings=lipsum.Settings(steps=20, learning_rate=1e-3),
+        second_moment=jnp.eye(40) / 40,
     )
     batch = {
         "image": jnp.asarray(seeded.images(seeded.ARCHITECTURES["tiny"], 1, 8)),
@@ -224,7 +473,7 @@ def tiny_setup() -> tuple[lipsum.Frozen, lipsum.Batch]:
     return frozen, batch
 
 
-@pytest.mark.parametrize("method", lipsum.METHODS)
+@pytest.mark.parametrize("method", [name for name in TRAINED if name not in ("scratch-ft", "lp-ft")])  # FT's step
 def test_steps_are_pure_compile_once_and_agree_on_1_2_and_8_devices(method: str) -> None:
     frozen, batch = tiny_setup()
     host_batch = {name: np.asarray(array) for name, array in batch.items()}
@@ -236,7 +485,7 @@ def test_steps_are_pure_compile_once_and_agree_on_1_2_and_8_devices(method: str)
         )
         for repeat in range(2):
             placed = data.replicate(frozen, mesh)
-            state = data.replicate(lipsum.initial_state(frozen), mesh)
+            state = data.replicate(lipsum.initial_state(frozen, averaged=lipsum.METHODS[method].averaged), mesh)
             compiled = step._cache_size()
             losses[devices, repeat] = []
             for _ in range(5):
@@ -262,7 +511,7 @@ def test_texts_are_fresh_at_every_step_and_the_zero_shot_model_stays() -> None:
     state = lipsum.State(moved, state.optimizer, state.step)
     seen = []
     for _ in range(3):
-        state, metrics = lipsum.lipsum_step(state, still, batch, jax.random.key(0))
+        state, metrics = lipsum.training_step(lipsum.lipsum_loss)(state, still, batch, jax.random.key(0))
         seen.append(float(metrics["regularizer"]))
     assert len(set(seen)) == 3
     for leaf, old in zip(jax.tree.leaves(frozen), before, strict=True):

@@ -140,14 +140,16 @@ def test_interrupted_run_resumes_to_the_same_bits(options: train.Options, monkey
     unbroken = dataclasses.replace(options, out=options.out / "unbroken")
     train.main(unbroken)
 
+    step = lipsum.METHODS["lipsum"].step
+
     def breaks(state, *rest):
         if int(state.step) == 4:  # a checkpoint was made at step 4
             raise KeyboardInterrupt
-        return lipsum.lipsum_step(state, *rest)
+        return step(state, *rest)
 
     broken = dataclasses.replace(options, out=options.out / "broken")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setitem(lipsum.METHODS, "lipsum", lipsum.Method("Lipsum-FT", breaks))
+        patched.setattr(lipsum, "training_step", lambda loss: breaks)
         train.main(broken)
     folders = [options.out / name / "lipsum" / "seed-0" for name in ("unbroken", "broken")]
     with open(folders[1] / "metrics.jsonl", "a") as log:
@@ -313,3 +315,110 @@ def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
     failed = run("train.py", "--method", "fft", *common)
     assert failed.returncode == 2 and failed.stderr.startswith("error: unknown method 'fft': did you mean ft")
     assert failed.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------- all methods, post-hoc
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of FT and Lipsum-FT with two seeds each; `other` holds a run on two prompts."""
+    out = tmp_path_factory.mktemp("runs")
+    options = train.Options(
+        method=("ft", "lipsum"), seed=(0, 1), model=str(model), data="domainnet", data_root=root, reference="real",
+        steps=4, batch_size=8, learning_rate=1e-3, num_texts=4, text_length=3, workers=1, out=out,
+    )  # fmt: skip
+    train.main(options)
+    train.main(
+        dataclasses.replace(options, method=("ft",), seed=(0,), templates="a sketch of a {}.", out=out / "other")
+    )
+    return out
+
+
+def classifier_of(folder: Path) -> list[np.ndarray]:
+    run = evaluation.read_run(folder)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(run.classifier)]
+
+
+def test_methods_that_start_elsewhere(options: train.Options, tmp_path: Path) -> None:
+    """LP trains the head alone; LP-FT starts there, Scratch-FT at zeros; a fixed head stays; guidance is read."""
+    (tmp_path / "texts.txt").write_text("red\nblue paint\na dog\nthe guitar\n")
+    options = dataclasses.replace(
+        options, method=("scratch-ft", "lp", "lp-ft", "lipsum-exact"), fixed_head=True, guidance=tmp_path / "texts.txt"
+    )
+    train.main(options)
+    runs = {name: evaluation.read_run(options.out / name / "seed-0") for name in options.method}
+    zero_shot, _ = weights.load(options.model)
+    np.testing.assert_array_equal(runs["scratch-ft"].classifier.head, 0)
+    np.testing.assert_array_equal(runs["lp"].classifier.head, runs["lp-ft"].classifier.head)
+    for old, new in zip(jax.tree.leaves(zero_shot.vision), jax.tree.leaves(runs["lp"].classifier.vision), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert runs["lp"].results["steps"] == 0 and runs["lp-ft"].results["steps"] == 6
+    # Three colours are three classes: a linear probe of a random tower tells them apart better than chance.
+    assert runs["lp"].results["splits"]["real"]["accuracy"] > 0.5
+
+
+def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [finished / "ft" / "seed-0", finished / "lipsum" / "seed-0", finished / "lipsum" / "seed-1"]
+    evaluation.wise_command((runs[0],), alphas=(0.0, 0.5, 1.0))
+    results = json.loads((runs[0] / "results.json").read_text())
+    ends = {
+        alpha: json.loads((finished / f"ft+wise-{alpha}" / "seed-0" / "results.json").read_text()) for alpha in (0, 1)
+    }
+    for split in ("real", "sketch"):
+        assert ends[1]["splits"][split] == results["splits"][split]
+        assert ends[0]["splits"][split] == results["zero_shot"][split]
+    for mixed, tuned in zip(classifier_of(finished / "ft+wise-1" / "seed-0"), classifier_of(runs[0]), strict=True):
+        np.testing.assert_array_equal(mixed, tuned)
+    assert "FT + WiSE 0.5" in capsys.readouterr().out
+
+    evaluation.tpgm_command((runs[1],), penalty=(0.5,), norm="mars", steps=3, batch_size=8)
+    assert "Lipsum-FT + TPGM-C 0.5 mars" in capsys.readouterr().out
+    how = json.loads((finished / "lipsum+tpgm-c-0.5-mars" / "seed-0" / "results.json").read_text())["post_hoc"]
+    assert how["select_on"] == "val"
+
+    evaluation.soup_command(tuple(runs))
+    evaluation.ensemble_command(tuple(runs))
+    selection = [json.loads((run / "results.json").read_text())["selection"]["accuracy"] for run in runs]
+    for kind in ("soup", "ensemble"):
+        made = json.loads((finished / f"ft,lipsum+{kind}" / "seed-0" / "results.json").read_text())
+        assert made["selection"]["accuracy"] >= max(selection)
+    evaluation.soup_command((runs[1],))
+    for mixed, tuned in zip(classifier_of(finished / "lipsum+soup" / "seed-0"), classifier_of(runs[1]), strict=True):
+        np.testing.assert_array_equal(mixed, tuned)
+    evaluation.table_command((finished / "ft", finished / "ft+wise-0.5", finished / "ft,lipsum+ensemble"))
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[-3:]] == [
+        "FT", "FT + WiSE 0.5", "FT, Lipsum-FT + ensemble",
+    ]  # fmt: skip
+
+
+def test_post_hoc_bad_input(finished: Path, tmp_path: Path) -> None:
+    run = finished / "ft" / "seed-1"
+    with pytest.raises(clip.InputError, match=r"--alphas has 1\.5"):
+        evaluation.wise_command((run,), alphas=(1.5,))
+    with pytest.raises(clip.InputError, match=r"has no config\.json"):
+        evaluation.wise_command((tmp_path,))
+    with pytest.raises(clip.InputError, match="no run is given"):
+        evaluation.soup_command(())
+    with pytest.raises(clip.InputError, match="has templates 'a photo of a"):
+        evaluation.soup_command((run, finished / "other" / "ft" / "seed-0"))
+    with pytest.raises(clip.InputError, match="penalty has -1"):
+        evaluation.tpgm_command((run,), penalty=(-1.0,))
+    evaluation.wise_command((run,), alphas=(0.7,))
+    with pytest.raises(clip.InputError, match="give --overwrite"):
+        evaluation.wise_command((run,), alphas=(0.7,))
+    evaluation.wise_command((run,), alphas=(0.7,), overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\n\nb\n", "line 2 is empty"),
+        ("a\n" + "word " * 40, "line 2: the text .* tokens, the model takes 38"),
+        ("a\nb\n", "has 2 texts: give at least --num-texts 4"),
+    ],
+)
+def test_bad_guidance(options: train.Options, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "texts.txt").write_text(text)
+    with pytest.raises(clip.InputError, match=message):
+        train.main(dataclasses.replace(options, guidance=tmp_path / "texts.txt"))
