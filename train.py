@@ -81,7 +81,7 @@ class Options:
     """Peak rate of Adam."""
     warmup: float = 0.1
     """Fraction of the steps over which the rate rises from 0; it falls to 0 as a half cosine."""
-    weight: Annotated[float | None, _unsaid("FLOAT", "1; l2sp 0.01")] = None
+    weight: Annotated[float | None, _unsaid("FLOAT", "1; l2sp 0.1, car-ft 3")] = None
     """Lambda, the weight of the regulariser, for the methods that have one."""
     num_texts: int = 80
     """M, texts per step (lipsum, kld-random)."""
@@ -91,7 +91,7 @@ class Options:
     """A file with one text a line, to draw the M texts from (lipsum, kld-random), or to average over (lipsum-exact)."""
     temperature: float = 1.0
     """T of equation 20 (car-ft, kld-random)."""
-    decay: float = 0.99
+    decay: float = 0.995
     """d of equation 16, the share of the old average (ema)."""
     fixed_head: bool = False
     """Keep the head as it is at the start."""
