@@ -51,8 +51,10 @@ class Options:
     """
 
     method: tuple[str, ...] = ("lipsum",)
-    """How to fine-tune, one run each: ft, scratch-ft, lp, lp-ft, ema, l2sp, kd, car-ft, lipsum, lipsum-exact,
-    kld-random, mse-fixed, feat-kd, or all. Or clip: pre-train a tiny CLIP on captioned images, into --out."""
+    """How to fine-tune, one run each, or all of them:
+    ft scratch-ft lp lp-ft ema l2sp kd car-ft
+    lipsum lipsum-exact kld-random mse-fixed feat-kd.
+    clip, alone: pre-train a tiny CLIP on captioned images."""
     seed: tuple[int, ...] = (0,)
     """One run each: order of the images, augmentation, random texts."""
     model: str = "tiny"
@@ -63,8 +65,8 @@ class Options:
     """The folder that holds the data (domainnet, captions)."""
     reference: Annotated[str | None, _unsaid("SPLIT", "real on minidomain")] = None
     """The split to train and select on, and the first column of the table."""
-    shifts: tuple[str, ...] = ()
-    """The splits that are only evaluated. Default: all others."""
+    shifts: Annotated[tuple[str, ...], _unsaid("SPLIT ...", "all others")] = ()
+    """The splits that are only evaluated."""
     templates: Annotated[str | None, _unsaid("FILE|PROMPT", "eight prompts on minidomain, else 'a photo of a {}.'")] = (
         None
     )
@@ -121,19 +123,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def with_defaults(options: Options) -> Options:
-    """The options, with the data set's defaults where nothing was said. Raises InputError for an unknown data set."""
+    """The options with `all` spelt out, and with the data set's defaults where nothing was said.
+
+    Raises InputError for an unknown data set.
+    """
     if options.data not in data.DATASETS:
         raise unknown("data set", options.data, data.DATASETS)
     unsaid = {name: value for name, value in DEFAULTS[options.data].items() if getattr(options, name) is None}
-    method = tuple(lipsum.METHODS) if options.method == ("all",) else options.method
-    return dataclasses.replace(options, method=method, **unsaid)
+    named = [name for said in options.method for name in (lipsum.METHODS if said == "all" else [said])]
+    return dataclasses.replace(options, method=tuple(dict.fromkeys(named)), **unsaid)
 
 
 def check_options(options: Options) -> None:
     """Raises InputError for a value that makes no sense."""
     for method in options.method:
         if method not in lipsum.METHODS:
-            raise unknown("method", method, [*lipsum.METHODS, "all (alone)", "clip (alone)"])
+            raise unknown("method", method, [*lipsum.METHODS, "all", "clip"])
     for name in ("steps", "batch_size", "num_texts", "text_length", "eval_every", "checkpoint_every", "workers"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1")
@@ -394,9 +399,7 @@ def read_guidance(path: Path, setup: evaluation.Setup, at_least: int) -> Int[np.
 
 
 def prepare(options: Options) -> Shared:
-    """Loads and checks everything that the runs share. Raises InputError before any long work."""
-    check_options(options)
-    check_folders(options)
+    """Loads everything that the runs share. Raises InputError before any long work."""
     names = [field.name for field in dataclasses.fields(evaluation.Sources)]
     setup = evaluation.prepare(evaluation.Sources(**{name: getattr(options, name) for name in names}))
     config = setup.model.config
@@ -444,6 +447,8 @@ def main(options: Options) -> None:
     if "clip" in options.method:
         return pretrain.main(pretrain_options(options), shlex.join(["python", *sys.argv]))
     options = with_defaults(options)
+    check_options(options)
+    check_folders(options)
     if options.data == "minidomain":
         print(
             "minidomain: 20 classes drawn in five domains, to see what fine-tuning costs and what Lipsum-FT saves\n"

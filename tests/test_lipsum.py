@@ -474,12 +474,12 @@ def tiny_setup() -> tuple[lipsum.Frozen, lipsum.Batch]:
 
 
 @pytest.mark.parametrize("method", [name for name in TRAINED if name not in ("scratch-ft", "lp-ft")])  # FT's step
-def test_steps_are_pure_compile_once_and_agree_on_1_2_and_8_devices(method: str) -> None:
+def test_steps_are_pure_compile_once_and_agree_on_several_devices(method: str) -> None:
     frozen, batch = tiny_setup()
     host_batch = {name: np.asarray(array) for name, array in batch.items()}
     step = lipsum.METHODS[method].step
     losses = {}
-    for devices in (1, 2, 8):
+    for devices in (1, 2, 8) if method in ("ft", "lipsum") else (1, 8):  # each compiles for seconds
         mesh = jax.make_mesh(
             (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
         )
@@ -488,15 +488,15 @@ def test_steps_are_pure_compile_once_and_agree_on_1_2_and_8_devices(method: str)
             state = data.replicate(lipsum.initial_state(frozen, averaged=lipsum.METHODS[method].averaged), mesh)
             compiled = step._cache_size()
             losses[devices, repeat] = []
-            for _ in range(5):
+            for _ in range(10):
                 given = state
                 state, metrics = step(given, placed, data.shard_batch(host_batch, mesh), jax.random.key(0))
                 losses[devices, repeat].append(float(metrics["loss"]))
             assert given.classifier.head.is_deleted()  # donated
             assert step._cache_size() - compiled == (repeat == 0)
         assert losses[devices, 0] == losses[devices, 1]
-    np.testing.assert_allclose(losses[2, 0], losses[1, 0], rtol=1e-5)
-    np.testing.assert_allclose(losses[8, 0], losses[1, 0], rtol=1e-5)
+    for devices, repeat in losses:
+        np.testing.assert_allclose(losses[devices, repeat], losses[1, 0], rtol=1e-5)
     assert losses[1, 0][-1] < losses[1, 0][1]
 
 
