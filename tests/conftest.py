@@ -10,6 +10,8 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Models here are so small that compiling them takes far longer than running them.
+jax.config.update("jax_disable_most_optimizations", True)
 
 with install_import_hook(
     ["clip", "weights", "lipsum", "minidomain", "data", "eval", "pretrain", "train"], "beartype.beartype"
