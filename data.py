@@ -7,6 +7,7 @@ uint8; `clip.standardize` turns them into floats on the device.
 """
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -101,6 +102,12 @@ def read_list(
     return files, np.array(labels, np.int32), tuple(folders[label] for label in range(len(folders)))
 
 
+def wrong_root(root: Path, lacking: str, layout: str) -> InputError:
+    """An error for a data root of the wrong shape, with what it holds and what it should."""
+    found = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else ["no such folder"]
+    return InputError(f"--data-root {root} has {lacking} (found: {', '.join(found) or 'nothing'}): expected {layout}")
+
+
 def choose_shifts(domains: Sequence[str], reference: str, shifts: tuple[str, ...]) -> tuple[str, ...]:
     """`shifts`, or all domains but the reference. Raises InputError for unknown ones and for the reference itself."""
     for domain in (reference, *shifts):
@@ -124,11 +131,8 @@ def read_domainnet(
         raise InputError("--data-root is needed with --data domainnet: the folder that holds DOMAIN_train.txt")
     domains = sorted(path.name.removesuffix("_test.txt") for path in root.glob("*_test.txt"))
     if not domains:
-        found = sorted(path.name for path in root.iterdir())[:8] if root.is_dir() else ["no such folder"]
-        raise InputError(
-            f"--data-root {root} has no DOMAIN_test.txt (found: {', '.join(found) or 'nothing'}): expected "
-            "DOMAIN/CLASS/FILE with the lists DOMAIN_train.txt and DOMAIN_test.txt"
-        )
+        layout = "DOMAIN/CLASS/FILE with the lists DOMAIN_train.txt and DOMAIN_test.txt"
+        raise wrong_root(root, "no DOMAIN_test.txt", layout)
     if not reference:
         raise InputError(f"--reference is needed with --data domainnet: one of {', '.join(domains)}")
     shifts = choose_shifts(domains, reference, shifts)
@@ -166,6 +170,80 @@ def hold_out_tenth(train: Split) -> tuple[Split, Split]:
     return take("train", np.flatnonzero(~held_out)), take("val", np.flatnonzero(held_out))
 
 
+# -------------------------------------------------------------------------------------------------------- CUB-200-2011
+
+CUB_LAYOUT = "images/, images.txt, image_class_labels.txt, train_test_split.txt and classes.txt, as CUB_200_2011 has"
+
+
+def read_numbered(path: Path) -> dict[int, tuple[str, str]]:
+    """The values of a file with one `ID VALUE` a line, by id, each with its place for messages.
+
+    Raises InputError, naming file and line, for a malformed line or an id that comes twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): restore it as UTF-8 text") from error
+    values: dict[int, tuple[str, str]] = {}
+    for number, line in enumerate(lines, start=1):
+        place = f"{path} line {number}"
+        identity, _, value = line.strip().partition(" ")
+        if not (identity.isascii() and identity.isdigit() and len(identity) < 10 and value):
+            raise InputError(f"{place}: {line!r} is not 'ID VALUE': correct the line")
+        if int(identity) in values:
+            raise InputError(f"{place}: {values[int(identity)][1]} has id {identity} already: delete one of them")
+        values[int(identity)] = (value, place)
+    return values
+
+
+def read_cub(
+    root: Path | None, reference: str, shifts: tuple[str, ...], select_on: str, keep_underscores: bool = False
+) -> Data:
+    """CUB-200-2011 (Wah et al. 2011) from its own files: one reported split, `cub`, and no shifts.
+
+    Labels follow the ids of classes.txt, whose names lose their numbers; `val` is a tenth of the training images, held
+    out. Raises InputError, naming file and line, where the files are missing, malformed or do not fit together.
+    """
+    if root is None:
+        raise InputError(f"--data-root is needed with --data cub: the folder that holds {CUB_LAYOUT}")
+    choose_shifts(("cub",), reference, shifts)
+    names = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
+    if any(not (root / name).is_file() for name in names):
+        raise wrong_root(root, "no CUB-200-2011", CUB_LAYOUT)
+    paths, class_of, part_of, title_of = (read_numbered(root / name) for name in names)
+    for name, values in (("image_class_labels.txt", class_of), ("train_test_split.txt", part_of)):
+        for some, others, lacking in ((paths, values, name), (values, paths, "images.txt")):
+            for image in some.keys() - others.keys():
+                raise InputError(f"{some[image][1]}: id {image} is not in {root / lacking}: correct one of the files")
+    if absent := set(range(1, len(title_of) + 1)) - title_of.keys():
+        raise InputError(f"{root / 'classes.txt'} has no id {min(absent)}: number the classes from 1 without gaps")
+    for bird, place in class_of.values():
+        if not (bird.isascii() and bird.isdigit() and int(bird) in title_of):
+            raise InputError(f"{place}: {bird!r} is no class of {root / 'classes.txt'}: correct the line")
+    for part, place in part_of.values():
+        if part not in ("0", "1"):
+            raise InputError(f"{place}: {part!r} is neither 1 (to train on) nor 0 (to test on): correct the line")
+    titles = [re.sub(r"^\d+\.", "", title_of[bird][0]) for bird in sorted(title_of)]
+    classes = tuple(titles if keep_underscores else [title.replace("_", " ") for title in titles])
+
+    def read(split: str, part: str) -> Split:
+        chosen = [image for image in paths if part_of[image][0] == part]
+        if not chosen:
+            raise InputError(
+                f"{root / 'train_test_split.txt'} has no line 'ID {part}': {split} has no image; restore it"
+            )
+        files = tuple(ListedFile(root / "images" / paths[image][0], paths[image][1]) for image in chosen)
+        return Split(split, classes, files, np.array([int(class_of[image][0]) - 1 for image in chosen], np.int32))
+
+    train, test = read("train", "1"), read("cub", "0")
+    if select_on == "test":
+        return Data(train, test, {"cub": test})
+    return Data(*hold_out_tenth(train), {"cub": test})
+
+
+# ---------------------------------------------------------------------------------------------------------- minidomain
+
+
 def read_minidomain(
     root: Path | None, reference: str, shifts: tuple[str, ...], select_on: str, keep_underscores: bool = False
 ) -> Data:
@@ -185,7 +263,7 @@ def read_minidomain(
     return Data(read("train", reference, "train"), selection, reports)
 
 
-DATASETS = {"minidomain": read_minidomain, "domainnet": read_domainnet}
+DATASETS = {"minidomain": read_minidomain, "domainnet": read_domainnet, "cub": read_cub}
 
 # -------------------------------------------------------------------------------------------------------- image files
 

@@ -60,7 +60,8 @@ class Options:
     model: str = "tiny"
     """OpenAI's .pt file, a Hugging Face folder, a run's best/ folder, a preset in the cache (ViT-B/16 ...), or tiny."""
     data: str = "minidomain"
-    """domainnet (DOMAIN/CLASS/FILE, DOMAIN_train.txt, ...), minidomain (drawn), or for clip captions (captions.tsv)."""
+    """domainnet (DOMAIN/CLASS/FILE, DOMAIN_train.txt, ...), cub (images.txt, ...), minidomain (drawn), or for clip
+    captions (captions.tsv)."""
     data_root: Annotated[Path | None, _unsaid("DIR", "none")] = None
     """The folder that holds the data (domainnet, captions)."""
     reference: Annotated[str | None, _unsaid("SPLIT", "real on minidomain")] = None
@@ -119,6 +120,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "reference": "real", "augmentation": "off", "steps": 250, "batch_size": 64, "learning_rate": 1e-3,
     },
     "domainnet": {"reference": "", "templates": "a photo of a {}.", "augmentation": "crop", **PAPER},
+    "cub": {"reference": "cub", "templates": "a photo of a {}, a type of bird.", "augmentation": "crop", **PAPER},
 }  # fmt: skip
 
 

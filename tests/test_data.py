@@ -592,6 +592,88 @@ def test_wrong_training_lists(content: bytes, message: str, root: Path) -> None:
         data.read_domainnet(root, "real", (), "test")
 
 
+# -------------------------------------------------------------------------------------------------------- CUB-200-2011
+
+
+@pytest.fixture
+def cub(tmp_path: Path) -> Path:
+    """CUB-200-2011's files: three birds, the ids in no order; of each six images, two are for testing."""
+    birds = {1: "001.Black_footed_Albatross", 2: "002.Laysan_Albatross", 3: "003.Chuck_will_Widow"}
+    lines = {"images.txt": [], "image_class_labels.txt": [], "train_test_split.txt": []}
+    for number, (bird, index) in enumerate(itertools.product(birds, range(6))):
+        image = (number * 7) % 18 + 1
+        path = f"{birds[bird]}/bird_{image:04}.jpg"
+        (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        smooth(24, 18, seed=image).save(tmp_path / "images" / path)
+        for name, value in zip(lines, (path, bird, int(index % 3 > 0)), strict=True):
+            lines[name].append(f"{image} {value}\n")
+    lines["classes.txt"] = [f"{bird} {name}\n" for bird, name in birds.items()]
+    for name, content in lines.items():
+        (tmp_path / name).write_text("".join(content))
+    return tmp_path
+
+
+def test_cub_layout(cub: Path) -> None:
+    """Every image, its label and its part, as its folder and the raw lines tell."""
+    part_of = dict(line.split() for line in (cub / "train_test_split.txt").read_text().splitlines())
+    images = data.read_cub(cub, "cub", (), "test")
+    assert list(images.reports) == ["cub"] and images.selection is images.reports["cub"]
+    assert images.train.classes == ("Black footed Albatross", "Laysan Albatross", "Chuck will Widow")
+    for split, part in ((images.train, "1"), (images.reports["cub"], "0")):
+        expected = {
+            (path, int(path.parent.name[:3]) - 1)
+            for path in cub.glob("images/*/*.jpg")
+            if part_of[str(int(path.stem[-4:]))] == part
+        }
+        assert len(split) == len(expected) == (12 if part == "1" else 6)
+        assert {(file.path, label) for file, label in zip(split.images, split.labels, strict=True)} == expected
+    data.check_images([images.train, images.selection], workers=1)
+    held_out = data.read_cub(cub, "cub", (), "val", keep_underscores=True)
+    assert (len(held_out.train), len(held_out.selection)) == (11, 1)
+    assert held_out.train.classes[0] == "Black_footed_Albatross"
+    assert held_out.reports["cub"].images == images.reports["cub"].images
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("images", "1 001.B", "001.B", "images.txt line 1: .* is not 'ID VALUE': correct the line"),
+        ("images", "8 001.B", "1 001.B", "images.txt line 2: .*images.txt line 1 has id 1 already: delete one"),
+        ("images", "8 001.B", "99 001.B", "images.txt line 2: id 99 is not in .*image_class_labels.txt: correct one"),
+        ("image_class_labels", "8 1\n", "", "images.txt line 2: id 8 is not in .*image_class_labels.txt"),
+        ("train_test_split", "8 1\n", "8 1\n19 1\n", "train_test_split.txt line 3: id 19 is not in .*images.txt"),
+        ("train_test_split", "8 1", "8 2", "train_test_split.txt line 2: '2' is neither 1 .* nor 0"),
+        ("image_class_labels", "8 1", "8 4", "image_class_labels.txt line 2: '4' is no class of .*classes.txt"),
+        ("image_class_labels", "8 1", "8 one", "image_class_labels.txt line 2: 'one' is no class of .*classes.txt"),
+        ("classes", "2 002.L", "4 002.L", "classes.txt has no id 2: number the classes from 1 without gaps"),
+        ("classes", "2 002.L", "\n2 002.L", "classes.txt line 2: '' is not 'ID VALUE'"),
+    ],
+)  # fmt: skip
+def test_wrong_lines_of_cub(name: str, old: str, new: str, message: str, cub: Path) -> None:
+    edit(cub / f"{name}.txt", old, new)
+    with raises(message):
+        data.read_cub(cub, "cub", (), "test")
+
+
+def test_wrong_files_of_cub(cub: Path) -> None:
+    with raises(r"--data-root is needed with --data cub: the folder that holds images/, images.txt"):
+        data.read_cub(None, "cub", (), "test")
+    with raises(r"has no CUB-200-2011 \(found: 001.Bl.*\): expected images/, images.txt, .*classes.txt"):
+        data.read_cub(cub / "images", "cub", (), "test")
+    with raises("unknown split 'real': .*known: cub"):
+        data.read_cub(cub, "cub", ("real",), "test")
+    (cub / "images.txt").write_bytes(b"1 \xff.jpg")
+    with raises("images.txt cannot be read .*: restore it as UTF-8 text"):
+        data.read_cub(cub, "cub", (), "test")
+
+
+def test_cub_without_images_to_train_on(cub: Path) -> None:
+    path = cub / "train_test_split.txt"
+    path.write_text(path.read_text().replace(" 1\n", " 0\n"))
+    with raises("train_test_split.txt has no line 'ID 1': train has no image; restore it"):
+        data.read_cub(cub, "cub", (), "test")
+
+
 # -------------------------------------------------------------------------------------------------------- broken files
 
 
