@@ -170,6 +170,15 @@ def hold_out_tenth(train: Split) -> tuple[Split, Split]:
     return take("train", np.flatnonzero(~held_out)), take("val", np.flatnonzero(held_out))
 
 
+def of_classes(split: Split, kept: Int[np.ndarray, " kept"]) -> Split:
+    """The images of the kept classes alone, these numbered anew in the same order."""
+    indices = np.flatnonzero(np.isin(split.labels, kept))
+    images = split.images
+    images = images[indices] if isinstance(images, np.ndarray) else tuple(images[index] for index in indices)
+    labels = np.searchsorted(kept, split.labels[indices]).astype(np.int32)
+    return Split(split.name, tuple(split.classes[index] for index in kept), images, labels)
+
+
 # -------------------------------------------------------------------------------------------------------- CUB-200-2011
 
 CUB_LAYOUT = "images/, images.txt, image_class_labels.txt, train_test_split.txt and classes.txt, as CUB_200_2011 has"
@@ -380,14 +389,19 @@ HostBatch = dict[
 ]
 
 
-def _example(split: Split, index: int, prepare: Any, *arguments: Any) -> dict[str, np.ndarray]:
-    file = split.images[index]
+def read_image(
+    file: ListedFile | UInt8[np.ndarray, "height width 3"], resolution: int, prepare: Any = evaluation_image, *more: Any
+) -> UInt8[np.ndarray, "resolution resolution 3"]:
+    """An image, decoded and prepared. Raises InputError naming file and place."""
     with open_image(file) as image:
         try:
-            pixels = prepare(image, *arguments)
+            return prepare(image, resolution, *more)
         except Exception as error:
             raise broken_image(file, error) from error
-    return {"image": pixels, "label": split.labels[index]}
+
+
+def _example(split: Split, index: int, *preparation: Any) -> dict[str, np.ndarray]:
+    return {"image": read_image(split.images[index], *preparation), "label": split.labels[index]}
 
 
 def _read_options(workers: int) -> grain.ReadOptions:
@@ -410,7 +424,7 @@ def training_batches(
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(lambda index, random: _example(split, index, prepare, resolution, random))
+        .random_map(lambda index, random: _example(split, index, resolution, prepare, random))
         .batch(batch_size)
     )
     return iter(dataset[start:].to_iter_dataset(_read_options(workers)))
@@ -427,7 +441,7 @@ def evaluation_batches(split: Split, resolution: int, batch_size: int, workers: 
 
     dataset = (
         grain.MapDataset.range(len(split))
-        .map(lambda index: _example(split, index, evaluation_image, resolution))
+        .map(lambda index: _example(split, index, resolution))
         .batch(batch_size, batch_fn=collect)
     )
     return iter(dataset.to_iter_dataset(_read_options(workers)))

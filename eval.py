@@ -1,4 +1,4 @@
-"""Evaluation: metrics, one pass over a split, tables of finished runs, and the post-hoc methods on them.
+"""Evaluation: metrics, one pass over a split, and the commands on finished runs: tables, figures, post-hoc methods.
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py table runs` prints the table of finished runs.
 
@@ -10,12 +10,12 @@ import json
 import math
 import os
 import shutil
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -32,8 +32,9 @@ import clip
 import data
 import lipsum
 import minidomain
+import tables
 import weights
-from clip import InputError, read_json
+from clip import InputError, read_json, unknown
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
@@ -43,48 +44,75 @@ def negative_log_likelihood(label_log_probability: Float[np.ndarray, " images"])
     return -float(np.mean(label_log_probability, dtype=np.float64))
 
 
-def expected_calibration_error(
-    confidence: Float[np.ndarray, " images"], correct: Bool[np.ndarray, " images"], bins: int = 15
-) -> float:
-    """ECE (Guo et al. 2017): |accuracy - confidence| over bins of equal width, weighted by their sizes.
+class Reliability(NamedTuple):
+    """Confidence bins of equal width, open below and closed above: images, how many are right, summed confidence."""
 
-    Bins are open below and closed above; `confidence` is the top-1 probability.
-    """
-    bin_of = np.digitize(confidence, np.linspace(0, 1, bins + 1), right=True)
-    gap = np.bincount(bin_of, correct - confidence.astype(np.float64), minlength=bins + 1)
-    return float(np.sum(np.abs(gap)) / len(confidence))
+    count: Float[np.ndarray, " bins"]
+    correct: Float[np.ndarray, " bins"]
+    confidence: Float[np.ndarray, " bins"]
+
+
+def reliability(
+    confidence: Float[np.ndarray, " images"], correct: Bool[np.ndarray, " images"], bins: int = 15
+) -> Reliability:
+    """`confidence` is the top-1 probability."""
+    bin_of = np.clip(np.digitize(confidence, np.linspace(0, 1, bins + 1), right=True) - 1, 0, bins - 1)
+    per_image = (np.ones(len(bin_of)), correct, confidence.astype(np.float64))
+    return Reliability(*(np.bincount(bin_of, values, bins) for values in per_image))
+
+
+def expected_calibration_error(bins: Reliability) -> float:
+    """ECE (Guo et al. 2017): |accuracy - confidence| over the bins, weighted by their sizes."""
+    return float(np.sum(np.abs(bins.correct - bins.confidence)) / np.sum(bins.count))
+
+
+def harmonic_mean(seen: float, unseen: float) -> float:
+    """`H = 2 S U / (S + U)` of generalised zero-shot (table 11)."""
+    return 2 * seen * unseen / (seen + unseen) if seen + unseen > 0 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
+class Predictions(NamedTuple):
+    """What one pass over a split tells of each image, in the split's order."""
+
+    features: Float[np.ndarray, "images dim"]  # unit norm; of an ensemble, the first member's
+    label_log_probability: Float[np.ndarray, " images"]  # nats
+    confidence: Float[np.ndarray, " images"]  # the top-1 probability
+    correct: Bool[np.ndarray, " images"]
+
+
 @jax.jit
-def _outcomes(
-    members: tuple[lipsum.Classifier, ...], tau: Float[Array, ""], batch: dict[str, Array]
-) -> tuple[Float[Array, " batch"], Float[Array, " batch"], Bool[Array, " batch"]]:
-    """Per image: the label's log-probability, the top-1 probability, and whether top-1 is the label.
-
-    Several members make an ensemble: the mean of their probabilities.
-    """
+def log_probabilities(
+    members: tuple[lipsum.Classifier, ...], tau: Float[Array, ""], images: Array
+) -> tuple[Float[Array, "batch classes"], Float[Array, "batch dim"]]:
+    """Of every class, in nats, and the first member's features. Several members: the mean of their probabilities."""
+    features = [clip.image_features(member.vision, images) for member in members]
     of_members = [
-        jax.nn.log_softmax(lipsum.logits(clip.image_features(member.vision, batch["image"]), member.head, tau))
-        for member in members
+        jax.nn.log_softmax(lipsum.logits(of_member, member.head, tau))
+        for of_member, member in zip(features, members, strict=True)
     ]
-    log_probabilities = jax.nn.logsumexp(jnp.stack(of_members), axis=0) - math.log(len(members))
-    of_label = jnp.take_along_axis(log_probabilities, batch["label"][:, None], axis=1)[:, 0]
-    top = jnp.max(log_probabilities, axis=1)
-    return of_label, jnp.exp(top), jnp.argmax(log_probabilities, axis=1) == batch["label"]
+    return jax.nn.logsumexp(jnp.stack(of_members), axis=0) - math.log(len(members)), features[0]
 
 
-def evaluate(
+@jax.jit
+def _outcomes(members: tuple[lipsum.Classifier, ...], tau: Float[Array, ""], batch: dict[str, Array]) -> tuple:
+    """A batch's `Predictions`."""
+    of_classes, features = log_probabilities(members, tau, batch["image"])
+    of_label = jnp.take_along_axis(of_classes, batch["label"][:, None], axis=1)[:, 0]
+    return features, of_label, jnp.exp(jnp.max(of_classes, axis=1)), jnp.argmax(of_classes, axis=1) == batch["label"]
+
+
+def predict(
     members: Sequence[lipsum.Classifier],
     tau: Float[Array, ""],
     split: data.Split,
     batch_size: int,
     workers: int,
     mesh: Mesh,
-) -> dict[str, int | float]:
-    """`n`, `accuracy`, `ece` and `nll` of a classifier, or of an ensemble of several, on a split, in one pass."""
+) -> Predictions:
+    """One pass of a classifier, or of an ensemble of several, over a split, preprocessed as for evaluation."""
     resolution = members[0].vision.image_size
     batches = data.evaluation_batches(split, resolution, batch_size, workers)
     collected = []
@@ -92,28 +120,19 @@ def evaluate(
         valid = batch.pop("valid")
         outcomes = _outcomes(tuple(members), tau, data.shard_batch(batch, mesh))
         collected.append([np.asarray(x)[valid] for x in outcomes])
-    of_label, confidence, correct = (np.concatenate(parts) for parts in zip(*collected, strict=True))
+    return Predictions(*(np.concatenate(parts) for parts in zip(*collected, strict=True)))
+
+
+def metrics(predictions: Predictions) -> dict[str, Any]:
+    """`n`, `accuracy`, `ece`, `nll`, and the bins of the reliability diagram."""
+    bins = reliability(predictions.confidence, predictions.correct)
     return {
-        "n": len(split),
-        "accuracy": float(np.mean(correct)),
-        "ece": expected_calibration_error(confidence, correct),
-        "nll": negative_log_likelihood(of_label),
+        "n": len(predictions.correct),
+        "accuracy": float(np.mean(predictions.correct)),
+        "ece": expected_calibration_error(bins),
+        "nll": negative_log_likelihood(predictions.label_log_probability),
+        "reliability": {name: values.tolist() for name, values in bins._asdict().items()},
     }
-
-
-_image_features = jax.jit(clip.image_features)
-
-
-def features(
-    vision: clip.VisionTower, split: data.Split, sources: "Sources", mesh: Mesh
-) -> tuple[Float[np.ndarray, "images dim"], Int[np.ndarray, " images"]]:
-    """Unit-norm embeddings of every image of a split, preprocessed as for evaluation, and the labels."""
-    batches = data.evaluation_batches(split, vision.image_size, sources.batch_size, sources.workers)
-    parts = []
-    for batch in tqdm(batches, f"features of {split.name}", -(-len(split) // sources.batch_size), leave=False):
-        valid = batch.pop("valid")
-        parts.append(np.asarray(_image_features(vision, data.shard_batch(batch, mesh)["image"]))[valid])
-    return np.concatenate(parts), split.labels
 
 
 # ------------------------------------------------------------------------------------------- what runs are made from
@@ -131,32 +150,83 @@ class Sources:
     templates: str | None
     keep_underscores: bool
     select_on: str
+    unseen: tuple[str, ...]
     batch_size: int
     workers: int
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every run of one command shares: the zero-shot model, its heads, the data, the devices."""
+    """What every run of one command shares: the zero-shot model, its heads, the data, the devices.
+
+    `classes` are all that are reported. Training and selection have those of `seen` (indices of `classes`): all of
+    them, but for generalised zero-shot.
+    """
 
     sources: Sources
     model: clip.CLIP
     tokenizer: Tokenizer
     data: data.Data
+    classes: tuple[str, ...]
+    seen: Int[np.ndarray, " seen"]
     zero_shot: lipsum.Classifier
     context_head: Float[Array, "dim templates"]
     tau: Float[Array, ""]
     mesh: Mesh
 
-    def evaluate(self, members: Sequence[lipsum.Classifier], split: data.Split) -> dict[str, int | float]:
-        return evaluate(members, self.tau, split, self.sources.batch_size, self.sources.workers, self.mesh)
+    def predict(self, members: Sequence[lipsum.Classifier], split: data.Split) -> Predictions:
+        return predict(members, self.tau, split, self.sources.batch_size, self.sources.workers, self.mesh)
 
-    def evaluate_reports(self, members: Sequence[lipsum.Classifier]) -> dict[str, dict[str, Any]]:
-        """The results of every reported split, with its role."""
+    def over_seen(self, classifier: lipsum.Classifier) -> lipsum.Classifier:
+        """The classifier over the classes of training and selection."""
+        if len(self.seen) == len(self.classes):
+            return classifier
+        return lipsum.Classifier(classifier.vision, classifier.head[:, self.seen])
+
+    def over_all(self, classifier: lipsum.Classifier) -> lipsum.Classifier:
+        """The classifier over all classes: where some are unseen, the head is the fixed zero-shot one."""
+        if len(self.seen) == len(self.classes):
+            return classifier
+        return lipsum.Classifier(classifier.vision, self.zero_shot.head)
+
+    def selection_accuracy(self, members: Sequence[lipsum.Classifier]) -> float:
+        """Accuracy on the selection data, of classifiers over the classes there."""
+        return float(np.mean(self.predict(members, self.data.selection).correct))
+
+    @cached_property
+    def zero_shot_predictions(self) -> dict[str, Predictions]:
+        return {name: self.predict([self.zero_shot], split) for name, split in self.data.reports.items()}
+
+    @cached_property
+    def second_moment(self) -> Float[Array, "dim dim"]:
+        """C2 over the 10,000 random texts of 8 tokens that the paper's energy gap is over."""
+        return lipsum.text_second_moment(self.model.text, None, min(8, self.model.config.context_length - 2))
+
+    @cached_property
+    def zero_shot_results(self) -> dict[str, dict[str, Any]]:
+        return {name: self.results_of(name, predictions) for name, predictions in self.zero_shot_predictions.items()}
+
+    def results(self, members: Sequence[lipsum.Classifier]) -> dict[str, dict[str, Any]]:
+        """Of every reported split what results.json tells."""
         return {
-            name: {"role": "shift" if index else "reference", **self.evaluate(members, split)}
-            for index, (name, split) in enumerate(self.data.reports.items())
+            name: self.results_of(name, self.predict(members, split), len(members) == 1)
+            for name, split in self.data.reports.items()
         }
+
+    def results_of(self, name: str, predictions: Predictions, is_one_model: bool = True) -> dict[str, Any]:
+        """Role and metrics of a split; energy gap and distortion of one model; where classes are unseen, S, U and H."""
+        results = {"role": "shift" if name in list(self.data.reports)[1:] else "reference", **metrics(predictions)}
+        if is_one_model:  # an ensemble has no features of its own
+            before = jnp.asarray(self.zero_shot_predictions[name].features)
+            after = jnp.asarray(predictions.features)
+            results["energy_gap"] = float(lipsum.expected_energy_gap(after, before, self.second_moment))
+            results["distortion"] = float(lipsum.feature_distortion(after, before))
+        if len(self.seen) < len(self.classes):
+            is_seen = np.isin(self.data.reports[name].labels, self.seen)
+            if is_seen.any() and not is_seen.all():  # a shift may lack the one or the other
+                seen, unseen = (float(np.mean(predictions.correct[which])) for which in (is_seen, ~is_seen))
+                results |= {"seen": seen, "unseen": unseen, "harmonic_mean": harmonic_mean(seen, unseen)}
+        return results
 
 
 def read_templates(templates: str | None) -> list[str]:
@@ -180,6 +250,33 @@ def read_templates(templates: str | None) -> list[str]:
     return prompts
 
 
+def check_text_length(length: int, config: clip.Config) -> None:
+    """Raises InputError where a random text of --text-length tokens does not fit the model."""
+    if length + 2 > config.context_length:
+        raise InputError(
+            f"--text-length {length} with start and end token is over the model's context of "
+            f"{config.context_length} tokens: give at most {config.context_length - 2}"
+        )
+
+
+def seen_classes(classes: tuple[str, ...], unseen: tuple[str, ...]) -> Int[np.ndarray, " seen"]:
+    """Indices of the classes that are not `unseen`.
+
+    Raises InputError for an unknown class, or where fewer than two stay.
+    """
+    known = {name.replace("_", " "): name for name in classes}
+    for name in unseen:
+        if name.replace("_", " ") not in known:
+            raise unknown("class", name, classes)
+    held_back = {known[name.replace("_", " ")] for name in unseen}
+    seen = np.array([index for index, name in enumerate(classes) if name not in held_back], np.int32)
+    if len(seen) < 2:
+        raise InputError(
+            f"--unseen holds back {len(held_back)} of {len(classes)} classes: leave two or more to train on"
+        )
+    return seen
+
+
 def prepare(sources: Sources) -> Setup:
     """Loads and checks the model and the data. Raises InputError before any long work."""
     templates = read_templates(sources.templates)
@@ -187,17 +284,22 @@ def prepare(sources: Sources) -> Setup:
     model, tokenizer = weights.load(sources.model)
     read = data.DATASETS[sources.data]
     images = read(sources.data_root, sources.reference, sources.shifts, sources.select_on, sources.keep_underscores)
+    classes = images.train.classes
+    seen = seen_classes(classes, sources.unseen)
+    if sources.unseen:
+        train, selection = (data.of_classes(split, seen) for split in (images.train, images.selection))
+        images = data.Data(train, selection, images.reports)
     data.check_images([images.train, images.selection, *images.reports.values()], sources.workers)
-    features = clip.prompt_features(model, tokenizer, images.train.classes, templates)
+    features = clip.prompt_features(model, tokenizer, classes, templates)
     zero_shot, context_head, tau = data.replicate(
         (
             lipsum.Classifier(model.vision, clip.zero_shot_head(features)),
-            clip.context_head(features),
+            clip.context_head(features[:, seen]),  # training knows no unseen class
             jnp.exp(model.logit_scale),
         ),
         mesh,
     )
-    return Setup(sources, model, tokenizer, images, zero_shot, context_head, tau, mesh)
+    return Setup(sources, model, tokenizer, images, classes, seen, zero_shot, context_head, tau, mesh)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -214,83 +316,17 @@ def save_classifier(folder: Path, setup: Setup, classifier: lipsum.Classifier) -
     shutil.rmtree(temporary, ignore_errors=True)
     weights.save(temporary, model, setup.tokenizer)
     save_file({"head": np.asarray(classifier.head, order="C")}, temporary / "head.safetensors")
-    write_json(temporary / "classes.json", setup.data.train.classes)
+    write_json(temporary / "classes.json", setup.classes)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
-
-Metric = Literal["accuracy", "ece", "nll"]
-# What tables show of each metric: heading, factor, decimals.
-SHOWN = {"accuracy": ("accuracy, %", 100, 1), "ece": ("ECE, %", 100, 1), "nll": ("NLL, nats", 1, 3)}
-
-
-def read_results(runs: list[Path]) -> list[dict[str, Any]]:
-    """Every `results.json` in or under the given folders. Raises InputError where there is none or one is broken."""
-    results = []
-    for run in runs:
-        found = sorted(run.rglob("results.json"))
-        if not found:
-            raise InputError(f"{run} holds no results.json: give the folders of finished runs")
-        for path in found:
-            content = read_json(path)
-            if missing := {"method", "seed", "splits", "zero_shot"} - set(content):
-                raise InputError(f"{path} lacks {', '.join(sorted(missing))}: it is not a run's; leave it out")
-            results.append(content | {"path": path})
-    first = results[0]
-    for other in results[1:]:
-        if list(other["splits"]) != list(first["splits"]):
-            raise InputError(
-                f"{first['path']} has splits {', '.join(first['splits'])}, {other['path']} has "
-                f"{', '.join(other['splits'])}: give runs of the same splits"
-            )
-    return results
-
-
-def table(results: list[dict[str, Any]], metric: str) -> str:
-    """Zero-shot and each method in rows, each split and the shifts' mean in columns; mean ± deviation over seeds."""
-    splits = results[0]["splits"]
-    shifts = [name for name, split in splits.items() if split["role"] == "shift"]
-    heading, factor, decimals = SHOWN[metric]
-
-    def cells(runs: list[dict[str, Any]]) -> list[str]:
-        """Each column's mean over `runs`, with the sample standard deviation where there are two or more."""
-        columns = [[run[name][metric] for run in runs] for name in splits]
-        if shifts:
-            columns.append([statistics.fmean(run[name][metric] for name in shifts) for run in runs])
-        return [
-            f"{factor * statistics.fmean(column):.{decimals}f}"
-            + (f" ± {factor * statistics.stdev(column):.{decimals}f}" if len(column) > 1 else "")
-            for column in columns
-        ]
-
-    rows = [[heading, *splits, *(["mean of shifts"] if shifts else [])]]
-    rows.append(["zero-shot", *cells([results[0]["zero_shot"]])])
-    for method in dict.fromkeys(result["method"] for result in results):
-        runs = [result["splits"] for result in results if result["method"] == method]
-        rows.append([label_of(method), *cells(runs)])
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    lines = [
-        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 # ----------------------------------------------------------------------------------------------------- finished runs
 
-POST_HOC = {"wise": "WiSE", "tpgm": "TPGM", "tpgm-c": "TPGM-C"}
 
-
-def label_of(method: str) -> str:
-    """What tables call a method: `lipsum+wise-0.9` is Lipsum-FT + WiSE 0.9."""
-    base, *suffixes = method.split("+")
-    names = [", ".join(lipsum.METHODS[name].label if name in lipsum.METHODS else name for name in base.split(","))]
-    for suffix in suffixes:
-        name = next((name for name in sorted(POST_HOC, reverse=True) if suffix.startswith(name)), "")
-        names.append(POST_HOC.get(name, "") + suffix.removeprefix(name).replace("-", " "))
-    return " + ".join(names)
+def print_table(results: Sequence[dict[str, Any]]) -> None:
+    """The table of accuracies that commands end with."""
+    print(tables.rendered(tables.table(results, "accuracy"), "text", bold=sys.stdout.isatty()))
 
 
 @dataclass(frozen=True)
@@ -303,15 +339,35 @@ class Run:
     classifier: lipsum.Classifier
 
 
-def read_run(folder: Path) -> Run:
-    """Raises InputError where the folder is no finished run with one classifier."""
-    for name in ("config.json", "results.json", "best/head.safetensors", "best/classes.json"):
+def needs(folder: Path, names: Sequence[str]) -> None:
+    """Raises InputError where the folder lacks one of the files."""
+    for name in names:
         if not (folder / name).exists():
             raise InputError(f"{folder} has no {name}: give the folder of a finished run, such as runs/lipsum/seed-0")
-    model, _ = weights.load(str(folder / "best"))
-    head = load_file(folder / "best" / "head.safetensors")["head"]
-    config, results = read_json(folder / "config.json"), read_json(folder / "results.json")
-    return Run(folder, config, results, lipsum.Classifier(model.vision, jnp.asarray(head)))
+
+
+def read_classifier(best: Path) -> tuple[lipsum.Classifier, clip.CLIP]:
+    """What `save_classifier` saved. Raises InputError where something is missing or damaged."""
+    needs(best, ("head.safetensors", "classes.json"))
+    model, _ = weights.load(str(best))
+    try:
+        head = load_file(best / "head.safetensors")["head"]
+    except Exception as error:  # a damaged file may raise anything
+        raise InputError(f"{best / 'head.safetensors'} cannot be read ({error}): restore it or train again") from error
+    classes = read_json(best / "classes.json")
+    if head.shape != (model.config.embedding_size, len(classes)):
+        raise InputError(
+            f"{best / 'head.safetensors'} has shape {head.shape}, the model {model.config.embedding_size} features and "
+            f"classes.json {len(classes)} names: restore the run's own files"
+        )
+    return lipsum.Classifier(model.vision, jnp.asarray(head)), model
+
+
+def read_run(folder: Path) -> Run:
+    """Raises InputError where the folder is no finished run with one classifier."""
+    needs(folder, ("config.json", "results.json", "best/head.safetensors"))
+    classifier, _ = read_classifier(folder / "best")
+    return Run(folder, read_json(folder / "config.json"), read_json(folder / "results.json"), classifier)
 
 
 def open_runs(folders: Sequence[Path], select_on: str | None) -> tuple[list[Run], Setup]:
@@ -332,11 +388,12 @@ def open_runs(folders: Sequence[Path], select_on: str | None) -> tuple[list[Run]
                 )
     settings = first.config["settings"]
     said = {name: settings[name] for name in shared} | {"batch_size": settings["batch_size"]}
-    said |= {"data_root": settings["data_root"] and Path(settings["data_root"]), "shifts": tuple(settings["shifts"])}
+    said |= {"data_root": settings["data_root"] and Path(settings["data_root"])}
+    said |= {name: tuple(settings[name]) for name in ("shifts", "unseen")}
     if select_on:
         said["select_on"] = select_on
     setup = prepare(Sources(**said, workers=os.cpu_count() or 1))
-    if list(setup.data.train.classes) != first.config["classes"]:
+    if list(setup.classes) != first.config["classes"]:
         raise InputError(f"the data of {first.folder} have other classes now: restore {settings['data_root']}")
     return runs, setup
 
@@ -367,8 +424,8 @@ def write_post_hoc(
         "steps": 0,
         "seconds": 0.0,
         "post_hoc": how,
-        "selection": {"accuracy": setup.evaluate(members, setup.data.selection)["accuracy"]},
-        "splits": setup.evaluate_reports(members),
+        "selection": {"accuracy": setup.selection_accuracy([setup.over_seen(member) for member in members])},
+        "splits": setup.results(members),
     }
     write_json(folder / "results.json", results)
     return results
@@ -397,7 +454,7 @@ def wise_command(
             folder = new_folder([run], method, overwrite)
             mixed = lipsum.wise(setup.zero_shot, run.classifier, alpha)
             results.append(write_post_hoc(folder, method, setup, [run], [mixed], {"alpha": alpha}))
-    print(table([run.results for run in opened] + results, "accuracy"))
+    print_table([run.results for run in opened] + results)
 
 
 def tpgm(
@@ -410,17 +467,16 @@ def tpgm(
     batch_size: int,
 ) -> lipsum.Classifier:
     """Equation 19 on the selection data, unaugmented, then the projection of equation 18."""
-    gamma, bound, state = lipsum.tpgm_start(setup.zero_shot, fine_tuned, norm)
+    zero_shot, fine_tuned = setup.over_seen(setup.zero_shot), setup.over_seen(fine_tuned)
+    gamma, bound, state = lipsum.tpgm_start(zero_shot, fine_tuned, norm)
     resolution = setup.zero_shot.vision.image_size
     batches = data.training_batches(
         setup.data.selection, resolution, batch_size, seed, setup.sources.workers, augmentation="off"
     )
     for _ in tqdm(range(steps), "TPGM", unit="step", leave=False):
         batch = data.shard_batch(next(batches), setup.mesh)
-        gamma, state, _ = lipsum.tpgm_step(
-            gamma, bound, state, setup.zero_shot, fine_tuned, setup.tau, batch, norm, penalty
-        )
-    return lipsum.tpgm_projection(setup.zero_shot, fine_tuned, gamma, norm)
+        gamma, state, _ = lipsum.tpgm_step(gamma, bound, state, zero_shot, fine_tuned, setup.tau, batch, norm, penalty)
+    return setup.over_all(lipsum.tpgm_projection(zero_shot, fine_tuned, gamma, norm))
 
 
 def tpgm_command(
@@ -461,7 +517,7 @@ def tpgm_command(
             how = {"norm": norm, "penalty": value, "steps": steps, "batch_size": batch_size}
             how["select_on"] = setup.sources.select_on
             results.append(write_post_hoc(folder, method, setup, [run], [projected], how))
-    print(table([run.results for run in opened] + results, "accuracy"))
+    print_table([run.results for run in opened] + results)
 
 
 def greedy_command(kind: Literal["soup", "ensemble"], folders: tuple[Path, ...], overwrite: bool) -> None:
@@ -477,7 +533,7 @@ def greedy_command(kind: Literal["soup", "ensemble"], folders: tuple[Path, ...],
         return [lipsum.soup(chosen)] if kind == "soup" else chosen
 
     def accuracy_of(indices: Sequence[int]) -> float:
-        return float(setup.evaluate(members_of(indices), setup.data.selection)["accuracy"])
+        return setup.selection_accuracy([setup.over_seen(member) for member in members_of(indices)])
 
     alone = [accuracy_of([index]) for index in range(len(runs))]
     members = lipsum.greedy_members(alone, accuracy_of, len(runs) if kind == "soup" else 4)
@@ -487,7 +543,7 @@ def greedy_command(kind: Literal["soup", "ensemble"], folders: tuple[Path, ...],
     }
     results = write_post_hoc(folder, method, setup, runs, members_of(members), how)
     print(f"{len(members)} of {len(runs)} runs are in the {kind}: {', '.join(how['members'])}")
-    print(table([run.results for run in runs] + [results], "accuracy"))
+    print_table([run.results for run in runs] + [results])
 
 
 def soup_command(runs: tyro.conf.Positional[tuple[Path, ...]], overwrite: bool = False) -> None:
@@ -523,18 +579,169 @@ def exit_code(command: Callable[[], None]) -> int:
     return 0
 
 
-def table_command(runs: tyro.conf.Positional[tuple[Path, ...]], metric: Metric = "accuracy") -> None:
-    """Print the table of finished runs: a row per method, a column per split.
+Runs = tyro.conf.Positional[tuple[Path, ...]]
+
+
+def table_command(runs: Runs, metric: tables.MetricName = "accuracy", format: tables.Format = "text") -> None:
+    """Print the table of finished runs: a row per method, a column per split, mean ± standard deviation over seeds.
 
     Args:
         runs: Folders of runs, or folders that hold some.
-        metric: What to show: accuracy or ECE in percent, NLL in nats.
+        metric: What to show; seen, unseen and harmonic-mean are those of runs with --unseen.
+        format: csv and json are unrounded, in fractions and nats.
     """
-    print(table(read_results(list(runs)), metric))
+    results = tables.read_results(runs)
+    print(tables.rendered(tables.table(results, metric), format, bold=sys.stdout.isatty()))
+    if metric in ("energy-gap", "distortion") and format == "text":
+        print(tables.correlations(results))
+
+
+def costs_command(runs: Runs, format: tables.Format = "text") -> None:
+    """Print what training cost: time per step and images per second by method, and the ratio to FT's.
+
+    Args:
+        runs: Folders of runs, or folders that hold some.
+        format: csv and json are unrounded.
+    """
+    print(tables.rendered(tables.costs(tables.read_results(runs)), format))
+
+
+def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = False) -> None:
+    """Write the paper's figures for finished runs, as PNG and SVG.
+
+    Args:
+        runs: Folders of runs, or folders that hold some.
+        out: The folder to write to.
+        files_only: Leave out the two figures that need the data and the models (energy vectors, contact sheet).
+    """
+    try:
+        import figures  # needs the extra; everything else does without
+    except ImportError as error:
+        raise InputError(f"figures need {error.name}: pip install '.[plots]'") from error
+    results = tables.read_results(runs)
+    drawn = {name: lambda draw=draw: draw(results) for name, draw in figures.FROM_FILES.items()}
+    if not files_only:
+        trained = {run["method"]: run["path"].parent for run in reversed(figures.trained(results))}
+        opened, setup = open_runs(list(reversed(trained.values())), None)
+        drawn["energy_vectors"] = lambda: energy_vectors_of(opened, setup)
+        drawn["contact_sheet"] = lambda: figures.contact_sheet(images_of_classes(setup))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, draw in drawn.items():
+        try:
+            figure = draw()
+        except figures.Nothing as nothing:
+            print(f"{name}: nothing to show yet, it needs {nothing}")
+            continue
+        for suffix in ("png", "svg"):
+            figure.savefig(out / f"{name}.{suffix}", dpi=200)
+        print(f"{out / name}.png, .svg")
+    print(tables.correlations(results))
+
+
+def first_images(split: data.Split, count: int) -> data.Split:
+    return dataclasses.replace(split, images=split.images[:count], labels=split.labels[:count])
+
+
+def energy_vectors_of(runs: Sequence[Run], setup: Setup) -> Any:
+    """Figure 15 for one run of each method: the first 100 images of every split."""
+    import figures
+
+    splits = {name: first_images(split, 100) for name, split in setup.data.reports.items()}
+
+    def features_of(classifier: lipsum.Classifier) -> dict[str, Float[np.ndarray, "_ dim"]]:
+        return {name: setup.predict([classifier], split).features for name, split in splits.items()}
+
+    after = {tables.label_of(run.results["method"]): features_of(run.classifier) for run in runs}
+    return figures.energy_vectors(features_of(setup.zero_shot), after, np.asarray(setup.second_moment))
+
+
+def images_of_classes(setup: Setup, most: int = 20) -> dict[str, dict[str, UInt8[np.ndarray, "_ _ 3"] | None]]:
+    """The first image of each of the first classes in every split, as evaluation sees it."""
+    return {
+        name: {
+            split.name: data.read_image(split.images[found[0]], setup.model.config.image_size) if len(found) else None
+            for split in setup.data.reports.values()
+            for found in [np.flatnonzero(split.labels == label)]
+        }
+        for label, name in list(enumerate(setup.classes))[:most]
+    }
+
+
+def energy_gap_command(
+    runs: Runs, num_texts: int = 10_000, text_length: int = 8, seed: int = 0, brute_force: bool = False
+) -> None:
+    """Print the energy gap (equation 6) of runs over random texts that you choose, on every split.
+
+    Args:
+        runs: Folders of finished runs, such as runs/lipsum/seed-0.
+        num_texts: Random texts.
+        text_length: Random tokens per text.
+        seed: Of the random texts; results.json has those of seed 0, 10,000 of 8 tokens.
+        brute_force: Also from every pair of image and text, beside the closed form d^T C2 d.
+    """
+    for name, value in (("num-texts", num_texts), ("text-length", text_length)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}: give at least 1")
+    opened, setup = open_runs(runs, None)
+    check_text_length(text_length, setup.model.config)
+    ids = lipsum.random_texts(setup.model.text, num_texts, text_length, jax.random.key(seed))
+    texts = jax.jit(lipsum.features_of_many)(setup.model.text, ids)
+    second_moment = texts.T @ texts / num_texts
+    for run in opened:
+        for name, split in setup.data.reports.items():
+            after = jnp.asarray(setup.predict([run.classifier], split).features)
+            before = jnp.asarray(setup.zero_shot_predictions[name].features)
+            line = f"{run.folder}  {name}  {lipsum.expected_energy_gap(after, before, second_moment):.6e}"
+            if brute_force:
+                pairs = (slice(start, start + 256) for start in range(0, len(after), 256))
+                total = sum(
+                    float(lipsum.energy_gap(after[part], before[part], texts)) * len(after[part]) for part in pairs
+                )
+                line += f"  brute force {total / len(after):.6e}"
+            print(line)
+
+
+def predict_command(
+    images: tyro.conf.Positional[tuple[Path, ...]], model: Path, top: int = 5, batch_size: int = 64
+) -> None:
+    """Print the most probable classes of image files.
+
+    Args:
+        images: Image files.
+        model: The folder of a finished run, such as runs/lipsum/seed-0, or its best/ folder.
+        top: How many classes to print.
+        batch_size: Images at a time.
+    """
+    if top < 1 or batch_size < 1:
+        raise InputError(f"--top is {top} and --batch-size {batch_size}: give at least 1")
+    if not images:
+        raise InputError("no image is given: give image files")
+    best = model / "best" if (model / "best").is_dir() else model
+    members, tau, classes = [], None, None
+    for folder in sorted(best.glob("member-*")) or [best]:
+        classifier, loaded = read_classifier(folder)
+        members.append(classifier)
+        tau, classes = jnp.exp(loaded.logit_scale), read_json(folder / "classes.json")
+    files = tuple(data.ListedFile(path, "image given") for path in images)
+    data.check_images([data.Split("images", tuple(classes), files, np.zeros(len(files), np.int32))], 1)
+    resolution = members[0].vision.image_size
+    for start in range(0, len(files), batch_size):
+        part = files[start : start + batch_size]
+        pixels = np.stack([data.read_image(file, resolution) for file in part])
+        of_classes, _ = log_probabilities(tuple(members), tau, jnp.asarray(pixels))
+        for file, probabilities in zip(part, np.exp(np.asarray(of_classes)), strict=True):
+            print(file.path)
+            for index in np.argsort(-probabilities, kind="stable")[:top]:
+                print(f"  {100 * probabilities[index]:5.1f} %  {classes[index]}")
 
 
 app = tyro.extras.SubcommandApp()
 app.command(name="table")(table_command)
+app.command(name="costs")(costs_command)
+app.command(name="figures")(figures_command)
+
+app.command(name="energy-gap")(energy_gap_command)
+app.command(name="predict")(predict_command)
 app.command(name="wise")(wise_command)
 app.command(name="tpgm")(tpgm_command)
 app.command(name="soup")(soup_command)

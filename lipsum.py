@@ -114,6 +114,13 @@ def energy_gap(
     return jnp.mean((energy(images, texts) - energy(zero_shot_images, texts)) ** 2)
 
 
+def feature_distortion(
+    images: Float[Array, "batch dim"], zero_shot_images: Float[Array, "batch dim"]
+) -> Float[Array, ""]:
+    """Figures 3 and 9 to 12: the mean of `|F_theta(x) - F_theta0(x)|` over images."""
+    return jnp.mean(jnp.linalg.norm(images - zero_shot_images, axis=1))
+
+
 # --------------------------------------------------------------------------------------------- Lipsum-FT, section 4.2
 
 
@@ -154,12 +161,26 @@ def text_second_moment(
 ) -> Float[Array, "dim dim"]:
     """`C2 = E_t[G_phi(t) G_phi(t)^T]` over 10,000 random texts, the same for every run, or over the user's texts.
 
-    One matrix stands for all of them: equation 6 over those texts is `d^T C2 d`, and equation 7's expectation is
-    `tau^2 / 2` of that, with `d = F_theta(x) - F_theta0(x)`.
+    One matrix stands for all of them, in equation 6 and in the expectation of equation 7.
     """
     ids = random_texts(text, 10_000, length, jax.random.key(0)) if guidance is None else guidance
-    features = jax.lax.map(lambda one: clip.normalize(text(one)), ids, batch_size=500)
+    features = features_of_many(text, ids)
     return features.T @ features / len(ids)
+
+
+def features_of_many(text: clip.TextTower, ids: Int[Array, "texts tokens"]) -> Float[Array, "texts dim"]:
+    """Unit-norm embeddings of thousands of texts, in batches of 500: all at once would fill the memory."""
+    return jax.lax.map(lambda one: clip.normalize(text(one)), ids, batch_size=500)
+
+
+def expected_energy_gap(
+    images: Float[Array, "batch dim"],
+    zero_shot_images: Float[Array, "batch dim"],
+    second_moment: Float[Array, "dim dim"],
+) -> Float[Array, ""]:
+    """Equation 6 over all the texts of `second_moment`: `d^T C2 d` for `d = F_theta(x) - F_theta0(x)`."""
+    difference = images - zero_shot_images
+    return jnp.mean(jnp.sum(difference @ second_moment * difference, axis=1))
 
 
 def expected_lipsum_regularizer(
@@ -169,8 +190,7 @@ def expected_lipsum_regularizer(
     tau: Float[Array, ""],
 ) -> Float[Array, ""]:
     """Equation 7 averaged over all the texts of `second_moment`: `tau^2 / 2 d^T C2 d`, the mean over the batch."""
-    difference = images - zero_shot_images
-    return tau**2 / 2 * jnp.mean(jnp.sum(difference @ second_moment * difference, axis=1))
+    return tau**2 / 2 * expected_energy_gap(images, zero_shot_images, second_moment)
 
 
 # ----------------------------------------------------------------------------------- the other regularisers, appendix B
@@ -366,7 +386,7 @@ class Method(NamedTuple):
     weight: float = 0.0  # lambda's default; 0 where the method has no regulariser
     start: Literal["zero-shot", "zeros", "probe"] = "zero-shot"  # the head at the start
     averaged: bool = False  # equation 16
-    exact: bool = False  # needs C2
+    texts: Literal["", "drawn", "averaged"] = ""  # random ones: none, M at every step, or C2
 
     @property
     def step(self) -> Step | None:
@@ -387,9 +407,9 @@ METHODS = {
     "l2sp": Method("L2SP", l2sp_loss, weight=0.1),
     "kd": Method("KD", kd_loss, weight=1.0),
     "car-ft": Method("CAR-FT", car_ft_loss, weight=3.0),
-    "lipsum": Method("Lipsum-FT", lipsum_loss, weight=1.0),
-    "lipsum-exact": Method("Lipsum-FT, exact", lipsum_exact_loss, weight=1.0, exact=True),
-    "kld-random": Method("KLD, random", kld_random_loss, weight=1.0),
+    "lipsum": Method("Lipsum-FT", lipsum_loss, weight=1.0, texts="drawn"),
+    "lipsum-exact": Method("Lipsum-FT, exact", lipsum_exact_loss, weight=1.0, texts="averaged"),
+    "kld-random": Method("KLD, random", kld_random_loss, weight=1.0, texts="drawn"),
     "mse-fixed": Method("MSE, fixed", mse_fixed_loss, weight=1.0),
     "feat-kd": Method("FeatKD", feat_kd_loss, weight=1.0),
 }

@@ -2,16 +2,19 @@
 
 Paper: Lipsum-FT, https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --help` lists every option.
 
-Each run has the folder OUT/METHOD/seed-S: config.json, metrics.jsonl, checkpoint/, best/ and results.json.
+Each run has the folder OUT/METHOD/seed-S: config.json, metrics.jsonl, checkpoint/, best/ and results.json. Where an
+option has several values, the run's own follows in the folder's name.
 """
 
 import ctypes
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import shlex
 import shutil
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ import data
 import eval as evaluation
 import lipsum
 import pretrain
+import tables
 from clip import InputError, unknown
 
 LOG_EVERY = 10  # steps
@@ -64,10 +68,10 @@ class Options:
     captions (captions.tsv)."""
     data_root: Annotated[Path | None, _unsaid("DIR", "none")] = None
     """The folder that holds the data (domainnet, captions)."""
-    reference: Annotated[str | None, _unsaid("SPLIT", "real on minidomain")] = None
-    """The split to train and select on, and the first column of the table."""
+    reference: Annotated[tuple[str, ...] | None, _unsaid("SPLIT ...", "real on minidomain")] = None
+    """The split to train and select on, and the first column of the table; several: one run each."""
     shifts: Annotated[tuple[str, ...], _unsaid("SPLIT ...", "all others")] = ()
-    """The splits that are only evaluated."""
+    """The splits that are only evaluated; of several references, a run leaves its own out."""
     templates: Annotated[str | None, _unsaid("FILE|PROMPT", "eight prompts on minidomain, else 'a photo of a {}.'")] = (
         None
     )
@@ -76,20 +80,26 @@ class Options:
     """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
     augmentation: Annotated[Literal["crop", "off"] | None, _unsaid("{crop,off}", "off on minidomain, else crop")] = None
     """crop: random resized crops and mirroring."""
-    steps: Annotated[int | None, _unsaid("INT", "250 on minidomain, else 5000; clip has its own")] = None
-    """Updates to make."""
-    batch_size: Annotated[int | None, _unsaid("INT", "64 on minidomain, else 256; clip has its own")] = None
-    """Images per update, over all devices."""
-    learning_rate: Annotated[float | None, _unsaid("FLOAT", "1e-3 on minidomain, else 1e-5; clip has its own")] = None
-    """Peak rate of Adam."""
+    steps: Annotated[tuple[int, ...] | None, _unsaid("INT ...", "250 on minidomain, else 5000; clip has its own")] = (
+        None
+    )
+    """Updates to make; several: one run each."""
+    batch_size: Annotated[
+        tuple[int, ...] | None, _unsaid("INT ...", "64 on minidomain, else 256; clip has its own")
+    ] = None
+    """Images per update, over all devices; several: one run each."""
+    learning_rate: Annotated[
+        tuple[float, ...] | None, _unsaid("FLOAT ...", "1e-3 on minidomain, else 1e-5; clip has its own")
+    ] = None
+    """Peak rate of Adam; several: one run each."""
     warmup: float = 0.1
     """Fraction of the steps over which the rate rises from 0; it falls to 0 as a half cosine."""
     weight: Annotated[float | None, _unsaid("FLOAT", "1; l2sp 0.1, car-ft 3")] = None
     """Lambda, the weight of the regulariser, for the methods that have one."""
-    num_texts: int = 80
-    """M, texts per step (lipsum, kld-random)."""
-    text_length: int = 8
-    """L, random tokens per text (lipsum, lipsum-exact, kld-random)."""
+    num_texts: tuple[int, ...] = (80,)
+    """M, texts per step (lipsum, kld-random); several: one run each."""
+    text_length: tuple[int, ...] = (8,)
+    """L, random tokens per text (lipsum, lipsum-exact, kld-random); several: one run each."""
     guidance: Annotated[Path | None, _unsaid("FILE", "random texts")] = None
     """A file with one text a line, to draw the M texts from (lipsum, kld-random), or to average over (lipsum-exact)."""
     temperature: float = 1.0
@@ -98,6 +108,10 @@ class Options:
     """d of equation 16, the share of the old average (ema)."""
     fixed_head: bool = False
     """Keep the head as it is at the start."""
+    unseen: Annotated[tuple[str, ...], _unsaid("CLASS ...", "none")] = ()
+    """Generalised zero-shot: classes that are not trained on, but reported. The head is the fixed zero-shot one."""
+    unseen_file: Annotated[Path | None, _unsaid("FILE", "none")] = None
+    """The same, from a file with one class a line."""
     eval_every: int = 1_000
     """Steps between evaluations on the selection data; the most accurate model is kept. Always at the end."""
     select_on: Literal["val", "test"] = "val"
@@ -114,26 +128,39 @@ class Options:
     """Replace runs that are under --out already."""
 
 
-PAPER = {"steps": 5_000, "batch_size": 256, "learning_rate": 1e-5}  # for DomainNet
+PAPER = {"steps": (5_000,), "batch_size": (256,), "learning_rate": (1e-5,)}  # for DomainNet
 DEFAULTS: dict[str, dict[str, Any]] = {
     "minidomain": {
-        "reference": "real", "augmentation": "off", "steps": 250, "batch_size": 64, "learning_rate": 1e-3,
+        "reference": ("real",), "augmentation": "off", "steps": (250,), "batch_size": (64,), "learning_rate": (1e-3,),
     },
-    "domainnet": {"reference": "", "templates": "a photo of a {}.", "augmentation": "crop", **PAPER},
-    "cub": {"reference": "cub", "templates": "a photo of a {}, a type of bird.", "augmentation": "crop", **PAPER},
+    "domainnet": {"reference": ("",), "templates": "a photo of a {}.", "augmentation": "crop", **PAPER},
+    "cub": {"reference": ("cub",), "templates": "a photo of a {}, a type of bird.", "augmentation": "crop", **PAPER},
 }  # fmt: skip
 
 
 def with_defaults(options: Options) -> Options:
-    """The options with `all` spelt out, and with the data set's defaults where nothing was said.
+    """The options with `all` and --unseen-file spelt out, and with the data set's defaults where nothing was said.
 
-    Raises InputError for an unknown data set.
+    Raises InputError for an unknown data set or a file that cannot be read.
     """
     if options.data not in data.DATASETS:
         raise unknown("data set", options.data, data.DATASETS)
     unsaid = {name: value for name, value in DEFAULTS[options.data].items() if getattr(options, name) is None}
     named = [name for said in options.method for name in (lipsum.METHODS if said == "all" else [said])]
-    return dataclasses.replace(options, method=tuple(dict.fromkeys(named)), **unsaid)
+    unseen = options.unseen
+    if options.unseen_file:
+        unseen += tuple(line for line in read_lines("--unseen-file", options.unseen_file) if line.strip())
+    fixed_head = options.fixed_head or bool(unseen)
+    changes = {"method": tuple(dict.fromkeys(named)), "unseen": unseen, "unseen_file": None, "fixed_head": fixed_head}
+    return dataclasses.replace(options, **unsaid, **changes)
+
+
+def read_lines(option: str, path: Path) -> list[str]:
+    """The lines of an option's file. Raises InputError naming both where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} {path} cannot be read ({error}): give a UTF-8 file, one entry a line") from error
 
 
 def check_options(options: Options) -> None:
@@ -141,13 +168,19 @@ def check_options(options: Options) -> None:
     for method in options.method:
         if method not in lipsum.METHODS:
             raise unknown("method", method, [*lipsum.METHODS, "all", "clip"])
+    for name in SWEPT:
+        if not getattr(options, name):
+            raise InputError(f"{flag(name)} has no value: give one or more")
     for name in ("steps", "batch_size", "num_texts", "text_length", "eval_every", "checkpoint_every", "workers"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1")
+        value = getattr(options, name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if each < 1:
+                raise InputError(f"{flag(name)} is {each}: give at least 1")
     for name in ("learning_rate", "weight", "temperature"):
         value = getattr(options, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give a number, at least 0")
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None and not 0 <= each < float("inf"):
+                raise InputError(f"{flag(name)} is {each}: give a number, at least 0")
     if options.temperature == 0:
         raise InputError("--temperature is 0: give a number above 0")
     if not 0 <= options.decay < 1:
@@ -158,13 +191,53 @@ def check_options(options: Options) -> None:
         raise InputError(f"--warmup is {options.warmup}: give a fraction of the steps, from 0 to 1")
     if not options.method or not options.seed or min(options.seed) < 0 or max(options.seed) >= 2**32:
         raise InputError("--method and --seed need at least one value, seeds from 0 to 2**32 - 1")
+    for method in options.method if options.unseen else ():
+        if lipsum.METHODS[method].start != "zero-shot":
+            raise InputError(f"--unseen keeps the zero-shot head, {method} starts from another: leave {method} out")
 
 
-# ---------------------------------------------------------------------------------------------------- files of a run
+# ------------------------------------------------------------------------------------------------- runs and their files
+
+# What takes several values, a run each, in the order in which they stand in folder names.
+SWEPT = ("steps", "batch_size", "learning_rate", "num_texts", "text_length", "reference")
 
 
-def run_folder(options: Options, method: str, seed: int) -> Path:
-    return options.out / method / f"seed-{seed}"
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of the command, with its own value of each option that takes several."""
+
+    method: str
+    seed: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    num_texts: int
+    text_length: int
+    reference: str
+    folder: Path
+
+
+def plans(options: Options) -> list[Plan]:
+    """Every run of the command. A method that does not read an option is not repeated for its values."""
+    made = []
+    for reference, method in itertools.product(dict.fromkeys(options.reference), options.method):
+        reads = dict.fromkeys(SWEPT, True)
+        if lipsum.METHODS[method].step is None:
+            reads |= dict.fromkeys(("steps", "batch_size", "learning_rate"), False)
+        reads["num_texts"] = lipsum.METHODS[method].texts == "drawn"
+        reads["text_length"] = lipsum.METHODS[method].texts != "" and options.guidance is None
+        values = {name: dict.fromkeys(getattr(options, name)) for name in SWEPT} | {"reference": [reference]}
+        for chosen in itertools.product(*(list(values[name])[: None if reads[name] else 1] for name in SWEPT)):
+            own = dict(zip(SWEPT, chosen, strict=True))
+            several = [name for name in SWEPT if reads[name] and len(set(getattr(options, name))) > 1]
+            suffix = "".join(f"{flag(name)[1:]}-{own[name]}" for name in several)
+            folder = options.out / method
+            made += [Plan(method, seed, **own, folder=folder / f"seed-{seed}{suffix}") for seed in options.seed]
+    return made
 
 
 def weight_of(options: Options, method: str) -> float:
@@ -172,32 +245,55 @@ def weight_of(options: Options, method: str) -> float:
     return lipsum.METHODS[method].weight if options.weight is None else options.weight
 
 
-def run_config(options: Options, method: str, seed: int, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What config.json says: every setting, the versions of the libraries, the device."""
+def settings_of(options: Options, plan: Plan) -> dict[str, Any]:
+    """Every setting of a run, as config.json has them."""
     settings = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
-        if field.name not in ("method", "seed", "out", "resume", "overwrite", "workers")
-    } | {"weight": weight_of(options, method)}
+        if field.name not in ("method", "seed", "unseen_file", "out", "resume", "overwrite", "workers")
+    }
+    settings |= {name: getattr(plan, name) for name in SWEPT} | {"weight": weight_of(options, plan.method)}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def run_config(options: Options, plan: Plan, classes: tuple[str, ...]) -> dict[str, Any]:
+    """What config.json says: every setting, the versions of the libraries, the device."""
     return {
-        "method": method,
-        "seed": seed,
-        "settings": json.loads(json.dumps(settings, default=str)),
-        "classes": classes,
+        "method": plan.method,
+        "seed": plan.seed,
+        "settings": settings_of(options, plan),
+        "classes": list(classes),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "equinox", "optax", "grain")},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 
 
+def check_settings(path: Path, made_with: dict[str, Any], asked_for: dict[str, Any]) -> None:
+    """Raises InputError naming the settings in which a run that is there differs from the one asked for."""
+    changed = [name for name in made_with | asked_for if made_with.get(name) != asked_for.get(name)]
+    if changed:
+        raise InputError(
+            f"{path} was made with other settings ({', '.join(changed)}): give the same ones, --overwrite or "
+            "another --out"
+        )
+
+
+def is_finished(plan: Plan) -> bool:
+    return (plan.folder / "results.json").exists()
+
+
 def check_folders(options: Options) -> None:
-    """Raises InputError where a run's folder holds one already and neither --resume nor --overwrite is given."""
-    for method in options.method:
-        for seed in options.seed:
-            folder = run_folder(options, method, seed)
-            if folder.exists() and not folder.is_dir():
-                raise InputError(f"{folder} is a file: give another --out")
-            if folder.exists() and any(folder.iterdir()) and not (options.resume or options.overwrite):
-                raise InputError(f"{folder} holds a run: give --resume, --overwrite or another --out")
+    """Raises InputError where a run is there already and --resume and --overwrite are not given, or --resume asks for
+    other settings than a finished run's.
+    """
+    for plan in plans(options):
+        if plan.folder.exists() and not plan.folder.is_dir():
+            raise InputError(f"{plan.folder} is a file: give another --out")
+        if plan.folder.exists() and any(plan.folder.iterdir()) and not (options.resume or options.overwrite):
+            raise InputError(f"{plan.folder} holds a run: give --resume, --overwrite or another --out")
+        if options.resume and is_finished(plan):
+            path = plan.folder / "config.json"
+            check_settings(path, clip.read_json(path)["settings"], settings_of(options, plan))
 
 
 def save_checkpoint(folder: Path, progress: dict[str, Any], state: lipsum.State, best: lipsum.Classifier) -> None:
@@ -222,14 +318,10 @@ def load_checkpoint(
     try:
         with open(path, "rb") as file:
             progress = json.loads(file.readline())
-            made_with, asked_for = progress["config"], json.loads(json.dumps(config))
-            settings = made_with["settings"] | asked_for["settings"]
-            changed = [name for name in settings if made_with["settings"].get(name) != asked_for["settings"].get(name)]
-            if changed or made_with["classes"] != asked_for["classes"]:
-                raise InputError(
-                    f"{path} was made with other settings ({', '.join(changed) or 'classes'}): give the same ones, "
-                    "or --overwrite"
-                )
+            made_with, asked_for = (
+                each["settings"] | {"classes": each["classes"]} for each in (progress["config"], config)
+            )
+            check_settings(path, made_with, asked_for)
             state, best = eqx.tree_deserialise_leaves(file, (state, best))
     except InputError:
         raise
@@ -241,12 +333,15 @@ def load_checkpoint(
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def write_metrics(log: Any, bar: tqdm, step: int, metrics: lipsum.Metrics, images_per_second: float) -> None:
+def write_metrics(
+    log: Any, bar: tqdm, step: int, metrics: lipsum.Metrics, seconds_per_step: float, batch_size: int
+) -> None:
     """A line of metrics.jsonl, and the bar's figures. Raises InputError where the loss is not finite."""
     values = {"loss": 0.0} | {name: float(value) for name, value in metrics.items()}  # jit sorts names; loss goes first
-    log.write(json.dumps({"step": step, **values, "images_per_second": round(images_per_second, 1)}) + "\n")
+    speed = {"images_per_second": batch_size / seconds_per_step, "seconds_per_step": seconds_per_step}
+    log.write(json.dumps({"step": step, **values} | {name: round(value, 4) for name, value in speed.items()}) + "\n")
     log.flush()
-    bar.set_postfix_str(f"loss {values['loss']:.3f}, {images_per_second:.0f} images/s")
+    bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed['images_per_second']:.0f} images/s")
     if not np.isfinite(values["loss"]):
         raise InputError(f"the loss is {values['loss']} at step {step}: lower --learning-rate")
 
@@ -258,54 +353,72 @@ def lines_up_to(path: Path, last_step: int) -> list[str]:
     return [line for line in whole if json.loads(line)["step"] <= last_step]
 
 
+def seconds_per_step(log_path: Path) -> float | None:
+    """The median over the logged steps, without those that waited for the compiler; None where there are too few."""
+    lines = [json.loads(line) for line in lines_up_to(log_path, sys.maxsize)]
+    seconds = [line["seconds_per_step"] for line in lines if line["step"] > LOG_EVERY]
+    return statistics.median(seconds) if seconds else None
+
+
 @dataclass(frozen=True)
 class Shared:
-    """What every run of one command shares."""
+    """What the runs of one command on one reference share."""
 
     options: Options
     setup: evaluation.Setup
     guidance: Int[np.ndarray, "pool tokens"] | None
-    second_moment: Float[Array, "dim dim"] | None
 
-    def frozen(self, method: str) -> lipsum.Frozen:
+    def second_moment(self, text_length: int) -> Float[Array, "dim dim"]:
+        """C2 over the user's texts or 10,000 random ones, computed once for each length."""
+        if text_length not in self._second_moments:
+            text = self.setup.model.text
+            self._second_moments[text_length] = lipsum.text_second_moment(text, self.guidance, text_length)
+        return self._second_moments[text_length]
+
+    @cached_property
+    def _second_moments(self) -> dict[int, Float[Array, "dim dim"]]:
+        return {}
+
+    def frozen(self, plan: Plan) -> lipsum.Frozen:
         options, setup = self.options, self.setup
         names = {field.name for field in dataclasses.fields(lipsum.Settings)}
-        said = {name: value for name, value in vars(options).items() if name in names}
-        settings = lipsum.Settings(**said | {"weight": weight_of(options, method)})
-        extra = (self.guidance, self.second_moment if lipsum.METHODS[method].exact else None)
+        own = vars(options) | vars(plan) | {"weight": weight_of(options, plan.method)}
+        settings = lipsum.Settings(**{name: value for name, value in own.items() if name in names})
+        averages = lipsum.METHODS[plan.method].texts == "averaged"
+        extra = (self.guidance, self.second_moment(plan.text_length) if averages else None)
         texts = data.replicate((setup.model.text, *extra), setup.mesh)
-        return lipsum.Frozen(setup.zero_shot, texts[0], setup.context_head, setup.tau, settings, *texts[1:])
+        zero_shot = setup.over_seen(setup.zero_shot)
+        return lipsum.Frozen(zero_shot, texts[0], setup.context_head, setup.tau, settings, *texts[1:])
 
     @cached_property
     def probe(self) -> lipsum.Classifier:
         """LP: the zero-shot tower with the head trained to convergence on its features, without augmentation."""
         setup = self.setup
-        features, labels = evaluation.features(setup.zero_shot.vision, setup.data.train, setup.sources, setup.mesh)
+        features, labels = setup.predict([setup.zero_shot], setup.data.train).features, setup.data.train.labels
         head, steps = lipsum.linear_probe(features, labels, setup.zero_shot.head, setup.tau)
         print(f"linear probe: {int(steps)} steps of L-BFGS on {len(labels)} features")
         return lipsum.Classifier(setup.zero_shot.vision, data.replicate(head, setup.mesh))
 
     def start(self, method: str) -> lipsum.Classifier:
         """Where the method starts."""
-        zero_shot, start = self.setup.zero_shot, lipsum.METHODS[method].start
+        zero_shot, start = self.setup.over_seen(self.setup.zero_shot), lipsum.METHODS[method].start
         if start == "probe":
             return self.probe
         return lipsum.Classifier(zero_shot.vision, 0 * zero_shot.head) if start == "zeros" else zero_shot
 
 
-def fine_tune(shared: Shared, method: str, seed: int, zero_shot: dict[str, dict[str, Any]]) -> None:
+def fine_tune(shared: Shared, plan: Plan) -> None:
     """One run from its start, or its checkpoint with --resume, to results.json."""
-    options, setup, frozen = shared.options, shared.setup, shared.frozen(method)
-    folder = run_folder(options, method, seed)
-    config = run_config(options, method, seed, setup.data.train.classes)
+    options, setup, frozen, folder = shared.options, shared.setup, shared.frozen(plan), plan.folder
+    method = lipsum.METHODS[plan.method]
+    config = run_config(options, plan, setup.classes)
     if options.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
-    step_of_method = lipsum.METHODS[method].step
-    last = options.steps if step_of_method else 0
-    best = shared.start(method)
-    state = data.replicate(lipsum.initial_state(frozen, best, lipsum.METHODS[method].averaged), setup.mesh)
+    last = plan.steps if method.step else 0
+    best = shared.start(plan.method)
+    state = data.replicate(lipsum.initial_state(frozen, best, method.averaged), setup.mesh)
     progress = {"step": 0, "seconds": 0.0, "best_accuracy": -1.0, "best_step": 0, "config": config}
     if options.resume and (folder / "checkpoint" / "state.eqx").exists():
         progress, state, best = load_checkpoint(folder / "checkpoint", config, state, best)
@@ -316,12 +429,12 @@ def fine_tune(shared: Shared, method: str, seed: int, zero_shot: dict[str, dict[
     log_path = folder / "metrics.jsonl"
     log_path.write_text("".join(lines_up_to(log_path, start)), encoding="utf-8")
 
-    key = jax.random.key(seed)
+    key = jax.random.key(plan.seed)
     batches = data.training_batches(
         setup.data.train,
         frozen.zero_shot.vision.image_size,
-        options.batch_size,
-        seed,
+        plan.batch_size,
+        plan.seed,
         options.workers,
         start,
         options.augmentation,
@@ -330,11 +443,11 @@ def fine_tune(shared: Shared, method: str, seed: int, zero_shot: dict[str, dict[
     timed_step, timed_at = start, began
     with (
         open(log_path, "a", encoding="utf-8") as log,
-        tqdm(total=last, initial=start, desc=f"{method} seed {seed}", unit="step") as bar,
+        tqdm(total=last, initial=start, desc=f"{plan.method} {folder.name}", unit="step") as bar,
     ):
         for step in range(start + 1, last + 1):
             previous = metrics if step > start + 1 else None
-            state, metrics = step_of_method(state, frozen, data.shard_batch(next(batches), setup.mesh), key)
+            state, metrics = method.step(state, frozen, data.shard_batch(next(batches), setup.mesh), key)
             jax.block_until_ready(previous)  # one step behind: waiting for this one would leave the device idle
             bar.update()
             evaluates = step % options.eval_every == 0 or step == last
@@ -342,10 +455,10 @@ def fine_tune(shared: Shared, method: str, seed: int, zero_shot: dict[str, dict[
             if step % LOG_EVERY == 0 or step == 1 or saves:
                 jax.block_until_ready(metrics)
                 now = time.perf_counter()
-                write_metrics(log, bar, step, metrics, (step - timed_step) * options.batch_size / (now - timed_at))
+                write_metrics(log, bar, step, metrics, (now - timed_at) / (step - timed_step), plan.batch_size)
                 timed_step, timed_at = step, now
             if evaluates:
-                accuracy = setup.evaluate([state.evaluated], setup.data.selection)["accuracy"]
+                accuracy = setup.selection_accuracy([state.evaluated])
                 if accuracy > progress["best_accuracy"]:
                     progress |= {"best_accuracy": accuracy, "best_step": step}
                     best = jax.tree.map(jnp.copy, state.evaluated)
@@ -355,22 +468,24 @@ def fine_tune(shared: Shared, method: str, seed: int, zero_shot: dict[str, dict[
                 timed_at = time.perf_counter()
 
     if last == 0:
-        progress["best_accuracy"] = setup.evaluate([best], setup.data.selection)["accuracy"]
-    splits = setup.evaluate_reports([best])
+        progress["best_accuracy"] = setup.selection_accuracy([best])
+    best = setup.over_all(best)
+    splits = setup.results([best])
     evaluation.save_classifier(folder / "best", setup, best)
     evaluation.write_json(
         folder / "results.json",
         {
-            "method": method,
+            "method": plan.method,
             "model": options.model,
             "data": options.data,
-            "seed": seed,
+            "seed": plan.seed,
             "steps": last,
             "seconds": round(progress["seconds"], 2),
+            "seconds_per_step": seconds_per_step(log_path),
             "settings": config["settings"],
             "selection": {"accuracy": progress["best_accuracy"], "step": progress["best_step"]},
             "splits": splits,
-            "zero_shot": zero_shot,
+            "zero_shot": setup.zero_shot_results,
         },
     )
 
@@ -383,10 +498,7 @@ def read_guidance(path: Path, setup: evaluation.Setup, at_least: int) -> Int[np.
 
     Raises InputError naming the line that is empty or too long, or where the texts are fewer than `at_least`.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--guidance {path} cannot be read ({error}): give a UTF-8 file, one text a line") from error
+    lines = read_lines("--guidance", path)
     for number, line in enumerate(lines, start=1):
         if not clip.clean_text(line):
             raise InputError(f"--guidance {path} line {number} is empty: write a text or delete the line")
@@ -400,22 +512,23 @@ def read_guidance(path: Path, setup: evaluation.Setup, at_least: int) -> Int[np.
     return ids[:, : 1 + np.max(np.argmax(ids == setup.model.config.end_token, axis=1))]
 
 
-def prepare(options: Options) -> Shared:
-    """Loads everything that the runs share. Raises InputError before any long work."""
+def prepare(options: Options, reference: str) -> Shared:
+    """Loads everything that the runs on a reference share. Raises InputError before any long work."""
     names = [field.name for field in dataclasses.fields(evaluation.Sources)]
-    setup = evaluation.prepare(evaluation.Sources(**{name: getattr(options, name) for name in names}))
+    shifts = options.shifts
+    if len(set(options.reference)) > 1:
+        shifts = tuple(shift for shift in shifts if shift != reference)
+    own = {"reference": reference, "shifts": shifts, "batch_size": max(options.batch_size)}
+    sources = {name: getattr(options, name) for name in names} | own
+    setup = evaluation.prepare(evaluation.Sources(**sources))
     config = setup.model.config
-    if options.text_length + 2 > config.context_length:
-        raise InputError(
-            f"--text-length {options.text_length} with start and end token is over the model's context of "
-            f"{config.context_length} tokens: give at most {config.context_length - 2}"
-        )
-    draws = {"lipsum", "kld-random"} & set(options.method)
-    guidance = options.guidance and read_guidance(options.guidance, setup, options.num_texts if draws else 1)
-    second_moment = None
-    if any(lipsum.METHODS[method].exact for method in options.method):
-        second_moment = lipsum.text_second_moment(setup.model.text, guidance, options.text_length)
-    return Shared(options, setup, guidance, second_moment)
+    for length in options.text_length:
+        evaluation.check_text_length(length, config)
+    for size in options.batch_size:
+        data.device_mesh(size)
+    draws = any(lipsum.METHODS[method].texts == "drawn" for method in options.method)
+    at_least = max(options.num_texts) if draws else 1
+    return Shared(options, setup, options.guidance and read_guidance(options.guidance, setup, at_least))
 
 
 def pretrain_options(options: Options) -> pretrain.Options:
@@ -423,10 +536,13 @@ def pretrain_options(options: Options) -> pretrain.Options:
     if options.method != ("clip",) or len(options.seed) != 1:
         raise InputError("--method clip trains one model: give it alone, with one --seed")
     said = {
-        name: getattr(options, name)
+        name: getattr(options, name)[0]
         for name in ("steps", "batch_size", "learning_rate")
         if getattr(options, name) is not None
     }
+    for name in said:
+        if len(getattr(options, name)) > 1:
+            raise InputError(f"--method clip trains one model: give {flag(name)} one value")
     if options.data not in ("minidomain", "captions"):
         raise unknown("captioned data set", options.data, ("minidomain", "captions"))
     return pretrain.Options(
@@ -444,6 +560,20 @@ def keep_freed_memory() -> None:
         mallopt(m_arena_max, 1)
 
 
+def describe(shared: Shared) -> str:
+    """Two lines: the model on its devices, and the data."""
+    options, setup, images = shared.options, shared.setup, shared.setup.data
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.zero_shot))
+    reports = ", ".join(f"{len(split)} {name}" for name, split in images.reports.items())
+    seen = f" ({len(setup.seen)} seen)" if options.unseen else ""
+    return (
+        f"{options.model}: {parameters / 1e6:.1f} M trained parameters on {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} device(s)\n"
+        f"{options.data}: {len(setup.classes)} classes{seen}, {len(images.train)} images to train on, "
+        f"{len(images.selection)} to select on, to report on: {reports}"
+    )
+
+
 def main(options: Options) -> None:
     """Every method on every seed, then the table."""
     if "clip" in options.method:
@@ -456,26 +586,19 @@ def main(options: Options) -> None:
             "minidomain: 20 classes drawn in five domains, to see what fine-tuning costs and what Lipsum-FT saves\n"
             "real data: python train.py --model ViT-B/16 --data domainnet --data-root DIR --reference real"
         )
-    shared = prepare(options)
-    setup = shared.setup
-    images = setup.data
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.zero_shot))
-    reports = ", ".join(f"{len(split)} {name}" for name, split in images.reports.items())
-    print(
-        f"{options.model}: {parameters / 1e6:.1f} M trained parameters on {jax.device_count()} "
-        f"{jax.devices()[0].device_kind} device(s)\n"
-        f"{options.data}: {len(images.train.classes)} classes, {len(images.train)} images to train on, "
-        f"{len(images.selection)} to select on, to report on: {reports}"
-    )
-    runs = {(method, seed): run_folder(options, method, seed) for method in options.method for seed in options.seed}
-    finished = [run for run, folder in runs.items() if options.resume and (folder / "results.json").exists()]
-    for run in finished:
-        print(f"{runs[run]} is finished: kept")
-    if len(finished) < len(runs):
-        zero_shot = setup.evaluate_reports([setup.zero_shot])
-        for method, seed in [run for run in runs if run not in finished]:
-            fine_tune(shared, method, seed, zero_shot)
-    print(evaluation.table(evaluation.read_results(list(runs.values())), "accuracy"))
+    runs = plans(options)
+    prepared = {reference: prepare(options, reference) for reference in dict.fromkeys(options.reference)}
+    for shared in prepared.values():
+        print(describe(shared))
+        own = [plan for plan in runs if plan.reference == shared.setup.sources.reference]
+        for plan in own:
+            if options.resume and is_finished(plan):
+                print(f"{plan.folder} is finished: kept")
+            else:
+                fine_tune(shared, plan)
+    for reference in prepared:
+        folders = [plan.folder for plan in runs if plan.reference == reference]
+        evaluation.print_table(tables.read_results(folders))
 
 
 if __name__ == "__main__":

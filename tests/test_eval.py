@@ -1,8 +1,6 @@
 """Metrics against brute force and hand-made cases, whole splits against PyTorch, tables by hand."""
 
 import json
-import math
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,6 @@ import data
 import eval as evaluation
 import lipsum
 import weights
-from clip import InputError
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
@@ -38,7 +35,9 @@ def test_ece_against_brute_force(seed: int) -> None:
     correct = random.random(500) < confidence**2
     expected = brute_force_ece(confidence, correct)
     assert expected > 0.01
-    np.testing.assert_allclose(evaluation.expected_calibration_error(confidence, correct), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        evaluation.expected_calibration_error(evaluation.reliability(confidence, correct)), expected, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_ece_against_brute_force(seed: int) -> None:
     ],
 )
 def test_ece_by_hand(confidence: list[float], correct: list[bool], expected: float) -> None:
-    actual = evaluation.expected_calibration_error(np.array(confidence), np.array(correct))
+    actual = evaluation.expected_calibration_error(evaluation.reliability(np.array(confidence), np.array(correct)))
     np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
@@ -62,7 +61,7 @@ def test_nll_of_a_probability_that_underflows() -> None:
     images = np.full((8, 32, 32, 3), 128, np.uint8)
     feature = clip.image_features(vision, jnp.asarray(images))[0]
     classifier = lipsum.Classifier(vision, jnp.stack([feature, -feature], axis=1))
-    label, confidence, correct = evaluation._outcomes(
+    _, label, confidence, correct = evaluation._outcomes(
         (classifier,), jnp.float32(100), {"image": images, "label": np.ones(8, np.int32)}
     )
     np.testing.assert_allclose(evaluation.negative_log_likelihood(np.asarray(label)), 200, rtol=1e-5)
@@ -91,67 +90,13 @@ def test_zero_shot_on_real_images_equals_pytorch() -> None:
         batch = next(data.evaluation_batches(split, model.config.image_size, 4, workers=1))
         logits = lipsum.logits(clip.image_features(model.vision, jnp.asarray(batch["image"])), classifier.head, tau)
         np.testing.assert_allclose(logits, expected["first_logits"], rtol=0, atol=2e-3)
-        actual = evaluation.evaluate([classifier], tau, split, 64, 2, mesh)
+        actual = evaluation.metrics(evaluation.predict([classifier], tau, split, 64, 2, mesh))
         assert actual["n"] == expected["n"]
         assert round(actual["accuracy"] * 210) == round(expected["accuracy"] * 210), name
         assert abs(actual["accuracy"] - expected["accuracy"]) < 1e-6
         assert abs(actual["nll"] - expected["nll"]) < 1e-4
         assert abs(actual["ece"] - expected["ece"]) < 1e-4
     # Padding never changes a metric: 210 images fill batches of 8 and of 64 with 6 and 46 more.
-    other = evaluation.evaluate([classifier], tau, split, 8, 2, data.device_mesh(8))
+    other = evaluation.metrics(evaluation.predict([classifier], tau, split, 8, 2, data.device_mesh(8)))
     for metric in ("accuracy", "ece", "nll"):
         np.testing.assert_allclose(other[metric], actual[metric], rtol=0, atol=1e-6)
-
-
-# -------------------------------------------------------------------------------------------------------------- tables
-
-
-def write_run(folder: Path, method: str, seed: int, accuracies: dict[str, float]) -> None:
-    def splits(accuracies: dict[str, float]) -> dict[str, dict[str, object]]:
-        return {
-            name: {"role": "shift" if index else "reference", "n": 10, "accuracy": a, "ece": a / 2, "nll": 1 - a}
-            for index, (name, a) in enumerate(accuracies.items())
-        }
-
-    folder.mkdir(parents=True)
-    zero_shot = splits(dict.fromkeys(accuracies, 0.5))
-    content = {"method": method, "seed": seed, "splits": splits(accuracies), "zero_shot": zero_shot}
-    (folder / "results.json").write_text(json.dumps(content))
-
-
-def test_table_by_hand(tmp_path) -> None:
-    write_run(tmp_path / "ft/seed-0", "ft", 0, {"photo": 0.8, "art": 0.3, "sketch": 0.1})
-    write_run(tmp_path / "ft/seed-1", "ft", 1, {"photo": 0.9, "art": 0.5, "sketch": 0.1})
-    write_run(tmp_path / "lipsum/seed-0", "lipsum", 0, {"photo": 0.85, "art": 0.6, "sketch": 0.4})
-    results = evaluation.read_results([tmp_path])
-    lines = [
-        [cell.strip() for cell in line.split("  ") if cell.strip()]
-        for line in evaluation.table(results, "accuracy").splitlines()
-    ]
-    deviation = 100 * 0.1 / math.sqrt(2)
-    assert lines == [
-        ["accuracy, %", "photo", "art", "sketch", "mean of shifts"],
-        ["-" * len(evaluation.table(results, "accuracy").splitlines()[0])],
-        ["zero-shot", "50.0", "50.0", "50.0", "50.0"],
-        ["FT", f"85.0 ± {deviation:.1f}", f"40.0 ± {2 * deviation:.1f}", "10.0 ± 0.0", f"25.0 ± {deviation:.1f}"],
-        ["Lipsum-FT", "85.0", "60.0", "40.0", "50.0"],
-    ]
-    assert "0.150 ± 0.071" in evaluation.table(results, "nll") and "NLL, nats" in evaluation.table(results, "nll")
-    assert "42.5 ± 3.5" in evaluation.table(results, "ece")
-
-
-def test_runs_of_other_splits_are_named(tmp_path) -> None:
-    write_run(tmp_path / "a", "ft", 0, {"photo": 0.8, "art": 0.3})
-    write_run(tmp_path / "b", "ft", 0, {"photo": 0.8, "clipart": 0.3})
-    with pytest.raises(InputError, match=r"a/results.json has splits photo, art, .*b/results.json has photo, clipart"):
-        evaluation.read_results([tmp_path])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(None, "holds no results.json"), ("{", "cannot be read"), ("{}", "lacks")]
-)
-def test_folders_without_results(content: str | None, message: str, tmp_path) -> None:
-    if content is not None:
-        (tmp_path / "results.json").write_text(content)
-    with pytest.raises(InputError, match=message):
-        evaluation.read_results([tmp_path])

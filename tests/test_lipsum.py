@@ -61,6 +61,23 @@ def test_equations_6_to_8() -> None:
     np.testing.assert_allclose(lipsum.lipsum_regularizer(v, zero_shot_v), 20**2 / 2 * gap, rtol=1e-5)
 
 
+def test_energy_gap_by_one_matrix_and_by_every_pair() -> None:
+    """Equation 6 over 10,000 random texts: `d^T C2 d` against all images times all texts, to 1e-5 relative."""
+    text = seeded_model("tiny").text
+    images, zero_shot = clip.normalize(jax.random.normal(jax.random.key(0), (2, 12, 40)))
+    ids = lipsum.random_texts(text, 10_000, 8, jax.random.key(0))
+    texts = lipsum.features_of_many(text, ids)
+    second_moment = lipsum.text_second_moment(text, None, 8)
+    expected = np.mean(((np.asarray(images - zero_shot, np.float64)) @ np.asarray(texts, np.float64).T) ** 2)
+    np.testing.assert_allclose(lipsum.energy_gap(images, zero_shot, texts), expected, rtol=1e-5)
+    np.testing.assert_allclose(lipsum.expected_energy_gap(images, zero_shot, second_moment), expected, rtol=1e-5)
+
+
+def test_feature_distortion_by_hand() -> None:
+    images, zero_shot = jnp.array([[1.0, 0.0], [0.6, 0.8]]), jnp.array([[0.0, 1.0], [0.6, 0.8]])
+    np.testing.assert_allclose(lipsum.feature_distortion(images, zero_shot), math.sqrt(2) / 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize("special", [(98, 99), (0, 1), (99, 98), (0, 99), (40, 3)])
 def test_random_texts_are_uniform_over_the_other_tokens(special: tuple[int, int]) -> None:
     tower = eqx.tree_at(lambda tower: tower.token_embedding, seeded_model("tiny").text, jnp.zeros((100, 48)))

@@ -21,6 +21,7 @@ import data
 import eval as evaluation
 import lipsum
 import minidomain
+import tables
 import train
 import weights
 
@@ -62,18 +63,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def options(model: Path, root: Path, tmp_path: Path) -> train.Options:
     return train.Options(
-        model=str(model), data="domainnet", data_root=root, reference="real", steps=6, batch_size=8, learning_rate=1e-3,
-        num_texts=4, text_length=3, eval_every=2, checkpoint_every=100, workers=1, out=tmp_path / "runs",
+        model=str(model), data="domainnet", data_root=root, reference=("real",), steps=(6,), batch_size=(8,),
+        learning_rate=(1e-3,), num_texts=(4,), text_length=(3,), eval_every=2, checkpoint_every=100, workers=1,
+        out=tmp_path / "runs",
     )  # fmt: skip
 
 
 def test_run_from_start_to_table(options: train.Options, capsys: pytest.CaptureFixture[str]) -> None:
-    options = dataclasses.replace(options, method=("ft", "lipsum"), seed=(0, 1), steps=12)
+    options = dataclasses.replace(options, method=("ft", "lipsum"), seed=(0, 1), steps=(12,))
     train.main(options)
     table = capsys.readouterr().out.splitlines()[-5:]
     assert table[0].split() == ["accuracy,", "%", "real", "sketch", "mean", "of", "shifts"]
     assert [line.split()[0] for line in table[2:]] == ["zero-shot", "FT", "Lipsum-FT"] and "±" in table[4]
-    assert "\n".join(table) == evaluation.table(evaluation.read_results([options.out]), "accuracy")
+    assert "\n".join(table) == tables.rendered(tables.table(tables.read_results([options.out]), "accuracy"), "text")
 
     folder = options.out / "lipsum" / "seed-1"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -100,9 +102,9 @@ def test_run_from_start_to_table(options: train.Options, capsys: pytest.CaptureF
     head = load_file(folder / "best" / "head.safetensors")["head"]
     assert json.loads((folder / "best" / "classes.json").read_text()) == config["classes"]
     split = data.read_domainnet(options.data_root, "real", ("sketch",), "val").reports["sketch"]
-    again = evaluation.evaluate(
-        [lipsum.Classifier(best.vision, jnp.asarray(head))], jnp.exp(best.logit_scale), split, 8, 1, data.device_mesh(8)
-    )
+    tau = jnp.exp(best.logit_scale)
+    classifier = lipsum.Classifier(best.vision, jnp.asarray(head))
+    again = evaluation.metrics(evaluation.predict([classifier], tau, split, 8, 1, data.device_mesh(8)))
     assert again["accuracy"] == results["splits"]["sketch"]["accuracy"]
     np.testing.assert_allclose(again["nll"], results["splits"]["sketch"]["nll"], rtol=1e-6)
     zero_shot, _ = weights.load(options.model)
@@ -121,15 +123,16 @@ def test_same_seed_same_bits(options: train.Options) -> None:
 def test_the_most_accurate_model_is_kept(options: train.Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """Selection accuracies 0.2, 0.6, 0.6 after steps 2, 4 and 6: the first of the best wins."""
     kept = []
-    selection = iter([0.2, 0.6, 0.6])
+    selection = iter([1, 3, 3])
+    predict = evaluation.predict
 
-    def evaluate(members, tau, split, *rest):
-        if split.name == "val":
-            kept.append(np.array(members[0].head))
-            return {"n": 3, "accuracy": next(selection), "ece": 0.0, "nll": 0.0}
-        return {"n": 12, "accuracy": 0.5, "ece": 0.0, "nll": 0.0}
+    def predicts(members, tau, split, *rest):
+        if split.name != "val":
+            return predict(members, tau, split, *rest)
+        kept.append(np.array(members[0].head))
+        return predict(members, tau, split, *rest)._replace(correct=np.arange(5) < next(selection))
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "predict", predicts)
     train.main(options)
     folder = options.out / "lipsum" / "seed-0"
     assert json.loads((folder / "results.json").read_text())["selection"] == {"accuracy": 0.6, "step": 4}
@@ -197,7 +200,7 @@ def test_exported_benchmark_gives_the_same_numbers(
         augmentation="off",
         method=("ft",),
     )
-    read = dataclasses.replace(drawn, data="domainnet", data_root=tmp_path / "export", reference="real")
+    read = dataclasses.replace(drawn, data="domainnet", data_root=tmp_path / "export", reference=("real",))
     results = []
     for name, variant in (("drawn", drawn), ("read", read)):
         train.main(dataclasses.replace(variant, out=options.out / name))
@@ -218,18 +221,18 @@ def test_exported_benchmark_gives_the_same_numbers(
         ({"data": "domainnett"}, "unknown data set 'domainnett': did you mean domainnet"),
         ({"model": "ViT-B16"}, "unknown model preset 'ViT-B16': did you mean ViT-B/16"),
         ({"model": "missing.pt"}, "missing.pt do not exist"),
-        ({"reference": "reel"}, "unknown split 'reel': did you mean real"),
+        ({"reference": ("reel",)}, "unknown split 'reel': did you mean real"),
         ({"reference": None}, "--reference is needed with --data domainnet: one of real, sketch"),
         ({"shifts": ("sketsh",)}, "unknown split 'sketsh': did you mean sketch"),
         ({"shifts": ("real",)}, "'real' is the reference and a shift at once"),
         ({"data_root": None}, "--data-root is needed with --data domainnet"),
         ({"data": "minidomain"}, "--data minidomain is drawn, not read from --data-root"),
         ({"data_root": Path("nowhere")}, "--data-root nowhere has no DOMAIN_test.txt (found: no such folder)"),
-        ({"steps": 0}, "--steps is 0: give at least 1"),
+        ({"steps": (0,)}, "--steps is 0: give at least 1"),
         ({"warmup": 1.5}, "--warmup is 1.5"),
-        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
-        ({"batch_size": 12}, "--batch-size 12 does not divide among 8 devices"),
-        ({"text_length": 39}, "--text-length 39 with start and end token is over the model's context of 40"),
+        ({"learning_rate": (float("nan"),)}, "--learning-rate is nan"),
+        ({"batch_size": (12,)}, "--batch-size 12 does not divide among 8 devices"),
+        ({"text_length": (39,)}, "--text-length 39 with start and end token is over the model's context of 40"),
         ({"templates": "a photo"}, "--templates 'a photo' is neither a prompt with {} nor a readable file"),
         ({"templates": "a {} " + "x" * 60}, "tokens, the model takes 38: shorten it"),
         ({"seed": (-1,)}, "--seed"),
@@ -277,7 +280,9 @@ def test_broken_image_stops_before_training(options: train.Options, tmp_path: Pa
 
 
 def test_loss_that_is_not_finite_names_the_step(options: train.Options, capsys) -> None:
-    assert evaluation.exit_code(lambda: train.main(dataclasses.replace(options, learning_rate=1e30, warmup=0.0))) == 2
+    assert (
+        evaluation.exit_code(lambda: train.main(dataclasses.replace(options, learning_rate=(1e30,), warmup=0.0))) == 2
+    )
     assert "lower --learning-rate" in capsys.readouterr().err
 
 
@@ -317,6 +322,94 @@ def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
     assert failed.stderr.count("\n") == 1
 
 
+# ------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def test_plans_of_a_sweep(options: train.Options) -> None:
+    """A run for each value that the method reads, no two in one folder; a value said twice is one."""
+    options = dataclasses.replace(
+        options, method=("lp", "ft", "lipsum", "lipsum-exact"), seed=(0, 1), learning_rate=(1e-3, 3e-4, 0.001),
+        num_texts=(4, 8), text_length=(3, 5),
+    )  # fmt: skip
+    folders = [str(plan.folder.relative_to(options.out)) for plan in train.plans(options)]
+    assert len(set(folders)) == len(folders) == 2 * (1 + 2 + 2 * 2 * 2 + 2 * 2)
+    assert folders[:4] == [
+        "lp/seed-0", "lp/seed-1", "ft/seed-0-learning-rate-0.001", "ft/seed-1-learning-rate-0.001",
+    ]  # fmt: skip
+    assert "lipsum/seed-1-learning-rate-0.0003-num-texts-8-text-length-5" in folders
+    plan = next(plan for plan in train.plans(options) if "0.0003-num-texts-8-text-length-5" in str(plan.folder))
+    assert (plan.learning_rate, plan.num_texts, plan.text_length, plan.seed) == (3e-4, 8, 5, 0)
+    one = dataclasses.replace(options, learning_rate=(1e-3,), num_texts=(4,), text_length=(3,))
+    assert str(train.plans(one)[-1].folder) == str(options.out / "lipsum-exact" / "seed-1")
+
+
+def test_sweep_over_references_and_rates(options: train.Options, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each reference has its own data and table; finished runs are kept, with their settings or not at all."""
+    sweep = dataclasses.replace(options, method=("ft",), reference=("real", "sketch"), learning_rate=(1e-3, 1e-2))
+    train.main(sweep)
+    output = capsys.readouterr().out
+    first, second = output[output.index("accuracy") :].split("accuracy, %")[1:]
+    assert first.split()[:2] == ["real", "sketch"] and second.split()[:2] == ["sketch", "real"]
+    assert "FT (learning rate 0.001)" in first and "FT (learning rate 0.01)" in second
+    results = json.loads((options.out / "ft/seed-0-learning-rate-0.01-reference-sketch/results.json").read_text())
+    assert results["splits"]["sketch"]["role"] == "reference" and results["settings"]["learning_rate"] == 0.01
+    train.main(dataclasses.replace(sweep, resume=True))
+    assert capsys.readouterr().out.count("is finished: kept") == 4
+    other = dataclasses.replace(sweep, resume=True, warmup=0.5)
+    assert evaluation.exit_code(lambda: train.main(other)) == 2
+    assert "was made with other settings (warmup)" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ generalised zero-shot
+
+
+def test_unseen_classes_are_reported_and_not_trained(options: train.Options, tmp_path: Path, capsys) -> None:
+    (tmp_path / "unseen.txt").write_text("guitar\n")
+    options = dataclasses.replace(options, method=("ft",), unseen_file=tmp_path / "unseen.txt")
+    train.main(options)
+    output = capsys.readouterr().out
+    assert "3 classes (2 seen), 18 images to train on, 2 to select on" in output
+    folder = options.out / "ft" / "seed-0"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["settings"]["fixed_head"] and results["settings"]["unseen"] == ["guitar"]
+
+    # Against brute force: the saved model over all three classes, image by image.
+    (run,), setup = evaluation.open_runs([folder], None)
+    assert setup.data.train.classes == ("ice cream", "dog") and set(setup.data.train.labels) == {0, 1}
+    np.testing.assert_array_equal(run.classifier.head, setup.zero_shot.head)
+    split = setup.data.reports["sketch"]
+    right = {0: [], 1: [], 2: []}
+    for file, label in zip(split.images, split.labels, strict=True):
+        image = jnp.asarray(data.read_image(file, 16))
+        features = clip.image_features(run.classifier.vision, image[None])[0]
+        right[int(label)].append(int(jnp.argmax(features @ run.classifier.head)) == label)
+    seen, unseen = np.mean(right[0] + right[1]), np.mean(right[2])
+    assert results["splits"]["sketch"]["seen"] == seen and results["splits"]["sketch"]["unseen"] == unseen
+    evaluation.wise_command((folder,), alphas=(0.5,))
+    evaluation.tpgm_command((folder,), steps=2, batch_size=8)
+    evaluation.table_command((options.out,), metric="harmonic-mean")
+    assert "harmonic mean of seen and unseen" in capsys.readouterr().out
+
+
+def test_harmonic_mean_by_hand() -> None:
+    assert evaluation.harmonic_mean(0.6, 0.3) == pytest.approx(0.4)
+    assert evaluation.harmonic_mean(0.0, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unseen": ("gitar",)}, "unknown class 'gitar': did you mean guitar"),
+        ({"unseen": ("dog", "ice_cream")}, "--unseen holds back 2 of 3 classes"),
+        ({"unseen": ("dog",), "method": ("scratch-ft",)}, "--unseen keeps the zero-shot head, scratch-ft starts from"),
+        ({"unseen_file": Path("nowhere.txt")}, "--unseen-file nowhere.txt cannot be read"),
+    ],
+)
+def test_bad_unseen_classes(changes: dict[str, object], message: str, options: train.Options) -> None:
+    with pytest.raises(clip.InputError, match=message):
+        train.main(dataclasses.replace(options, **changes))
+
+
 # ----------------------------------------------------------------------------------------------- all methods, post-hoc
 
 
@@ -325,8 +418,9 @@ def finished(model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Runs of FT and Lipsum-FT with two seeds each; `other` holds a run on two prompts."""
     out = tmp_path_factory.mktemp("runs")
     options = train.Options(
-        method=("ft", "lipsum"), seed=(0, 1), model=str(model), data="domainnet", data_root=root, reference="real",
-        steps=4, batch_size=8, learning_rate=1e-3, num_texts=4, text_length=3, workers=1, out=out,
+        method=("ft", "lipsum"), seed=(0, 1), model=str(model), data="domainnet", data_root=root,
+        reference=("real",), steps=(4,), batch_size=(8,), learning_rate=(1e-3,), num_texts=(4,),
+        text_length=(3,), workers=1, out=out,
     )  # fmt: skip
     train.main(options)
     train.main(
@@ -422,3 +516,68 @@ def test_bad_guidance(options: train.Options, tmp_path: Path, text: str, message
     (tmp_path / "texts.txt").write_text(text)
     with pytest.raises(clip.InputError, match=message):
         train.main(dataclasses.replace(options, guidance=tmp_path / "texts.txt"))
+
+
+# ------------------------------------------------------------------------------------------- analysis of finished runs
+
+
+def test_predict(finished: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The printed classes against the model's own probabilities; a run, its best/ and an ensemble."""
+    run = finished / "ft" / "seed-0"
+    images = (root / "real" / "dog" / "test0.png", root / "sketch" / "guitar" / "test1.png")
+    evaluation.predict_command(images, run, top=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[3]] == [str(image) for image in images] and len(lines) == 6
+    classifier, model = evaluation.read_classifier(run / "best")
+    features = clip.image_features(
+        classifier.vision, jnp.asarray(data.read_image(data.ListedFile(images[0], ""), 16))[None]
+    )
+    probabilities = np.asarray(jax.nn.softmax(jnp.exp(model.logit_scale) * (features @ classifier.head)))[0]
+    order = np.argsort(-probabilities)
+    names = json.loads((run / "best" / "classes.json").read_text())
+    assert lines[1] == f"  {100 * probabilities[order[0]]:5.1f} %  {names[order[0]]}"
+    evaluation.predict_command(images, run / "best", top=2)
+    assert capsys.readouterr().out.splitlines() == lines
+    evaluation.ensemble_command((run, finished / "lipsum" / "seed-0"), overwrite=True)
+    evaluation.predict_command(images[:1], finished / "ft,lipsum+ensemble" / "seed-0", top=1)
+    assert len(capsys.readouterr().out.splitlines()[-2:]) == 2
+    with pytest.raises(clip.InputError, match=r"missing\.png does not exist"):
+        evaluation.predict_command((Path("missing.png"),), run)
+    with pytest.raises(clip.InputError, match=r"has no head\.safetensors"):
+        evaluation.predict_command(images, finished)
+
+
+def test_energy_gap_command(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both ways agree to 1e-5, and with what results.json tells where the texts are the same."""
+    run = finished / "ft" / "seed-0"
+    evaluation.energy_gap_command((run,), brute_force=True)
+    results = json.loads((run / "results.json").read_text())["splits"]
+    for line in capsys.readouterr().out.splitlines():
+        _, name, closed, _, _, brute_force = line.split()
+        np.testing.assert_allclose(float(closed), float(brute_force), rtol=1e-5)
+        np.testing.assert_allclose(float(closed), results[name]["energy_gap"], rtol=1e-5)
+        assert float(closed) > 0
+
+
+def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Every figure is written; what the runs do not hold is named; without matplotlib, the extra to install."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    evaluation.wise_command((finished / "ft" / "seed-0",), alphas=(0.25,), overwrite=True)
+    capsys.readouterr()
+    runs = (finished / "ft", finished / "lipsum", finished / "ft+wise-0.25")
+    evaluation.figures_command(runs, tmp_path)
+    output = capsys.readouterr().out
+    assert "soups: nothing to show yet, it needs python eval.py soup RUNS" in output
+    names = {
+        "trade_off", "distortion", "energy_gap", "post_hoc_curves", "reliability", "training_curves", "energy_vectors",
+        "contact_sheet",
+    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    for name in names:
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert np.asarray(image.convert("L")).std() > 1, name
+    assert "Pearson's correlation of relative accuracy with energy gap" in output
+    monkeypatch.setitem(sys.modules, "figures", None)
+    with pytest.raises(clip.InputError, match=r"pip install '\.\[plots\]'"):
+        evaluation.figures_command(runs, tmp_path)
