@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import clip
 import data
+import layouts
 import lipsum
 import minidomain
 import tables
@@ -85,21 +86,32 @@ class Predictions(NamedTuple):
 
 @jax.jit
 def log_probabilities(
-    members: tuple[lipsum.Classifier, ...], tau: Float[Array, ""], images: Array
+    members: tuple[lipsum.Classifier, ...],
+    tau: Float[Array, ""],
+    images: Array,
+    compared: Bool[np.ndarray | Array, " classes"] | None = None,
 ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch dim"]]:
-    """Of every class, in nats, and the first member's features. Several members: the mean of their probabilities."""
+    """Of every class, in nats, and the first member's features. Several members: the mean of their probabilities.
+
+    Where some classes alone are `compared`, the others' logits are cut: their probability is 0.
+    """
     features = [clip.image_features(member.vision, images) for member in members]
-    of_members = [
-        jax.nn.log_softmax(lipsum.logits(of_member, member.head, tau))
-        for of_member, member in zip(features, members, strict=True)
-    ]
+    logits = [lipsum.logits(of_member, member.head, tau) for of_member, member in zip(features, members, strict=True)]
+    if compared is not None:
+        logits = [jnp.where(compared[None], of_member, -jnp.inf) for of_member in logits]
+    of_members = [jax.nn.log_softmax(of_member) for of_member in logits]
     return jax.nn.logsumexp(jnp.stack(of_members), axis=0) - math.log(len(members)), features[0]
 
 
 @jax.jit
-def _outcomes(members: tuple[lipsum.Classifier, ...], tau: Float[Array, ""], batch: dict[str, Array]) -> tuple:
+def _outcomes(
+    members: tuple[lipsum.Classifier, ...],
+    tau: Float[Array, ""],
+    batch: dict[str, Array],
+    compared: Bool[np.ndarray | Array, " classes"] | None,
+) -> tuple:
     """A batch's `Predictions`."""
-    of_classes, features = log_probabilities(members, tau, batch["image"])
+    of_classes, features = log_probabilities(members, tau, batch["image"], compared)
     of_label = jnp.take_along_axis(of_classes, batch["label"][:, None], axis=1)[:, 0]
     return features, of_label, jnp.exp(jnp.max(of_classes, axis=1)), jnp.argmax(of_classes, axis=1) == batch["label"]
 
@@ -118,7 +130,7 @@ def predict(
     collected = []
     for batch in tqdm(batches, f"evaluating {split.name}", -(-len(split) // batch_size), unit="batch", leave=False):
         valid = batch.pop("valid")
-        outcomes = _outcomes(tuple(members), tau, data.shard_batch(batch, mesh))
+        outcomes = _outcomes(tuple(members), tau, data.shard_batch(batch, mesh), split.compared)
         collected.append([np.asarray(x)[valid] for x in outcomes])
     return Predictions(*(np.concatenate(parts) for parts in zip(*collected, strict=True)))
 
@@ -151,6 +163,8 @@ class Sources:
     keep_underscores: bool
     select_on: str
     unseen: tuple[str, ...]
+    split_roots: tuple[str, ...]
+    skip_broken: int
     batch_size: int
     workers: int
 
@@ -282,8 +296,11 @@ def prepare(sources: Sources) -> Setup:
     templates = read_templates(sources.templates)
     mesh = data.device_mesh(sources.batch_size)
     model, tokenizer = weights.load(sources.model)
-    read = data.DATASETS[sources.data]
-    images = read(sources.data_root, sources.reference, sources.shifts, sources.select_on, sources.keep_underscores)
+    images = layouts.read(
+        sources.data, sources.data_root, sources.reference, sources.shifts, sources.select_on,
+        sources.keep_underscores, sources.split_roots,
+    )  # fmt: skip
+    images = data.with_skipped(images, sources.skip_broken)
     classes = images.train.classes
     seen = seen_classes(classes, sources.unseen)
     if sources.unseen:
@@ -389,7 +406,7 @@ def open_runs(folders: Sequence[Path], select_on: str | None) -> tuple[list[Run]
     settings = first.config["settings"]
     said = {name: settings[name] for name in shared} | {"batch_size": settings["batch_size"]}
     said |= {"data_root": settings["data_root"] and Path(settings["data_root"])}
-    said |= {name: tuple(settings[name]) for name in ("shifts", "unseen")}
+    said |= {name: tuple(settings[name]) for name in ("shifts", "unseen", "split_roots")}
     if select_on:
         said["select_on"] = select_on
     setup = prepare(Sources(**said, workers=os.cpu_count() or 1))
@@ -426,6 +443,7 @@ def write_post_hoc(
         "post_hoc": how,
         "selection": {"accuracy": setup.selection_accuracy([setup.over_seen(member) for member in members])},
         "splits": setup.results(members),
+        "skipped": sorted(setup.data.train.skipped.paths),
     }
     write_json(folder / "results.json", results)
     return results

@@ -33,6 +33,7 @@ from tqdm import tqdm
 import clip
 import data
 import eval as evaluation
+import layouts
 import lipsum
 import pretrain
 import tables
@@ -64,23 +65,31 @@ class Options:
     model: str = "tiny"
     """OpenAI's .pt file, a Hugging Face folder, a run's best/ folder, a preset in the cache (ViT-B/16 ...), or tiny."""
     data: str = "minidomain"
-    """domainnet (DOMAIN/CLASS/FILE, DOMAIN_train.txt, ...), cub (images.txt, ...), minidomain (drawn), or for clip
-    captions (captions.tsv)."""
+    """minidomain (drawn), domainnet (DOMAIN/CLASS/FILE, DOMAIN_train.txt, ...), imagenet (and V2, R, A, Sketch), cub
+    (images.txt, ...), folder (train/CLASS/FILE, val/CLASS/FILE, SHIFT/CLASS/FILE), npy (SPLIT/test_images.npy, ...), or
+    for clip captions (captions.tsv). The README has each layout."""
     data_root: Annotated[Path | None, _unsaid("DIR", "none")] = None
-    """The folder that holds the data (domainnet, captions)."""
-    reference: Annotated[tuple[str, ...] | None, _unsaid("SPLIT ...", "real on minidomain")] = None
+    """The folder that holds the data; minidomain has none."""
+    split_roots: tuple[str, ...] = ()
+    """NAME=DIR ...: folders of splits that lie elsewhere (imagenet)."""
+    skip_broken: int = 0
+    """So many broken images at most, over all splits, do not stop a run: the next of its class stands in for each, and
+    results.json lists them."""
+    reference: Annotated[
+        tuple[str, ...] | None, _unsaid("SPLIT ...", "real on minidomain, imagenet, cub, val of folder")
+    ] = None
     """The split to train and select on, and the first column of the table; several: one run each."""
-    shifts: Annotated[tuple[str, ...], _unsaid("SPLIT ...", "all others")] = ()
+    shifts: Annotated[tuple[str, ...], _unsaid("SPLIT ...", "all others, but quickdraw of domainnet")] = ()
     """The splits that are only evaluated; of several references, a run leaves its own out."""
-    templates: Annotated[str | None, _unsaid("FILE|PROMPT", "eight prompts on minidomain, else 'a photo of a {}.'")] = (
-        None
-    )
+    templates: Annotated[
+        str | None, _unsaid("FILE|PROMPT", "eight on minidomain, openai on imagenet, else 'a photo of a {}.'")
+    ] = None
     """A file with one prompt a line, or one prompt; {} stands for the class."""
     keep_underscores: bool = False
     """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
     augmentation: Annotated[Literal["crop", "off"] | None, _unsaid("{crop,off}", "off on minidomain, else crop")] = None
     """crop: random resized crops and mirroring."""
-    steps: Annotated[tuple[int, ...] | None, _unsaid("INT ...", "250 on minidomain, else 5000; clip has its own")] = (
+    steps: Annotated[tuple[int, ...] | None, _unsaid("INT ...", "250 on minidomain, 50000 on imagenet, else 5000")] = (
         None
     )
     """Updates to make; several: one run each."""
@@ -115,7 +124,8 @@ class Options:
     eval_every: int = 1_000
     """Steps between evaluations on the selection data; the most accurate model is kept. Always at the end."""
     select_on: Literal["val", "test"] = "val"
-    """val: the reference's validation list, or a tenth of its training list, held out; test: as the paper did."""
+    """val: the reference's validation images, where its layout has some apart from those reported, or a tenth of its
+    training images (imagenet: a hundredth), held out; test: those reported, as the paper did."""
     checkpoint_every: int = 1_000
     """Steps between checkpoints."""
     workers: int = os.cpu_count() or 1
@@ -128,13 +138,18 @@ class Options:
     """Replace runs that are under --out already."""
 
 
-PAPER = {"steps": (5_000,), "batch_size": (256,), "learning_rate": (1e-5,)}  # for DomainNet
+# The paper's for DomainNet; on ImageNet it makes 50,000 steps.
+PAPER = {"augmentation": "crop", "steps": (5_000,), "batch_size": (256,), "learning_rate": (1e-5,)}
+PROMPT = "a photo of a {}."
 DEFAULTS: dict[str, dict[str, Any]] = {
     "minidomain": {
         "reference": ("real",), "augmentation": "off", "steps": (250,), "batch_size": (64,), "learning_rate": (1e-3,),
     },
-    "domainnet": {"reference": ("",), "templates": "a photo of a {}.", "augmentation": "crop", **PAPER},
-    "cub": {"reference": ("cub",), "templates": "a photo of a {}, a type of bird.", "augmentation": "crop", **PAPER},
+    "domainnet": {"reference": ("",), "templates": PROMPT, **PAPER},
+    "imagenet": {"reference": ("imagenet",), "templates": "openai", **PAPER, "steps": (50_000,)},
+    "cub": {"reference": ("cub",), "templates": "a photo of a {}, a type of bird.", **PAPER},
+    "folder": {"reference": ("val",), "templates": PROMPT, **PAPER},
+    "npy": {"reference": ("",), "templates": PROMPT, **PAPER},
 }  # fmt: skip
 
 
@@ -143,8 +158,8 @@ def with_defaults(options: Options) -> Options:
 
     Raises InputError for an unknown data set or a file that cannot be read.
     """
-    if options.data not in data.DATASETS:
-        raise unknown("data set", options.data, data.DATASETS)
+    if options.data not in layouts.DATASETS:
+        raise unknown("data set", options.data, layouts.DATASETS)
     unsaid = {name: value for name, value in DEFAULTS[options.data].items() if getattr(options, name) is None}
     named = [name for said in options.method for name in (lipsum.METHODS if said == "all" else [said])]
     unseen = options.unseen
@@ -181,6 +196,8 @@ def check_options(options: Options) -> None:
         for each in value if isinstance(value, tuple) else (value,):
             if each is not None and not 0 <= each < float("inf"):
                 raise InputError(f"{flag(name)} is {each}: give a number, at least 0")
+    if options.skip_broken < 0:
+        raise InputError(f"--skip-broken is {options.skip_broken}: give at least 0")
     if options.temperature == 0:
         raise InputError("--temperature is 0: give a number above 0")
     if not 0 <= options.decay < 1:
@@ -486,6 +503,7 @@ def fine_tune(shared: Shared, plan: Plan) -> None:
             "selection": {"accuracy": progress["best_accuracy"], "step": progress["best_step"]},
             "splits": splits,
             "zero_shot": setup.zero_shot_results,
+            "skipped": sorted(setup.data.train.skipped.paths),
         },
     )
 

@@ -14,7 +14,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)
 
 with install_import_hook(
-    ["clip", "weights", "lipsum", "minidomain", "data", "tables", "figures", "eval", "pretrain", "train"],
+    ["clip", "weights", "lipsum", "minidomain", "data", "layouts", "tables", "figures", "eval", "pretrain", "train"],
     "beartype.beartype",
 ):
     import train  # noqa: F401 (imports all the others)

@@ -11,6 +11,7 @@ from test_clip import seeded_model
 import clip
 import data
 import eval as evaluation
+import layouts
 import lipsum
 import weights
 
@@ -76,7 +77,7 @@ def test_zero_shot_on_real_images_equals_pytorch() -> None:
     root = shared("data/pacs")
     reference = json.loads(shared("weights/pacs-clip/reference.json").read_text())
     model, tokenizer = weights.load(str(shared("weights/pacs-clip/openai.pt")))
-    images = data.read_domainnet(root, "photo", ("art_painting", "cartoon", "sketch"), "test")
+    images = layouts.read_domainnet(root, "photo", ("art_painting", "cartoon", "sketch"), "test")
     assert list(images.train.classes) == reference["classes"] and list(images.reports) == list(reference["splits"])
     features = clip.prompt_features(model, tokenizer, images.train.classes, reference["templates"])
     classifier = lipsum.Classifier(model.vision, clip.zero_shot_head(features))

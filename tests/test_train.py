@@ -19,6 +19,7 @@ from test_clip import config_of
 import clip
 import data
 import eval as evaluation
+import layouts
 import lipsum
 import minidomain
 import tables
@@ -101,7 +102,7 @@ def test_run_from_start_to_table(options: train.Options, capsys: pytest.CaptureF
     best, _ = weights.load(str(folder / "best"))
     head = load_file(folder / "best" / "head.safetensors")["head"]
     assert json.loads((folder / "best" / "classes.json").read_text()) == config["classes"]
-    split = data.read_domainnet(options.data_root, "real", ("sketch",), "val").reports["sketch"]
+    split = layouts.read_domainnet(options.data_root, "real", ("sketch",), "val").reports["sketch"]
     tau = jnp.exp(best.logit_scale)
     classifier = lipsum.Classifier(best.vision, jnp.asarray(head))
     again = evaluation.metrics(evaluation.predict([classifier], tau, split, 8, 1, data.device_mesh(8)))
