@@ -8,6 +8,7 @@ import ast
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import sys
 import urllib.error
@@ -19,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from clip import VOCABULARY_FILE, InputError, cache_folder, read_json
+from clip import VOCABULARY_FILE, InputError, cache_folder
 
 
 class Published(NamedTuple):
@@ -193,9 +194,9 @@ def read_notebook(path: Path) -> tuple[list[str], list[str]]:
 
     Raises InputError where that is not 1,000 texts and 80 texts with `{}`.
     """
-    notebook, found = read_json(path), {}
+    found = {}
     try:
-        for cell in notebook["cells"]:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             try:
                 statements = ast.parse("".join(cell["source"])).body
             except SyntaxError:  # shell commands and prose

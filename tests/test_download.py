@@ -333,7 +333,9 @@ def test_lists_that_are_not_the_prompts(templates: Any, cache: Path) -> None:
     refused(download.openai_prompts, path, download.FILES[download.NOTEBOOK].address)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"cells": 3}', '{"cells": [{}]}', '{"cells": [{"source": 3}]}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"cells": 3}', '{"cells": [{}]}', '{"cells": [{"source": 3}]}', "[" * 100_000]
+)
 def test_file_that_is_no_notebook(content: str, cache: Path) -> None:
     (cache / download.NOTEBOOK).write_text(content)
     refused(download.openai_prompts, cache / download.NOTEBOOK)
