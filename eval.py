@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import clip
 import data
+import download
 import layouts
 import lipsum
 import minidomain
@@ -244,16 +245,21 @@ class Setup:
 
 
 def read_templates(templates: str | None) -> list[str]:
-    """The prompts of a file, or the one prompt given, or minidomain's. Raises InputError for one without `{}`."""
+    """OpenAI's prompts, those of a file, the one prompt given, or minidomain's.
+
+    Raises InputError for one without `{}`.
+    """
     if templates is None:
         return list(minidomain.TEMPLATES)
+    if templates == "openai":
+        return download.openai_prompts()[1]
     if "{}" in templates:
         return [templates]
     try:
         lines = Path(templates).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"--templates {templates!r} is neither a prompt with {{}} nor a readable file: {error}"
+            f"--templates {templates!r} is neither openai, a prompt with {{}} nor a readable file: {error}"
         ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:

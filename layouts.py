@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+import download
 import minidomain
 from clip import InputError, cache_folder, read_json, unknown
 from data import Data, Files, ListedFile, Split, hold_out, take
@@ -404,8 +405,6 @@ KAGGLE_TRUTH, DEVKIT_TRUTH, DEVKIT_IDS = (
 
 def imagenet_classes() -> tuple[str, ...]:
     """OpenAI's names of the 1,000 classes, in the order of their WordNet ids. Raises InputError without them."""
-    import download
-
     return tuple(download.openai_prompts()[0])
 
 

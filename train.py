@@ -63,7 +63,7 @@ class Options:
     seed: tuple[int, ...] = (0,)
     """One run each: order of the images, augmentation, random texts."""
     model: str = "tiny"
-    """OpenAI's .pt file, a Hugging Face folder, a run's best/ folder, a preset in the cache (ViT-B/16 ...), or tiny."""
+    """OpenAI's .pt file, a Hugging Face folder, a run's best/ folder, a preset (ViT-B/16 ..., downloaded), or tiny."""
     data: str = "minidomain"
     """minidomain (drawn), domainnet (DOMAIN/CLASS/FILE, DOMAIN_train.txt, ...), imagenet (and V2, R, A, Sketch), cub
     (images.txt, ...), folder (train/CLASS/FILE, val/CLASS/FILE, SHIFT/CLASS/FILE), npy (SPLIT/test_images.npy, ...), or
@@ -84,7 +84,7 @@ class Options:
     templates: Annotated[
         str | None, _unsaid("FILE|PROMPT", "eight on minidomain, openai on imagenet, else 'a photo of a {}.'")
     ] = None
-    """A file with one prompt a line, or one prompt; {} stands for the class."""
+    """openai (its 80 for ImageNet), a file with one prompt a line, or one prompt; {} stands for the class."""
     keep_underscores: bool = False
     """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
     augmentation: Annotated[Literal["crop", "off"] | None, _unsaid("{crop,off}", "off on minidomain, else crop")] = None

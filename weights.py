@@ -25,6 +25,7 @@ from jaxtyping import Array
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+import download
 from clip import (
     ACTIVATIONS,
     CLIP,
@@ -483,40 +484,23 @@ def save(folder: Path, model: CLIP, tokenizer: Tokenizer, dtype: Any = np.float3
 # --------------------------------------------------------------------------------------------------------------- load
 
 
-# OpenAI publishes each model as https://openaipublic.azureedge.net/clip/models/SHA256/NAME.
-OPENAI_SHA256 = {
-    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-}
-
-
 def _vocabulary_file(folder: Path) -> Path:
     """OpenAI's vocabulary beside the weights, else in the cache."""
-    for place in (folder, cache_folder()):
-        if (path := place / VOCABULARY_FILE).exists():
-            return path
-    raise InputError(
-        f"no {VOCABULARY_FILE} in {folder} or {cache_folder()}: put OpenAI's vocabulary file in one of them"
-    )
+    beside = folder / VOCABULARY_FILE
+    return beside if folder != cache_folder() and beside.exists() else download.published(VOCABULARY_FILE)
 
 
 TINY = Path(__file__).parent / "assets" / "tiny-clip"
 
 
 def load(name: str) -> tuple[CLIP, Tokenizer]:
-    """The model and tokenizer of an OpenAI `.pt` file, a Hugging Face folder, or a preset's file in the cache.
+    """The model and tokenizer of an OpenAI `.pt` file, a Hugging Face folder, or a preset, downloaded once.
 
     Raises InputError where something is missing, damaged, or does not fit together.
     """
     path = TINY if name == "tiny" else Path(name)
     if name in PRESETS:
-        file = f"{name.replace('/', '-').replace('@', '-')}.pt"
-        path = cache_folder() / file
-        if not path.exists():
-            address = f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256[name]}/{file}"
-            raise InputError(f"the weights of {name} are not at {path}: download {address} to it")
+        path = download.published(f"{name.replace('/', '-').replace('@', '-')}.pt")
     elif not path.exists() and not {"/", os.sep, "."} & set(name):
         raise unknown("model preset", name, ["tiny", *PRESETS])
     if path.is_dir():

@@ -234,7 +234,7 @@ def test_exported_benchmark_gives_the_same_numbers(
         ({"learning_rate": (float("nan"),)}, "--learning-rate is nan"),
         ({"batch_size": (12,)}, "--batch-size 12 does not divide among 8 devices"),
         ({"text_length": (39,)}, "--text-length 39 with start and end token is over the model's context of 40"),
-        ({"templates": "a photo"}, "--templates 'a photo' is neither a prompt with {} nor a readable file"),
+        ({"templates": "a photo"}, "--templates 'a photo' is neither openai, a prompt with {} nor a readable file"),
         ({"templates": "a {} " + "x" * 60}, "tokens, the model takes 38: shorten it"),
         ({"seed": (-1,)}, "--seed"),
         ({"method": ("ft", "clip")}, "--method clip trains one model: give it alone"),

@@ -1,0 +1,218 @@
+"""OpenAI's published files, downloaded once into the cache: weights, vocabulary, and the prompts for ImageNet.
+
+Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model ViT-B/16` uses it. Offline, a
+cache that holds the files is enough: the errors say which file goes where.
+"""
+
+import ast
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.client import HTTPException
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from clip import VOCABULARY_FILE, InputError, cache_folder
+
+
+class Published(NamedTuple):
+    """Where a file is published and the SHA-256 of its content."""
+
+    address: str
+    sha256: str
+
+
+def _weights(file: str, sha256: str) -> Published:
+    return Published(f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}", sha256)
+
+
+def _repository(path: str, sha256: str) -> Published:
+    return Published(f"https://raw.githubusercontent.com/openai/CLIP/main/{path}", sha256)
+
+
+NOTEBOOK = "Prompt_Engineering_for_ImageNet.ipynb"
+FILES = {
+    "ViT-B-32.pt": _weights("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B-16.pt": _weights("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "ViT-L-14.pt": _weights("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "ViT-L-14-336px.pt": _weights(
+        "ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"
+    ),
+    VOCABULARY_FILE: _repository(
+        f"clip/{VOCABULARY_FILE}", "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    ),
+    NOTEBOOK: _repository(f"notebooks/{NOTEBOOK}", "1788d6598fedcea5ba835dbab218ba2e3c2384871d334ae773ccae53f265eade"),
+}
+
+TIMEOUT = 20.0  # seconds without a byte
+ATTEMPTS = 5
+CHUNK = 2**20  # bytes
+
+
+def published(name: str) -> Path:
+    """The file of `FILES` in the cache, downloaded if it is not there. Raises InputError as `fetch` does."""
+    return fetch(*FILES[name], cache_folder() / name)
+
+
+def fetch(address: str, sha256: str, path: Path) -> Path:
+    """`path`, downloaded from `address` if it is not there; what earlier calls left of a download is continued.
+
+    Several processes may ask for the same file: one downloads it. Raises InputError where the file can neither be had
+    nor kept, or has another SHA-256.
+    """
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(path):
+                if not path.exists():
+                    _download(address, sha256, path)
+        # Always, though `_download` has done it: the file may be one that the user put there, or older than a fault of
+        # the disk. It takes a second or less for each gigabyte; a record that it was done would have to be kept right.
+        found = _sha256(path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be used ({error}): set LIPSUM_CACHE to a folder that can be written"
+        ) from error
+    if found != sha256:
+        raise InputError(
+            f"{path} is not the published file (sha256 {found}, not {sha256}): move it away, and the next run will "
+            f"download {address}"
+        )
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time, and released by the system when that process dies."""
+    beside = path.with_name(f"{path.name}.lock")
+    with open(beside, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"download: waiting for another process that downloads {path}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        # Removed only once the file is there: until then, a newcomer would make and hold another lock than those who
+        # wait for this one.
+        beside.unlink(missing_ok=True)
+
+
+def _download(address: str, sha256: str, path: Path) -> None:
+    """Fills `path.part`, and renames it when it is whole on disk and has the right hash."""
+    part = path.with_name(f"{path.name}.part")
+    put = f"download it elsewhere and put it at {path}"
+    try:
+        with open(part, "ab") as file:
+            whole = any(_receive(address, file, path.name) for _ in range(ATTEMPTS))
+            file.flush()
+            os.fsync(file.fileno())
+    except urllib.error.URLError as error:
+        reason = error if isinstance(error, urllib.error.HTTPError) else error.reason
+        raise InputError(f"cannot download {address} ({reason}): {_kept(part)}{put}") from error
+    if not whole:
+        raise InputError(f"{address} broke off {ATTEMPTS} times: {_kept(part)}{put}")
+    if (found := _sha256(part)) != sha256:
+        part.unlink()
+        raise InputError(f"{address} gave sha256 {found}, not {sha256}: it was removed; run again, or {put}")
+    os.replace(part, path)
+
+
+def _kept(part: Path) -> str:
+    """What a message says of an unfinished download. An empty one is removed."""
+    if size := part.stat().st_size:
+        return f"{size:,} bytes are kept in {part}, run again to continue, or "
+    part.unlink()
+    return ""
+
+
+def _receive(address: str, file: BinaryIO, name: str) -> bool:
+    """Appends what `file` lacks; False where the connection broke off before the end.
+
+    Raises URLError where nobody answers or the answer is an error.
+    """
+    size = file.seek(0, os.SEEK_END)
+    request = urllib.request.Request(address, headers={"Range": f"bytes={size}-"} if size else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416 and size:  # nothing comes after `size` bytes: the hash tells whether they are the file
+            return True
+        raise
+    except urllib.error.URLError:
+        raise
+    except (OSError, HTTPException):
+        return False
+    with response:
+        if response.status != 206:  # the server does not continue files: it sends this one from its first byte
+            size = 0
+            file.truncate(0)
+        total = None if response.length is None else size + response.length
+        with tqdm(desc=name, total=total, initial=size, unit="B", unit_scale=True) as bar:
+            while True:
+                try:
+                    chunk = response.read1(CHUNK)  # unlike `read`, it loses nothing of what came before a fault
+                except (OSError, HTTPException):
+                    return False
+                if not chunk:
+                    return total in (None, size)
+                file.write(chunk)
+                size += len(chunk)
+                bar.update(len(chunk))
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def openai_prompts() -> tuple[list[str], list[str]]:
+    """OpenAI's 1,000 names of ImageNet's classes, in the order of the labels, and 80 prompts with `{}` for the class.
+
+    The published zero-shot protocol, from the notebook in the cache. Raises InputError where it can neither be had nor
+    read.
+    """
+    path = cache_folder() / NOTEBOOK
+    # The hash is checked of what is downloaded. One that lies there already may have been opened and saved, which
+    # rewrites its outputs; the lists are small enough to be checked themselves.
+    return read_notebook(path if path.exists() else published(NOTEBOOK))
+
+
+def read_notebook(path: Path) -> tuple[list[str], list[str]]:
+    """What the notebook's cells assign to `imagenet_classes` and `imagenet_templates`. None of it is executed.
+
+    Raises InputError where that is not 1,000 texts and 80 texts with `{}`.
+    """
+    found = {}
+    try:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            try:
+                statements = ast.parse("".join(cell["source"])).body
+            except SyntaxError:  # shell commands and prose
+                continue
+            for statement in statements:
+                match statement:
+                    case ast.Assign([ast.Name("imagenet_classes" | "imagenet_templates" as name)], value):
+                        found[name] = ast.literal_eval(value)
+        classes, templates = found["imagenet_classes"], found["imagenet_templates"]
+        if [len(classes), len(templates)] != [1000, 80]:
+            raise ValueError(f"{len(classes)} classes and {len(templates)} templates")
+        if not all(isinstance(text, str) for text in [*classes, *templates]) or not all("{}" in t for t in templates):
+            raise ValueError("an entry is no text, or a template has no {}")
+    except Exception as error:  # a malformed notebook may raise anything
+        raise InputError(
+            f"{path} does not assign 1,000 imagenet_classes and 80 imagenet_templates ({error!r}): put "
+            f"{FILES[NOTEBOOK].address} there"
+        ) from error
+    return list(classes), list(templates)

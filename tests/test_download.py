@@ -1,0 +1,341 @@
+"""Downloads from a server on loopback that breaks off, lies or refuses; the prompts of OpenAI's notebook."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import shared
+from test_weights import SIZES, archive, openai_state, refused, vocabulary_file, write
+
+import clip
+import download
+import eval as evaluation
+import weights
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files` and remembers the `Range` of every request; the rest is how it misbehaves."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {"/file": CONTENT}
+        self.ranges: list[str | None] = []
+        self.breaks_off_after: list[int] = []  # bytes of each of the first answers
+        self.knows_ranges = True
+        self.chunked = False
+        self.status = 200
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/file"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        server, asked = self.server, self.headers["Range"]
+        server.ranges.append(asked)
+        server.may_answer.wait(30)
+        self.close_connection = True
+        content = server.files.get(self.path)
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.knows_ranges else 0
+        if server.status != 200 or content is None or start >= len(content):
+            self.send_error(416 if content and start else server.status if content else 404)
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        part = content[start:]
+        sent = part[: server.breaks_off_after.pop(0) if server.breaks_off_after else None]
+        if server.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            end = b"0\r\n\r\n" if sent == part else b""
+            sent = b"%x\r\n%s\r\n" % (len(sent), sent) + end if sent else end
+        else:
+            self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(sent)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.may_answer.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "file"
+
+
+def partial(path: Path, content: bytes) -> Path:
+    """What an earlier download left."""
+    path.parent.mkdir()
+    part = path.with_name("file.part")
+    part.write_bytes(content)
+    return part
+
+
+def downloaded(server: Server, path: Path) -> None:
+    assert download.fetch(server.address, SHA256, path) == path
+    assert path.read_bytes() == CONTENT
+    assert os.listdir(path.parent) == [path.name]
+
+
+# ----------------------------------------------------------------------------------------------------------- downloads
+
+
+def test_downloaded_once(server: Server, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    downloaded(server, path)
+    assert "file: 100%" in capsys.readouterr().err
+    downloaded(server, path)
+    assert server.ranges == [None]
+
+
+def test_what_is_there_is_not_sent_again(server: Server, path: Path) -> None:
+    partial(path, CONTENT[:1000])
+    downloaded(server, path)
+    assert server.ranges == ["bytes=1000-"]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_connection_that_breaks_off_is_taken_up(chunked: bool, server: Server, path: Path) -> None:
+    server.breaks_off_after, server.chunked = [100_000, 0, 50_000], chunked
+    downloaded(server, path)
+    assert server.ranges == [None, "bytes=100000-", "bytes=100000-", "bytes=150000-"]
+
+
+def test_server_that_always_breaks_off(server: Server, path: Path) -> None:
+    server.breaks_off_after = [1000] * download.ATTEMPTS
+    part = path.with_name("file.part")
+    fetch = lambda: download.fetch(server.address, SHA256, path)  # noqa: E731
+    refused(fetch, server.address, "5,000 bytes are kept in", part, "run again to continue", path)
+    assert part.read_bytes() == CONTENT[:5000] and not path.exists()
+    downloaded(server, path)
+    assert server.ranges[-1] == "bytes=5000-"
+
+
+def test_server_that_ignores_ranges(server: Server, path: Path) -> None:
+    partial(path, CONTENT[:1000])
+    server.knows_ranges, server.breaks_off_after = False, [70_000]
+    downloaded(server, path)
+    assert server.ranges == ["bytes=1000-", "bytes=70000-"]
+
+
+def test_whole_file_that_was_not_yet_renamed(server: Server, path: Path) -> None:
+    """The server answers 416: nothing is left to send."""
+    partial(path, CONTENT)
+    downloaded(server, path)
+    assert server.ranges == ["bytes=300000-"]
+
+
+@pytest.mark.parametrize("there", [b"", CONTENT[:1000], b"wrong", b"longer " + CONTENT])
+def test_wrong_bytes_are_removed(there: bytes, server: Server, path: Path) -> None:
+    part = partial(path, there)
+    if there in CONTENT:
+        server.files["/file"] = CONTENT[:-1] + b"?"
+    found = hashlib.sha256(there + server.files["/file"][len(there) :]).hexdigest()
+    refused(lambda: download.fetch(server.address, SHA256, path), server.address, found, SHA256, path)
+    assert not part.exists() and not path.exists()
+    server.files["/file"] = CONTENT
+    downloaded(server, path)
+
+
+def test_file_of_the_user_is_checked_and_kept(server: Server, path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"mine")
+    found = hashlib.sha256(b"mine").hexdigest()
+    refused(lambda: download.fetch(server.address, SHA256, path), server.address, found, SHA256, path)
+    assert path.read_bytes() == b"mine" and not server.ranges
+
+
+@pytest.mark.parametrize(("status", "there"), [(404, b""), (503, CONTENT[:1000])])
+def test_server_that_refuses(status: int, there: bytes, server: Server, path: Path) -> None:
+    part = partial(path, there)
+    server.status, server.knows_ranges = status, False
+    words = ["1,000 bytes are kept in", part] if there else []
+    refused(lambda: download.fetch(server.address, SHA256, path), server.address, status, f"put it at {path}", *words)
+    assert len(server.ranges) == 1
+    assert part.exists() == bool(there)
+
+
+def test_nobody_answers(path: Path) -> None:
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{bound.getsockname()[1]}/file"
+        refused(lambda: download.fetch(address, SHA256, path), address, "refused", f"put it at {path}")
+    assert not path.with_name("file.part").exists()
+
+
+def test_server_that_falls_silent(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.02)
+    server.may_answer.clear()
+    refused(lambda: download.fetch(server.address, SHA256, path), server.address, "5 times", f"put it at {path}")
+    assert len(server.ranges) == download.ATTEMPTS
+
+
+def test_folder_that_cannot_be_used(server: Server, path: Path) -> None:
+    path.parent.write_text("a file")
+    with pytest.raises(clip.InputError, match=f"{path} cannot be used .*: set LIPSUM_CACHE to a folder"):
+        download.fetch(server.address, SHA256, path)
+
+
+def test_two_processes_download_once(
+    server: Server, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server keeps the first waiting until the second waits for it."""
+    server.may_answer.clear()
+    lock = fcntl.flock
+
+    def observed(file: Any, operation: int) -> None:
+        if operation == fcntl.LOCK_EX:
+            server.may_answer.set()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", observed)
+    script = "import pathlib, sys, download; download.fetch(*sys.argv[1:3], pathlib.Path(sys.argv[3]))"
+    command = [sys.executable, "-W", "error", "-c", script, server.address, SHA256, str(path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(download.__file__).parent)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as other:
+        while not server.ranges:
+            assert other.poll() is None, other.communicate()
+            threading.Event().wait(0.01)
+        downloaded(server, path)
+        assert other.wait(30) == 0
+        assert "file: 100%" in other.communicate()[1]
+    assert f"waiting for another process that downloads {path}" in capsys.readouterr().err
+    assert server.ranges == [None]
+
+
+def test_preset_is_downloaded_and_then_works_offline(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {name: array.astype(np.float16) for name, array in openai_state().items()}
+    state["token_embedding.weight"] = np.ones((49408, SIZES["text_width"]), np.float16)
+    write(tmp_path / "ViT-B-32.pt", archive(state))
+    vocabulary_file(tmp_path)
+    for name in ("ViT-B-32.pt", clip.VOCABULARY_FILE):
+        server.files[f"/{name}"] = content = (tmp_path / name).read_bytes()
+        address = server.address.replace("/file", f"/{name}")
+        monkeypatch.setitem(download.FILES, name, download.Published(address, hashlib.sha256(content).hexdigest()))
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "new" / "cache"))
+    loaded, tokenizer = weights.load("ViT-B/32")
+    assert (loaded.config.start_token, loaded.config.end_token) == (49406, 49407)
+    assert tokenizer.token_to_id(clip.END_TEXT) == 49407
+    server.status = 503
+    weights.load("ViT-B/32")
+    assert server.ranges == [None, None]
+
+
+def test_addresses_hold_the_hashes() -> None:
+    for name, (address, sha256) in download.FILES.items():
+        assert address.startswith("https://") and address.endswith(f"/{name}")
+        assert len(bytes.fromhex(sha256)) == 32
+        assert not name.endswith(".pt") or address.split("/")[-2] == sha256
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+CLASSES = [f"class {index}" for index in range(1000)]
+TEMPLATES = [f"photo {index} of a {{}}." for index in range(80)]
+
+
+def notebook(folder: Path, *sources: str | list[str]) -> Path:
+    path = folder / download.NOTEBOOK
+    cells = [{"cell_type": "code", "source": source, "outputs": []} for source in sources]
+    path.write_text(json.dumps({"cells": cells}))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_published_prompts(cache: Path) -> None:
+    shutil.copy(shared(f"data/openai/{download.NOTEBOOK}"), cache)
+    classes, templates = download.openai_prompts()
+    assert (len(classes), len(set(classes)), len(templates)) == (1000, 998, 80)  # two names stand for two classes each
+    assert [classes[index] for index in (0, 134, 517, 999)] == [
+        "tench",
+        "crane bird",
+        "construction crane",
+        "toilet paper",
+    ]
+    assert (templates[0], templates[-1]) == ("a bad photo of a {}.", "a tattoo of the {}.")
+    assert evaluation.read_templates("openai") == templates
+
+
+def test_lists_among_other_cells(cache: Path) -> None:
+    lines = f"imagenet_templates = {TEMPLATES!r}\n\nprint(len(imagenet_templates))".splitlines(keepends=True)
+    notebook(cache, "! pip install ftfy", "import no_such_module", f"imagenet_classes = {CLASSES!r}", lines)
+    assert download.openai_prompts() == (CLASSES, TEMPLATES)
+
+
+def test_prompts_are_downloaded(cache: Path) -> None:
+    refused(download.openai_prompts, download.FILES[download.NOTEBOOK].address, cache / download.NOTEBOOK)
+    refused(lambda: evaluation.read_templates("openai"), cache / download.NOTEBOOK)
+
+
+@pytest.mark.parametrize(
+    "templates",
+    [
+        "__import__('pathlib').Path({trace!r}).touch() or {templates!r}",
+        "[__import__('pathlib').Path({trace!r}).touch(), *{templates!r}]",
+        "(lambda: open({trace!r}, 'w').close())() or {templates!r}",
+    ],
+)
+def test_notebook_is_never_executed(templates: str, cache: Path) -> None:
+    trace = cache / "trace"
+    source = "imagenet_templates = " + templates.format(trace=str(trace), templates=TEMPLATES)
+    path = notebook(cache, f"imagenet_classes = {CLASSES!r}", source)
+    refused(download.openai_prompts, path)
+    assert not trace.exists()
+    exec(source, {})  # it does what it should where nothing refuses it
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    "templates", [TEMPLATES[:-1], ["photo", *TEMPLATES[1:]], [7, *TEMPLATES[1:]], "{}" * 40, {}, None]
+)
+def test_lists_that_are_not_the_prompts(templates: Any, cache: Path) -> None:
+    path = notebook(cache, f"imagenet_classes = {CLASSES!r}\nimagenet_templates = {templates!r}")
+    refused(download.openai_prompts, path, download.FILES[download.NOTEBOOK].address)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"cells": 3}', '{"cells": [{}]}', '{"cells": [{"source": 3}]}', "[" * 100_000]
+)
+def test_file_that_is_no_notebook(content: str, cache: Path) -> None:
+    (cache / download.NOTEBOOK).write_text(content)
+    refused(download.openai_prompts, cache / download.NOTEBOOK)
