@@ -645,8 +645,8 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
     results = tables.read_results(runs)
     drawn = {name: lambda draw=draw: draw(results) for name, draw in figures.FROM_FILES.items()}
     if not files_only:
-        trained = {run["method"]: run["path"].parent for run in reversed(figures.trained(results))}
-        opened, setup = open_runs(list(reversed(trained.values())), None)
+        first_of = {run["method"]: run["path"].parent for run in reversed(figures.main_settings(results))}
+        opened, setup = open_runs(list(reversed(first_of.values())), None)
         drawn["energy_vectors"] = lambda: energy_vectors_of(opened, setup)
         drawn["contact_sheet"] = lambda: figures.contact_sheet(images_of_classes(setup))
     out.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,12 @@ def trained(results: Sequence[Results]) -> list[Results]:
     return [result for result in results if "+" not in result["method"]]
 
 
+def main_settings(results: Sequence[Results]) -> list[Results]:
+    """Of each training method the runs of one choice of settings: the one with the most seeds, else the first."""
+    methods = tables.by_method(trained(results)).values()
+    return [run for runs in methods for run in max(tables.groups(runs).values(), key=len)]
+
+
 def by_label(results: Sequence[Results]) -> dict[str, tuple[str, list[Results]]]:
     """The method and the runs (a run for each seed) under each row's label of the tables."""
     return {label: (runs[0]["method"], runs) for label, runs in tables.groups(results).items()}
@@ -103,23 +109,28 @@ def spread(values: Sequence[float]) -> float:
 def trade_off(results: Sequence[Results]) -> Figure:
     """Figures 2, 7 and 8: what each method gains on the reference and loses on the shifts.
 
-    Means over seeds with standard deviations; a line joins the values of a swept setting.
+    Means over seeds with standard deviations. A line joins the learning rates of a method (or the values of another
+    swept setting), all else being equal.
     """
     figure, (axes,) = axes_of(1, width=5.4, height=4.6)
-    lines: dict[str, list[tuple[str, list[Results]]]] = {}
-    for label, (method, runs) in by_label(trained(results)).items():
-        lines.setdefault(method, []).append((label, runs))
-    for method, variants in lines.items():
-        points = []
-        for label, runs in variants:
+    swept: dict[str, None] = {}
+    for method, of_method in tables.by_method(trained(results)).items():
+        varied = sorted(tables.varied_settings(of_method), key=lambda name: name == "learning_rate")
+        swept |= dict.fromkeys(varied)
+        lines: dict[tuple[Any, ...], list[tuple[float, float, float, float]]] = {}
+        for runs in tables.groups(of_method).values():
+            values = tuple(str(runs[0]["settings"][name]) for name in varied)
             shifts, reference = accuracies(runs)
-            points.append((statistics.fmean(shifts), statistics.fmean(reference), spread(shifts), spread(reference)))
-            if len(variants) > 1:
-                values = label.partition("(")[2].rstrip(")")
-                axes.annotate(values, points[-1][:2], xytext=(4, 4), textcoords="offset points", fontsize=6)
-        x, y, x_error, y_error = zip(*points, strict=True)
-        style = look(method) | {"linewidth": 1, "elinewidth": 0.8, "markersize": 7, "markeredgecolor": "white"}
-        axes.errorbar(x, y, y_error, x_error, label=tables.label_of(method), **style)
+            point = (statistics.fmean(shifts), statistics.fmean(reference), spread(shifts), spread(reference))
+            lines.setdefault(values[:-1], []).append(point)
+            axes.annotate(", ".join(values), point[:2], xytext=(5, 4), textcoords="offset points", fontsize=6)
+        for points in lines.values():
+            x, y, x_error, y_error = zip(*points, strict=True)
+            style = look(method) | {"linewidth": 1, "elinewidth": 0.8, "markersize": 7, "markeredgecolor": "white"}
+            axes.errorbar(x, y, y_error, x_error, label=tables.label_of(method), **style)
+    if swept:
+        names = ", ".join(name.replace("_", " ") for name in swept)
+        axes.set_title(f"at the points: {names}", fontsize=7, loc="left")
     zero_shot_star(axes, results)
     label_accuracies(axes, results)
     add_legend(figure)
@@ -131,7 +142,7 @@ def distortion(results: Sequence[Results]) -> Figure:
     splits = list(results[0]["splits"])
     groups = {
         label: cells
-        for label, (_, runs) in by_label(trained(results)).items()
+        for label, (_, runs) in by_label(main_settings(results)).items()
         if None not in (cells := [[run["splits"][name].get("distortion") for run in runs] for name in splits])[0]
     }
     if not groups:
@@ -153,7 +164,11 @@ def distortion(results: Sequence[Results]) -> Figure:
 
 
 def energy_gap(results: Sequence[Results]) -> Figure:
-    """Figures 4 and 13: accuracy on a shift relative to the reference's, against the energy gap there; each a run."""
+    """Figures 4 and 13: accuracy on a shift relative to the reference's, against the energy gap there; each a run.
+
+    Gaps span three orders of magnitude: the axis is linear to 1e-3 and logarithmic above. The correlation is of the
+    values themselves.
+    """
     shifts = tables.shifts_of(results[0])
     if not shifts or not any(tables.relative_accuracies(results, shift, "energy_gap") for shift in shifts):
         raise Nothing("runs with shifts whose results.json tells the energy gap")
@@ -168,7 +183,7 @@ def energy_gap(results: Sequence[Results]) -> Figure:
         of_pearson = tables.correlation(results, shift, "energy_gap")
         axes.set_title(shift + ("" if of_pearson is None else f"   PCC {of_pearson:.2f}"), fontsize=10)
         axes.set_xlabel("energy gap, squared cosine")
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
+        axes.set_xscale("symlog", linthresh=1e-3)
     panels[0].set_ylabel(f"accuracy relative to {tables.reference_of(results[0])}")
     add_legend(figure)
     return figure
@@ -176,7 +191,7 @@ def energy_gap(results: Sequence[Results]) -> Figure:
 
 def post_hoc_curves(results: Sequence[Results]) -> Figure:
     """Figures 5 and 14: WiSE and TPGM over their settings, from each fine-tuned run; the mean over seeds."""
-    groups = by_label(results)
+    groups = by_label([*main_settings(results), *(run for run in results if "+" in run["method"])])
     curves: dict[tuple[str, str], list[tuple[float, list[Results]]]] = {}
     for method, runs in groups.values():
         base, _, suffix = method.partition("+")
@@ -223,11 +238,10 @@ def soups(results: Sequence[Results]) -> Figure:
     for run in made:
         base, _, kind = run["method"].partition("+")
         color = look(base)["color"] if base in lipsum.METHODS else "0.4"
-        marker = {"soup": "$S$", "ensemble": "$E$"}[kind]
+        marker = {"soup": "s", "ensemble": "D"}[kind]
         x, y = accuracies([run])
-        axes.plot(
-            x, y, linestyle="none", marker=marker, markersize=12, color=color, label=tables.label_of(run["method"])
-        )
+        axes.plot(x, y, linestyle="none", marker=marker, markersize=10, markerfacecolor="none", markeredgewidth=2,
+                  color=color, label=tables.label_of(run["method"]))  # fmt: skip
     zero_shot_star(axes, results)
     label_accuracies(axes, results)
     add_legend(figure)
@@ -237,7 +251,7 @@ def soups(results: Sequence[Results]) -> Figure:
 def reliability(results: Sequence[Results]) -> Figure:
     """Accuracy against confidence in 15 bins, a panel for each method, a line for each split; seeds pooled."""
     groups = {"zero-shot": [results[0]["zero_shot"]]}
-    groups |= {label: [run["splits"] for run in runs] for label, (_, runs) in by_label(trained(results)).items()}
+    groups |= {label: [run["splits"] for run in runs] for label, (_, runs) in by_label(main_settings(results)).items()}
     groups = {
         label: runs for label, runs in groups.items() if all("reliability" in s for r in runs for s in r.values())
     }
@@ -275,7 +289,7 @@ def training_curves(results: Sequence[Results]) -> Figure:
         "gradient norm": lambda line: line["gradient_norm"],
     }
     curves: dict[str, tuple[str, list[list[dict[str, float]]]]] = {}
-    for label, (method, runs) in by_label(trained(results)).items():
+    for label, (method, runs) in by_label(main_settings(results)).items():
         logs = [run["path"].with_name("metrics.jsonl") for run in runs]
         lines = [
             [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
@@ -344,19 +358,19 @@ def bounds(parts: Mapping[str, Float[np.ndarray, "_ dim"]]) -> Int[np.ndarray, "
 
 
 def contact_sheet(images: Mapping[str, Mapping[str, UInt8[np.ndarray, "_ _ 3"] | None]]) -> Figure:
-    """Figure 16: an image of each class (rows) and split (columns): `images[class][split]`."""
+    """Figure 16: an image of each class (columns) and split (rows): `images[class][split]`."""
     splits = list(next(iter(images.values())))
-    figure = Figure(figsize=(0.9 * len(splits) + 1.4, 0.9 * len(images) + 0.3), layout="constrained")
-    grid = figure.subplots(len(images), len(splits), squeeze=False)
-    for row, (name, of_splits) in zip(grid, images.items(), strict=True):
-        for axes, split in zip(row, splits, strict=True):
+    figure = Figure(figsize=(0.7 * len(images) + 0.9, 0.7 * len(splits) + 0.3), layout="constrained")
+    grid = figure.subplots(len(splits), len(images), squeeze=False)
+    for column, (name, of_splits) in zip(grid.T, images.items(), strict=True):
+        column[0].set_title(name, fontsize=8)
+        for axes, split in zip(column, splits, strict=True):
             if of_splits[split] is not None:
                 axes.imshow(of_splits[split])
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    for axes, split in zip(grid[0], splits, strict=True):
-        axes.set_title(split, fontsize=8)
+    for axes, split in zip(grid[:, 0], splits, strict=True):
+        axes.set_ylabel(split, rotation=0, ha="right", va="center", fontsize=8)
     return figure
 
 

@@ -8,6 +8,7 @@ Accuracies and ECE are fractions and NLL is in nats in files, CSV and JSON; the 
 import csv
 import io
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -115,23 +116,45 @@ def label_of(method: str) -> str:
     return " + ".join(names)
 
 
-def groups(results: Iterable[Results]) -> dict[str, list[Results]]:
-    """The runs that differ in nothing but the seed, under the label of their row.
-
-    The label is the method's, with the settings that vary among the runs of that method.
-    """
+def by_method(results: Iterable[Results]) -> dict[str, list[Results]]:
+    """The runs of each method, in the order of `lipsum.METHODS`."""
     methods: dict[str, list[Results]] = {}
     for result in results:
         methods.setdefault(result["method"], []).append(result)
+    order = {name: index for index, name in enumerate(lipsum.METHODS)}
+    return dict(sorted(methods.items(), key=lambda item: order.get(item[0].split("+")[0], len(order))))
+
+
+def varied_settings(runs: Sequence[Results]) -> list[str]:
+    """The settings that are not the same in all of the runs."""
+    settings = [run.get("settings", {}) for run in runs]
+    names = dict.fromkeys(name for each in settings for name in each)
+    return [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
+
+
+def groups(results: Iterable[Results]) -> dict[str, list[Results]]:
+    """The runs that differ in nothing but the seed, under the label of their row.
+
+    The label is the method's, with the settings that vary among the runs of that method, from low to high.
+    """
     grouped: dict[str, list[Results]] = {}
-    for method, runs in methods.items():
-        settings = [run.get("settings", {}) for run in runs]
-        names = dict.fromkeys(name for each in settings for name in each)
-        varied = [name for name in names if any(each.get(name) != settings[0].get(name) for each in settings)]
-        for run, each in zip(runs, settings, strict=True):
-            values = ", ".join(f"{name.replace('_', ' ')} {each.get(name)}" for name in varied)
-            grouped.setdefault(label_of(method) + (f" ({values})" if values else ""), []).append(run)
+    for method, runs in by_method(results).items():
+        varied = varied_settings(runs)
+        rows: dict[tuple[Any, ...], list[Results]] = {}
+        for run in runs:
+            rows.setdefault(tuple(str(run.get("settings", {}).get(name)) for name in varied), []).append(run)
+        for values in sorted(rows, key=lambda values: [(number_of(value), value) for value in values]):
+            said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(varied, values, strict=True))
+            grouped[label_of(method) + (f" ({said})" if said else "")] = rows[values]
     return grouped
+
+
+def number_of(text: str) -> float:
+    """The number that a text says; infinity for other texts."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
