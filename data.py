@@ -176,7 +176,7 @@ def open_image(file: ListedFile | UInt8[np.ndarray, "height width 3"]) -> Image.
 def _wrong(file: ListedFile, what: str) -> InputError:
     if file.place:
         return InputError(f"{file.place}: {file.path} {what} or delete the line")
-    return InputError(f"{file.path} {what} or delete it")
+    return InputError(f"{file.path} {what} or leave it out")
 
 
 def broken_image(file: ListedFile, error: Exception) -> InputError:

@@ -301,12 +301,12 @@ def prepare(sources: Sources) -> Setup:
     """Loads and checks the model and the data. Raises InputError before any long work."""
     templates = read_templates(sources.templates)
     mesh = data.device_mesh(sources.batch_size)
-    model, tokenizer = weights.load(sources.model)
     images = layouts.read(
         sources.data, sources.data_root, sources.reference, sources.shifts, sources.select_on,
         sources.keep_underscores, sources.split_roots,
     )  # fmt: skip
     images = data.with_skipped(images, sources.skip_broken)
+    model, tokenizer = weights.load(sources.model)  # after the data, whose root may be wrong: this may download
     classes = images.train.classes
     seen = seen_classes(classes, sources.unseen)
     if sources.unseen:
@@ -746,7 +746,7 @@ def predict_command(
         classifier, loaded = read_classifier(folder)
         members.append(classifier)
         tau, classes = jnp.exp(loaded.logit_scale), read_json(folder / "classes.json")
-    files = tuple(data.ListedFile(path, "image given") for path in images)
+    files = tuple(data.ListedFile(path) for path in images)
     data.check_images([data.Split("images", tuple(classes), files, np.zeros(len(files), np.int32))], 1)
     resolution = members[0].vision.image_size
     for start in range(0, len(files), batch_size):
@@ -759,13 +759,28 @@ def predict_command(
                 print(f"  {100 * probabilities[index]:5.1f} %  {classes[index]}")
 
 
+def export_command(run: tyro.conf.Positional[Path], out: Path, format: Literal["openai"] = "openai") -> None:
+    """Write a run's model for other tools. Its best/ folder opens in PyTorch transformers as it is.
+
+    Args:
+        run: The folder of a finished run, such as runs/lipsum/seed-0, or its best/ folder.
+        out: The file to write; `--model FILE` opens it, with OpenAI's vocabulary beside it or in the cache.
+        format: openai: a state dict under OpenAI's names, as safetensors.
+    """
+    if out.exists():
+        raise InputError(f"--out {out} exists already: delete it or give another name")
+    model, _ = weights.load(str(run / "best" if (run / "best").is_dir() else run))
+    {"openai": weights.save_openai}[format](out, model)
+    print(out)
+
+
 app = tyro.extras.SubcommandApp()
 app.command(name="table")(table_command)
 app.command(name="costs")(costs_command)
 app.command(name="figures")(figures_command)
-
 app.command(name="energy-gap")(energy_gap_command)
 app.command(name="predict")(predict_command)
+app.command(name="export")(export_command)
 app.command(name="wise")(wise_command)
 app.command(name="tpgm")(tpgm_command)
 app.command(name="soup")(soup_command)

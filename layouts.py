@@ -257,7 +257,7 @@ def class_folders(root: Path) -> tuple[str, ...]:
         return tuple(sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()))
 
 
-def modified(root: Path, folders: Sequence[str]) -> Int[np.ndarray, " folders+1"]:
+def modified(root: Path, folders: Sequence[str]) -> Int[np.ndarray, " times"]:
     """When entries of the folders, or of their root, were added, removed or renamed last, in nanoseconds."""
     with ThreadPoolExecutor(16) as pool:  # a network's disk answers many at once
         return np.array(list(pool.map(lambda name: os.stat(root / name).st_mtime_ns, ("", *folders))), np.int64)
@@ -293,7 +293,7 @@ def read_tree(root: Path) -> Tree:
 SAME_STAMP = 2 * 10**9  # nanoseconds
 
 
-def save_index(path: Path, tree: Tree, times: Int[np.ndarray, " folders+1"], started: int) -> None:
+def save_index(path: Path, tree: Tree, times: Int[np.ndarray, " times"], started: int) -> None:
     """Atomically. Without a cache that can be written, listing the files again each time is all that is lost."""
     arrays = {
         "folders": np.frombuffer(b"\0".join(map(os.fsencode, tree.folders)), np.uint8),
@@ -316,7 +316,7 @@ def save_index(path: Path, tree: Tree, times: Int[np.ndarray, " folders+1"], sta
 def load_index(path: Path, root: Path) -> Tree | None:
     """What `save_index` saved of `root`; None where that is nothing, damaged, or out of date."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             held = {name: arrays[name] for name in ("folders", "counts", "names", "ends", "modified", "started")}
         folders = tuple(map(os.fsdecode, held["folders"].tobytes().split(b"\0")))
         times = modified(root, folders)
@@ -436,7 +436,9 @@ def read_imagenet(
             places[name] = found[0]
     if "imagenet" not in places:
         raise wrong_root(root, "no ImageNet", IMAGENET_LAYOUT)
-    shifts = choose_shifts(tuple(IMAGENET), reference, shifts, left_out=set(IMAGENET) - set(places))
+    shifts = choose_shifts(
+        tuple(IMAGENET), reference, shifts, left_out=[name for name in IMAGENET if name not in places]
+    )
     if reference != "imagenet":
         raise InputError(f"--reference {reference} has no training images: give imagenet")
     for name in shifts:

@@ -481,6 +481,22 @@ def save(folder: Path, model: CLIP, tokenizer: Tokenizer, dtype: Any = np.float3
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def save_openai(path: Path, model: CLIP) -> None:
+    """Writes a safetensors file under OpenAI's names. Raises InputError for a model whose sizes these cannot tell."""
+    config = model.config
+    state = {name: np.asarray(leaf, order="C") for name, leaf in to_state_dict(model, "openai").items()}
+    heads = [tower.width // tower.heads for tower in (config.vision, config.text)]
+    if heads != [64, 64] or openai_config(state, str(path)) != config:
+        raise InputError(
+            f"OpenAI's format tells no sizes but those of its own models: heads 64 wide (here {heads[0]} and "
+            f"{heads[1]}), QuickGELU (here {config.activation}), start and end as the last tokens: use the Hugging "
+            "Face folder instead"
+        )
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    save_file(state, temporary)
+    os.replace(temporary, path)
+
+
 # --------------------------------------------------------------------------------------------------------------- load
 
 
@@ -494,7 +510,7 @@ TINY = Path(__file__).parent / "assets" / "tiny-clip"
 
 
 def load(name: str) -> tuple[CLIP, Tokenizer]:
-    """The model and tokenizer of an OpenAI `.pt` file, a Hugging Face folder, or a preset, downloaded once.
+    """The model and tokenizer of a file with OpenAI's names (`.pt`, `.safetensors`), a Hugging Face folder or a preset.
 
     Raises InputError where something is missing, damaged, or does not fit together.
     """
@@ -508,7 +524,7 @@ def load(name: str) -> tuple[CLIP, Tokenizer]:
         model = from_state_dict(read_hugging_face_weights(path), config, "hugging_face", str(path))
         tokenizer = hugging_face_tokenizer(path)
     else:
-        state = read_torch_archive(path)
+        state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_archive(path)
         model = from_state_dict(state, openai_config(state, str(path)), "openai", str(path))
         tokenizer = openai_tokenizer(_vocabulary_file(path.parent))
     if tokenizer.get_vocab_size() > model.config.vocabulary_size:

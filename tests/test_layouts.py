@@ -1,9 +1,11 @@
 """The layouts of layouts.py, on trees of small real image files: brute force tells what they hold."""
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_data import assert_batches_raise, raises, smooth
 
@@ -297,3 +299,239 @@ def test_cub_without_images_to_train_on(cub: Path) -> None:
     path.write_text(path.read_text().replace(" 1\n", " 0\n"))
     with raises("train_test_split.txt has no line 'ID 1': train has no image; restore it"):
         layouts.read_cub(cub, "cub", (), "test")
+
+
+# -------------------------------------------------------------------------------------------------------- class folders
+
+
+def write_images(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True)
+    for name in names:
+        smooth(24, 18, seed=len(str(folder / name))).save(folder / name)
+
+
+def make_folder(root: Path) -> None:
+    """train, val and the shift `drawn`, which lacks a class; names with spaces and non-ASCII letters."""
+    for split, count in {"train": 12, "val": 2, "drawn": 1}.items():
+        for name in ("dog", "ice cream", "måne"):
+            if (split, name) != ("drawn", "dog"):
+                write_images(root / split / name, [f"{split} {index}.jpg" for index in range(count)])
+
+
+def labelled(split: data.Split) -> list[tuple[str, int]]:
+    """The class folder and the label of each image, in order."""
+    return [(file.path.parent.name, label) for file, label in zip(split.images, split.labels.tolist(), strict=True)]
+
+
+def test_folder_layout(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "train/dog/notes.txt").write_text("no image")
+    (tmp_path / "train/dog/.hidden.jpg").write_bytes(b"")
+    images = layouts.read_folder(tmp_path, "val", (), "test")
+    names = ("dog", "ice cream", "måne")
+    assert images.train.classes == names and list(images.reports) == ["val", "drawn"]
+    assert labelled(images.train) == [(name, label) for label, name in enumerate(names) for _ in range(12)]
+    assert labelled(images.reports["val"]) == [(name, label) for label, name in enumerate(names) for _ in range(2)]
+    assert labelled(images.reports["drawn"]) == [("ice cream", 1), ("måne", 2)]
+    assert images.train.images[0].path == tmp_path.resolve() / "train/dog/train 0.jpg"
+    data.check_images([images.train, *images.reports.values()], 1)
+    other = layouts.read_folder(tmp_path, "drawn", (), "val")
+    assert list(other.reports) == ["drawn"] and len(other.selection) == 6  # val is selected on
+
+
+def test_folder_without_val_holds_out_a_tenth(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    for path in sorted((tmp_path / "val").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (tmp_path / "val").rmdir()
+    images = layouts.read_folder(tmp_path, "val", (), "val")
+    parts = [{file.path for file in split.images} for split in (images.train, images.selection, images.reports["val"])]
+    assert [len(part) for part in parts] == [30, 3, 3] and len(set.union(*parts)) == 36
+
+
+def test_folder_follows_links(tmp_path: Path) -> None:
+    make_folder(tmp_path / "real")
+    (tmp_path / "linked").mkdir()
+    for split in ("train", "val"):
+        os.symlink(tmp_path / "real" / split, tmp_path / "linked" / split)
+    images, linked = (layouts.read_folder(tmp_path / name, "val", (), "test") for name in ("real", "linked"))
+    assert linked.train.images[:] == images.train.images[:]
+
+
+def test_wrong_folders(tmp_path: Path) -> None:
+    with raises(r"has no train/CLASS \(found: nothing\): expected train/CLASS/IMAGE to train on"):
+        layouts.read_folder(tmp_path, "val", (), "test")
+    make_folder(tmp_path)
+    with raises("unknown split 'sketch': .*known: drawn, val"):
+        layouts.read_folder(tmp_path, "val", ("sketch",), "test")
+    write_images(tmp_path / "drawn/cat", ["a.jpg"])
+    with raises("drawn/cat is no class of .*train: rename or delete it, or leave drawn out of --shifts"):
+        layouts.read_folder(tmp_path, "val", (), "test")
+    (tmp_path / "train/zebra").mkdir()
+    with raises("train/zebra has no image .*: add some or delete the folder"):
+        layouts.read_folder(tmp_path, "val", (), "test")
+
+
+def test_cached_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives what listing gives; a file that was added is seen; a damaged one is made anew."""
+    make_folder(tmp_path / "set")
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(layouts, "CACHED_FROM", 1)
+    monkeypatch.setattr(layouts, "SAME_STAMP", 0)
+    root, listed = tmp_path / "set/train", []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (listed.append(path), scandir(path))[1])
+    first = layouts.read_tree(root)
+    (cached,) = (tmp_path / "cache/index").iterdir()
+    listed.clear()
+    again = layouts.read_tree(root)
+    assert not listed and again.images[:] == first.images[:] and again.folders == first.folders
+    smooth(24, 18, seed=1).save(root / "dog/zz.jpg")
+    assert len(layouts.read_tree(root).images) == len(first.images) + 1
+    cached.write_bytes(cached.read_bytes()[:100])
+    assert len(layouts.read_tree(root).images) == len(first.images) + 1
+
+
+# ------------------------------------------------------------------------------------------------------------- ImageNet
+
+
+def make_imagenet(root: Path) -> None:
+    """A training image of each of 1,000 classes, flat validation images with Kaggle's list, V2, R and A."""
+    ids = [f"n{index * 7:08}" for index in range(1000)]
+    smooth(24, 18, seed=0).save(root / "one.jpg")
+    image = (root / "one.jpg").read_bytes()
+
+    def write(folder: Path, name: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(image)
+
+    for wordnet_id in ids:
+        write(root / "imagenet/train" / wordnet_id, f"{wordnet_id}_1.JPEG")
+    lines = ["ImageId,PredictionString\n"]
+    for number, label in ((1, 999), (2, 5), (3, 5)):
+        write(root / "imagenet/val", f"ILSVRC2012_val_{number:08}.JPEG")
+        lines.append(f"ILSVRC2012_val_{number:08},{ids[label]} 1 2 3 4\n")
+    (root / "imagenet/LOC_val_solution.csv").write_text("".join(lines))
+    for label in (0, 10, 2):
+        write(root / "imagenet-v2" / str(label), "a.jpeg")
+    for label in (3, 500, 7):
+        write(root / "imagenet-r" / ids[label], "a.jpg")
+    write(root / "imagenet-a" / ids[8], "a.jpg")
+    write(root / "sketch" / ids[9], "sketch_1.JPEG")
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    return tuple(f"class {index}" for index in range(1000))
+
+
+def test_imagenet_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "imagenet_classes", imagenet_classes)
+    make_imagenet(tmp_path)
+    images = layouts.read_imagenet(tmp_path, "imagenet", (), "test")
+    assert images.train.labels.tolist() == list(range(1000)) and images.train.classes == imagenet_classes()
+    assert {name: split.labels.tolist() for name, split in images.reports.items()} == {
+        "imagenet": [999, 5, 5],
+        "imagenet-v2": [0, 2, 10],  # by number, not by string
+        "imagenet-r": [3, 7, 500],
+        "imagenet-a": [8],
+        "imagenet-sketch": [9],
+    }
+    for name, split in images.reports.items():
+        compared = {"imagenet-r": [3, 7, 500], "imagenet-a": [8]}.get(name)
+        assert (split.compared is None) == (compared is None), name
+        assert compared is None or np.flatnonzero(split.compared).tolist() == compared
+    assert [file.path.name for file in images.reports["imagenet-v2"].images] == ["a.jpeg"] * 3
+    selected = layouts.read_imagenet(tmp_path, "imagenet", ("imagenet-a",), "val")
+    assert (len(selected.train), len(selected.selection), list(selected.reports)) == (
+        990,
+        10,
+        ["imagenet", "imagenet-a"],
+    )
+
+
+def test_imagenet_development_kit_class_folders_and_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "imagenet_classes", imagenet_classes)
+    make_imagenet(tmp_path)
+    base = tmp_path / "imagenet"
+    (base / "LOC_val_solution.csv").unlink()
+    with raises("has no class folders: for their labels, put Kaggle's LOC_val_solution.csv in"):
+        layouts.read_imagenet(tmp_path, "imagenet", (), "test")
+    # The kit numbers the classes in an order of its own: here, backwards.
+    (base / "map_clsloc.txt").write_text("".join(f"n{7 * (1000 - k):08} {k} name\n" for k in range(1, 1001)))
+    (base / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n995\n1000\n")
+    images = layouts.read_imagenet(tmp_path, "imagenet", (), "test")
+    assert images.reports["imagenet"].labels.tolist() == [999, 5, 0]
+
+    (base / "val").rename(tmp_path / "flat")
+    write_images(base / "val" / f"n{7 * 4:08}", ["a.JPEG", "b.JPEG"])
+    (tmp_path / "imagenet-v2").rename(tmp_path / "elsewhere")
+    images = layouts.read_imagenet(
+        tmp_path, "imagenet", ("imagenet-v2",), "test", split_roots=(f"imagenet-v2={tmp_path / 'elsewhere'}",)
+    )
+    assert {name: split.labels.tolist() for name, split in images.reports.items()} == {
+        "imagenet": [4, 4], "imagenet-v2": [0, 2, 10],
+    }  # fmt: skip
+    with raises("has no imagenet-v2 or imagenetv2-matched-frequency-format-val .*--split-roots imagenet-v2=DIR"):
+        layouts.read_imagenet(tmp_path, "imagenet", ("imagenet-v2",), "test")
+    with raises("--reference imagenet-r has no training images: give imagenet"):
+        layouts.read_imagenet(tmp_path, "imagenet-r", ("imagenet",), "test")
+    with raises("--split-roots imagenet-a=nowhere: no such folder"):
+        layouts.read_imagenet(tmp_path, "imagenet", (), "test", split_roots=("imagenet-a=nowhere",))
+
+
+# --------------------------------------------------------------------------------------------------------------- arrays
+
+
+def make_npy(root: Path) -> None:
+    """Arrays of `photo`, to train and test on, and of `art`, under the authors' folder names."""
+    (root / "classes.txt").write_text("dog\nice_cream\n")
+    random = np.random.default_rng(0)
+    for name, part, count in (("photo", "train", 20), ("photo", "test", 4), ("art", "test", 2)):
+        (root / f"{name}_x224").mkdir(exist_ok=True)
+        np.save(root / f"{name}_x224/{part}_images.npy", random.integers(0, 256, (count, 24, 18, 3), np.uint8))
+        np.save(root / f"{name}_x224/{part}_labels.npy", np.arange(count) % 2)
+
+
+def test_npy_layout(tmp_path: Path) -> None:
+    make_npy(tmp_path)
+    images = layouts.read_npy(tmp_path, "photo", (), "test")
+    assert images.train.classes == ("dog", "ice cream") and list(images.reports) == ["photo", "art"]
+    for split, file in ((images.train, "photo_x224/train"), (images.reports["art"], "art_x224/test")):
+        assert isinstance(split.images, np.memmap)
+        np.testing.assert_array_equal(split.images, np.load(tmp_path / f"{file}_images.npy"))
+        np.testing.assert_array_equal(split.labels, np.load(tmp_path / f"{file}_labels.npy"))
+    held_out = layouts.read_npy(tmp_path, "photo", (), "val")
+    assert (len(held_out.train), len(held_out.selection)) == (18, 2)
+    np.testing.assert_array_equal(held_out.selection.images[0], images.train.images[18])
+
+
+@pytest.mark.parametrize(
+    ("file", "array", "message"),
+    [
+        (
+            "test_images",
+            np.zeros((4, 24, 18, 3), np.float32),
+            r"test_images.npy is float32 \[4, 24, 18, 3\]: it must be",
+        ),
+        ("test_images", np.zeros((4, 24, 18), np.uint8), r"it must be uint8 \[N, H, W, 3\]"),
+        ("test_labels", np.zeros(3, np.int64), r"test_labels.npy is int64 \[3\]: it must be integers \[4\]"),
+        ("test_labels", np.array([0, 1, 2, 0]), "test_labels.npy has label 2 at index 2: there are 2 classes, from 0"),
+        ("test_labels", np.array([None] * 4), "test_labels.npy cannot be read as an array"),
+    ],
+)
+def test_wrong_arrays(file: str, array: np.ndarray, message: str, tmp_path: Path) -> None:
+    make_npy(tmp_path)
+    np.save(tmp_path / f"photo_x224/{file}.npy", array)
+    with raises(message):
+        layouts.read_npy(tmp_path, "photo", (), "test")
+
+
+# ---------------------------------------------------------------------------------------------- DomainNet's six domains
+
+
+def test_quickdraw_is_left_out_but_for_its_name(root: Path) -> None:
+    for line in (text := (root / "sketch_test.txt").read_text()).splitlines():
+        (root / line.split()[0].replace("sketch/", "quickdraw/")).parent.mkdir(parents=True, exist_ok=True)
+    (root / "quickdraw_test.txt").write_text(text.replace("sketch/", "quickdraw/"))
+    assert list(layouts.read_domainnet(root, "real", (), "test").reports) == ["real", "clipart", "sketch"]
+    assert list(layouts.read_domainnet(root, "real", ("quickdraw",), "test").reports) == ["real", "quickdraw"]

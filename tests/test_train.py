@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import seeded
+import test_layouts
 from PIL import Image
 from safetensors.numpy import load_file
 from test_clip import config_of
@@ -582,3 +584,86 @@ def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     monkeypatch.setitem(sys.modules, "figures", None)
     with pytest.raises(clip.InputError, match=r"pip install '\.\[plots\]'"):
         evaluation.figures_command(runs, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data_set", "make", "reference"),
+    [
+        ("folder", test_layouts.make_folder, "val"),
+        ("npy", test_layouts.make_npy, "photo"),
+        ("imagenet", test_layouts.make_imagenet, "imagenet"),
+    ],
+)
+def test_every_layout_trains_and_evaluates(data_set, make, reference, options, tmp_path, monkeypatch, capsys) -> None:
+    """From the command line's options to a table; domainnet has its own tests above."""
+    monkeypatch.setattr(layouts, "imagenet_classes", test_layouts.imagenet_classes)
+    (tmp_path / "set").mkdir()
+    make(tmp_path / "set")
+    said = {"data": data_set, "data_root": tmp_path / "set", "templates": "{}", "steps": (2,), "method": ("lipsum",)}
+    train.main(dataclasses.replace(options, reference=(reference,) if data_set == "npy" else None, **said))
+    assert "Lipsum-FT" in capsys.readouterr().out
+    results = json.loads((options.out / "lipsum/seed-0/results.json").read_text())
+    assert next(iter(results["splits"])) == reference and results["steps"] == 2 and results["skipped"] == []
+
+
+def test_broken_images_are_skipped_and_listed(options: train.Options, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "set")
+    broken = sorted((tmp_path / "set").glob("real/*/*"))[:2]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:40])
+    options = dataclasses.replace(options, data_root=tmp_path / "set", method=("ft",), steps=(2,))
+    with pytest.raises(clip.InputError, match="is no readable image"):
+        train.main(options)
+    with pytest.raises(clip.InputError, match="--skip-broken 1 are skipped"):
+        train.main(dataclasses.replace(options, skip_broken=1))
+    train.main(dataclasses.replace(options, skip_broken=2))
+    results = json.loads((options.out / "ft/seed-0/results.json").read_text())
+    assert results["skipped"] == sorted(map(str, broken))
+
+
+def test_export_under_openai_names(model: Path, tmp_path: Path) -> None:
+    """A round trip through `--model FILE`'s reader keeps every bit; a model that the names cannot tell is refused."""
+    _, tokenizer = weights.load(str(model))
+    sizes = seeded.ARCHITECTURES["tiny"] | {"vision_heads": 1, "text_width": 64, "text_heads": 1}
+    sizes |= {"vocabulary_size": tokenizer.get_vocab_size()}
+    original = weights.from_state_dict(
+        seeded.hugging_face_weights(sizes, seeded.SEED), config_of(sizes), "hugging_face", "seeded"
+    )
+    weights.save(tmp_path / "run/best", original, tokenizer)
+    file = tmp_path / "model.safetensors"
+    evaluation.export_command(tmp_path / "run", out=file)
+    state = weights.read_safetensors(file)
+    restored = weights.from_state_dict(state, weights.openai_config(state, str(file)), "openai", str(file))
+    assert restored.config == original.config
+    for one, other in zip(jax.tree.leaves(original), jax.tree.leaves(restored), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(clip.InputError, match="exists already"):
+        evaluation.export_command(tmp_path / "run", out=file)
+    with pytest.raises(clip.InputError, match=r"heads 64 wide \(here 16 and 16\)"):
+        evaluation.export_command(model, out=tmp_path / "other.safetensors")
+
+
+def test_best_opens_in_transformers(finished: Path, root: Path, tmp_path: Path) -> None:
+    """Features, tokens and, with head.safetensors, logits, through PyTorch's CLIPModel and CLIPProcessor.
+
+    Of a square image: where an odd number of pixels is to be cropped, transformers leaves the spare one on the other
+    side than torchvision, which OpenAI used, and this project.
+    """
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    best = finished / "lipsum" / "seed-0" / "best"
+    theirs = transformers.CLIPModel.from_pretrained(best)
+    processor = transformers.CLIPProcessor.from_pretrained(best)
+    ours, tokenizer = weights.load(str(best))
+    head, tau = load_file(best / "head.safetensors")["head"], np.exp(float(ours.logit_scale))
+    path, texts = tmp_path / "square.png", ["a photo of a dog", "ice cream"]
+    Image.open(next((root / "sketch/dog").iterdir())).crop((0, 0, 20, 20)).save(path)
+    inputs = processor(text=texts, images=Image.open(path), return_tensors="np", padding=True)
+    with torch.no_grad():
+        features = theirs.get_image_features(torch.tensor(inputs["pixel_values"])).pooler_output.numpy()
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    pixels = data.read_image(data.ListedFile(path), ours.config.image_size)
+    actual = np.asarray(clip.image_features(ours.vision, jnp.asarray(pixels)[None]))
+    np.testing.assert_allclose(actual, features, atol=2e-6)
+    np.testing.assert_allclose(tau * actual @ head, tau * features @ head, atol=2e-6 * tau)
+    width = inputs["input_ids"].shape[1]
+    np.testing.assert_array_equal(clip.tokenize(tokenizer, texts, ours.config)[:, :width][0], inputs["input_ids"][0])
