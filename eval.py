@@ -299,14 +299,15 @@ def seen_classes(classes: tuple[str, ...], unseen: tuple[str, ...]) -> Int[np.nd
 
 def prepare(sources: Sources) -> Setup:
     """Loads and checks the model and the data. Raises InputError before any long work."""
-    templates = read_templates(sources.templates)
     mesh = data.device_mesh(sources.batch_size)
     images = layouts.read(
         sources.data, sources.data_root, sources.reference, sources.shifts, sources.select_on,
         sources.keep_underscores, sources.split_roots,
     )  # fmt: skip
     images = data.with_skipped(images, sources.skip_broken)
-    model, tokenizer = weights.load(sources.model)  # after the data, whose root may be wrong: this may download
+    # After the data, whose root may be wrong: these two may download.
+    templates = read_templates(sources.templates)
+    model, tokenizer = weights.load(sources.model)
     classes = images.train.classes
     seen = seen_classes(classes, sources.unseen)
     if sources.unseen:
