@@ -222,21 +222,25 @@ def test_missing_files_are_found_at_once(root: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- CUB-200-2011
 
 
-@pytest.fixture
-def cub(tmp_path: Path) -> Path:
+def make_cub(root: Path) -> None:
     """CUB-200-2011's files: three birds, the ids in no order; of each six images, two are for testing."""
     birds = {1: "001.Black_footed_Albatross", 2: "002.Laysan_Albatross", 3: "003.Chuck_will_Widow"}
     lines = {"images.txt": [], "image_class_labels.txt": [], "train_test_split.txt": []}
     for number, (bird, index) in enumerate(itertools.product(birds, range(6))):
         image = (number * 7) % 18 + 1
         path = f"{birds[bird]}/bird_{image:04}.jpg"
-        (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
-        smooth(24, 18, seed=image).save(tmp_path / "images" / path)
+        (root / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        smooth(24, 18, seed=image).save(root / "images" / path)
         for name, value in zip(lines, (path, bird, int(index % 3 > 0)), strict=True):
             lines[name].append(f"{image} {value}\n")
     lines["classes.txt"] = [f"{bird} {name}\n" for bird, name in birds.items()]
     for name, content in lines.items():
-        (tmp_path / name).write_text("".join(content))
+        (root / name).write_text("".join(content))
+
+
+@pytest.fixture
+def cub(tmp_path: Path) -> Path:
+    make_cub(tmp_path)
     return tmp_path
 
 

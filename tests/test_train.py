@@ -589,6 +589,7 @@ def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("data_set", "make", "reference"),
     [
+        ("cub", test_layouts.make_cub, "cub"),
         ("folder", test_layouts.make_folder, "val"),
         ("npy", test_layouts.make_npy, "photo"),
         ("imagenet", test_layouts.make_imagenet, "imagenet"),
