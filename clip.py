@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from gzip import open as open_gzip
@@ -28,7 +29,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 
 class InputError(ValueError):
-    """The user's input is wrong: one line that says what, where, and what to do. The command line exits with 2."""
+    """Wrong input: one line that says what is wrong, where, and what to do. `train.py` ends with it and exit code 2.
+
+    What it quotes of a file may hold line ends and other controls: they are written as escapes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
@@ -372,13 +379,15 @@ def openai_tokenizer(path: Path) -> Tokenizer:
     try:
         with open_gzip(path, "rt", encoding="utf-8") as file:
             merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 1 + count]]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"vocabulary {path} cannot be read ({error}): put OpenAI's {VOCABULARY_FILE} there") from error
-    if len(merges) < count or any(len(merge) != 2 for merge in merges):
-        raise InputError(f"vocabulary {path} does not hold {count} merges: put OpenAI's {VOCABULARY_FILE} there")
     symbols = byte_symbols()
     words = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), START_TEXT, END_TEXT]
-    return bpe_tokenizer({word: index for index, word in enumerate(words)}, merges)
+    vocabulary = {word: index for index, word in enumerate(words)}
+    known = all(len(merge) == 2 and vocabulary.keys() >= set(merge) for merge in merges)
+    if len(vocabulary) < 256 + 256 + count + 2 or not known:
+        raise InputError(f"vocabulary {path} does not hold {count} merges: put OpenAI's {VOCABULARY_FILE} there")
+    return bpe_tokenizer(vocabulary, merges)
 
 
 def hugging_face_tokenizer(folder: Path) -> Tokenizer:
@@ -386,16 +395,22 @@ def hugging_face_tokenizer(folder: Path) -> Tokenizer:
 
     Raises InputError where neither can be read.
     """
+    path = folder / "tokenizer.json"
     try:
-        if (path := folder / "tokenizer.json").exists():
+        if path.exists():
             tokenizer = Tokenizer.from_file(str(path))
         else:
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
-            vocabulary = json.loads((path := folder / "vocab.json").read_text(encoding="utf-8"))
-            tokenizer = bpe_tokenizer(vocabulary, [tuple(line.split()) for line in lines if line])
+            path = folder / "merges.txt"
+            lines = path.read_text(encoding="utf-8").split("\n")[1:]
+            merges = [(first, second) for first, second in (line.split() for line in lines if line)]
+            path = folder / "vocab.json"
+            vocabulary = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(vocabulary, dict) or not all(type(index) is int for index in vocabulary.values()):
+                raise ValueError("it is no table of tokens and their numbers")
+            tokenizer = bpe_tokenizer(vocabulary, merges)
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(
-            f"tokenizer {path} cannot be read ({error}): copy the model's tokenizer files there"
+            f"tokenizer {path} cannot be read ({error!s:.200}): copy the model's tokenizer files there"
         ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -12,8 +12,7 @@ import os
 import re
 import sys
 import time
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +41,7 @@ def needed_root(root: Path | None, data_set: str, layout: str) -> Path:
 
 
 def choose_shifts(
-    splits: Sequence[str], reference: str, shifts: tuple[str, ...], left_out: Sequence[str] = ()
+    splits: Sequence[str], reference: str, shifts: tuple[str, ...], left_out: Collection[str] = ()
 ) -> tuple[str, ...]:
     """`shifts`, or all splits but the reference and those `left_out`.
 
@@ -86,7 +85,8 @@ def read_list(
     """Files, labels and class folders (in label order) of `root/name`, one `DOMAIN/CLASS/FILE LABEL` a line.
 
     `classes`, where given, are the training list's: the list keeps to them, but need not have images of all. Raises
-    InputError, naming list and line, for a malformed line or a label that disagrees with its folder.
+    InputError, naming list and line, for a malformed line, an image listed twice, or a label that disagrees with its
+    folder.
     """
     source = root / name
     try:
@@ -99,6 +99,7 @@ def read_list(
     # What earlier lines, or the training list, told: the label of a folder and the folder of a label.
     first = {folder: (label, "the training list") for label, folder in enumerate(classes)}
     folders = dict(enumerate(classes))
+    listed: dict[str, int] = {}
     for number, line in enumerate(text.rstrip().split("\n"), start=1):
         place = f"{source} line {number}"
         path, _, label = line.strip().rpartition(" ")
@@ -117,6 +118,8 @@ def read_list(
             raise InputError(
                 f"{place}: {path} has label {label}, but {first[other][1]} gives it to folder {other!r}: correct one"
             )
+        if (earlier := listed.setdefault(path, number)) != number:
+            raise InputError(f"{place}: line {earlier} has {path} already: delete one of them")
         files.append(ListedFile(root / path, place))
         labels.append(known)
     if missing := set(range(len(folders))) - set(folders):
@@ -210,6 +213,10 @@ def read_cub(
     for part, place in part_of.values():
         if part not in ("0", "1"):
             raise InputError(f"{place}: {part!r} is neither 1 (to train on) nor 0 (to test on): correct the line")
+    listed: dict[str, str] = {}
+    for path, place in paths.values():
+        if (earlier := listed.setdefault(path, place)) != place:
+            raise InputError(f"{place}: {earlier} has {path} already: delete one of them in all three files")
     titles = [re.sub(r"^\d+\.", "", title_of[bird][0]) for bird in sorted(title_of)]
     classes = tuple(readable(title, keep_underscores) for title in titles)
 
@@ -243,21 +250,28 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 CACHED_FROM = 10_000  # images; fewer are listed in no time
 
 
+def entries(folder: Path) -> list[os.DirEntry]:
+    """What a folder holds, but hidden things. Raises InputError where it cannot be listed."""
+    try:
+        with os.scandir(folder) as found:
+            return [entry for entry in found if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"folder {folder} cannot be listed ({error}): make it readable or delete it") from error
+
+
 def image_names(folder: Path) -> list[bytes]:
     """The image files of a folder, in the order of their names. Hidden files and other kinds are none."""
-    with os.scandir(os.fsencode(folder)) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(b".")]
-    suffixes = tuple(map(str.encode, SUFFIXES))
-    return sorted(name for name in names if name.lower().endswith(suffixes))
+    return sorted(os.fsencode(entry.name) for entry in entries(folder) if entry.name.lower().endswith(SUFFIXES))
 
 
 def class_folders(root: Path) -> tuple[str, ...]:
     """The folders, or links to folders, in a folder that are not hidden, in the order of their names."""
-    with os.scandir(root) as entries:
-        return tuple(sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()))
+    # Links alone are looked up: of 50,000 images in one folder, that would take a network's disk a minute.
+    folders = (e for e in entries(root) if e.is_dir(follow_symlinks=False) or (e.is_symlink() and os.path.isdir(e)))
+    return tuple(sorted(entry.name for entry in folders))
 
 
-def modified(root: Path, folders: Sequence[str]) -> Int[np.ndarray, " times"]:
+def modified(root: Path, folders: Sequence[str]) -> Int[np.ndarray, " stamps"]:
     """When entries of the folders, or of their root, were added, removed or renamed last, in nanoseconds."""
     with ThreadPoolExecutor(16) as pool:  # a network's disk answers many at once
         return np.array(list(pool.map(lambda name: os.stat(root / name).st_mtime_ns, ("", *folders))), np.int64)
@@ -285,7 +299,7 @@ def read_tree(root: Path) -> Tree:
             save_index(cached, tree, times, started)
     for folder, count in zip(tree.folders, tree.counts, strict=True):
         if not count:
-            raise InputError(f"{root / folder} has no image ({' '.join(SUFFIXES)}): add some or delete the folder")
+            raise InputError(f"{root / folder} has no image ({' '.join(SUFFIXES)}): add some or delete it")
     return tree
 
 
@@ -293,7 +307,7 @@ def read_tree(root: Path) -> Tree:
 SAME_STAMP = 2 * 10**9  # nanoseconds
 
 
-def save_index(path: Path, tree: Tree, times: Int[np.ndarray, " times"], started: int) -> None:
+def save_index(path: Path, tree: Tree, times: Int[np.ndarray, " stamps"], started: int) -> None:
     """Atomically. Without a cache that can be written, listing the files again each time is all that is lost."""
     arrays = {
         "folders": np.frombuffer(b"\0".join(map(os.fsencode, tree.folders)), np.uint8),
@@ -316,11 +330,12 @@ def save_index(path: Path, tree: Tree, times: Int[np.ndarray, " times"], started
 def load_index(path: Path, root: Path) -> Tree | None:
     """What `save_index` saved of `root`; None where that is nothing, damaged, or out of date."""
     try:
+        # Opened here: `np.load` leaves a damaged file open.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             held = {name: arrays[name] for name in ("folders", "counts", "names", "ends", "modified", "started")}
         folders = tuple(map(os.fsdecode, held["folders"].tobytes().split(b"\0")))
         times = modified(root, folders)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # a damaged file may raise anything
         return None
     if not np.array_equal(times, held["modified"]) or np.max(times) > held["started"] - SAME_STAMP:
         return None
@@ -368,9 +383,9 @@ def read_folder(
 
     train = split_of_tree("train", tree, classes, label_of, str(root / "train"))
     known = [name for name in dict.fromkeys(("val", *splits)) if name != "train"]
-    own = ("val",) if "val" in splits else ()  # selected on, where it is not the reference
-    shifts = choose_shifts(known, reference, shifts, left_out=own)
-    if "val" in shifts and not own:
+    # Where val is not the reference, it is what is selected on.
+    shifts = choose_shifts(known, reference, shifts, left_out=("val",))
+    if "val" in shifts and "val" not in splits:
         raise wrong_root(root, "no val/CLASS", FOLDER_LAYOUT)
     if reference in splits:
         reported = read(reference)
@@ -379,7 +394,7 @@ def read_folder(
     reports = {reference: reported, **{name: read(name) for name in shifts}}
     if select_on == "test":
         return Data(train, reported, reports)
-    if own and reference != "val":
+    if "val" in splits and reference != "val":
         return Data(train, reports["val"] if "val" in shifts else read("val"), reports)
     return Data(*hold_out(train), reports)
 
@@ -436,9 +451,7 @@ def read_imagenet(
             places[name] = found[0]
     if "imagenet" not in places:
         raise wrong_root(root, "no ImageNet", IMAGENET_LAYOUT)
-    shifts = choose_shifts(
-        tuple(IMAGENET), reference, shifts, left_out=[name for name in IMAGENET if name not in places]
-    )
+    shifts = choose_shifts(tuple(IMAGENET), reference, shifts, left_out=set(IMAGENET) - set(places))
     if reference != "imagenet":
         raise InputError(f"--reference {reference} has no training images: give imagenet")
     for name in shifts:
@@ -600,7 +613,7 @@ def read_arrays(name: str, folder: Path, part: str, classes: tuple[str, ...]) ->
         path = folder / f"{part}_{kind}.npy"
         try:
             arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged header may raise anything
             raise InputError(f"{path} cannot be read as an array ({error}): restore it") from error
     images, labels = arrays
     path = folder / f"{part}_images.npy"

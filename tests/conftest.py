@@ -46,3 +46,7 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is missing (set LIPSUM_SHARED to the folder that holds {name})")
     return path
+
+
+# Mutations to try: few by default, many with `-m slow`.
+EXAMPLES = pytest.mark.parametrize("examples", [60, pytest.param(2_000, marks=pytest.mark.slow)])

@@ -1,16 +1,23 @@
 """The layouts of layouts.py, on trees of small real image files: brute force tells what they hold."""
 
+import io
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_data import assert_batches_raise, raises, smooth
+from conftest import EXAMPLES
+from mutations import read_unless_refused, with_mutations
+from test_clip import seeded_model
+from test_data import assert_batches_raise, pixels, raises, smooth
 
 import data
+import eval as evaluation
 import layouts
+import lipsum
 
 CLASSES = ("The_Eiffel_Tower", "dog", "ice_cream")
 
@@ -93,6 +100,14 @@ def test_a_test_list_may_lack_a_class(root: Path) -> None:
     assert sketch.labels.tolist() == [0, 2] and sketch.classes == ("The Eiffel Tower", "dog", "ice cream")
 
 
+def test_quickdraw_is_left_out_unless_named(root: Path) -> None:
+    for name in ("train", "test"):
+        (root / f"quickdraw_{name}.txt").write_text((root / f"real_{name}.txt").read_text())
+    assert list(layouts.read_domainnet(root, "real", (), "test").reports) == ["real", "clipart", "sketch"]
+    assert list(layouts.read_domainnet(root, "real", ("quickdraw",), "test").reports) == ["real", "quickdraw"]
+    assert list(layouts.read_domainnet(root, "quickdraw", (), "test").reports)[:2] == ["quickdraw", "clipart"]
+
+
 @pytest.mark.parametrize("name", ["a picture of 3 dogs.png", "æøå 犬 🐕.png", "a\u2028b\x85c.png"], ids=ascii)
 def test_odd_file_names(name: str, root: Path) -> None:
     (root / "sketch/dog/sketch_test_000000.png").rename(root / "sketch/dog" / name)
@@ -134,7 +149,7 @@ def test_harmless_lists(change: Callable[[Path], None], root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "found"), [("real", "The_Eiffel_Tower, dog, ice_cream"), ("empty", "nothing"), ("no", "no such folder")]
 )
-def test_a_folder_without_lists(name: str, found: str, root: Path) -> None:
+def test_a_root_without_lists(name: str, found: str, root: Path) -> None:
     (root / "empty").mkdir()
     with raises(rf"--data-root .*{name} has no DOMAIN_test.txt \(found: {found}\): expected DOMAIN/CLASS/FILE"):
         layouts.read_domainnet(root / name, "real", (), "test")
@@ -171,6 +186,8 @@ EIFFEL, DOG = "real/The_Eiffel_Tower/real_train_000000.jpg", "real/dog/real_trai
         ("real_train", f"{DOG} 1", "real/dog/ 1", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
         ("real_train", f"{DOG} 1", "1", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
         ("real_train", f"{DOG} 1", "", "line 13: '' is not 'DOMAIN/CLASS/FILE LABEL'"),
+        ("real_train", "dog/real_train_000003.jpg", "dog/real_train_000001.jpg",
+         f"line 16: line 14 has {DOG.replace('000000', '000001')} already: delete one of them"),
         ("real_train", "dog/real_train_000003.jpg 1", "dog/real_train_000003.jpg 2",
          "line 16: .*000003.jpg has label 2, but line 13 gives folder 'dog' label 1: correct one"),
         ("real_train", f"{EIFFEL} 0", "real/tower/1.jpg 0",
@@ -222,25 +239,21 @@ def test_missing_files_are_found_at_once(root: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- CUB-200-2011
 
 
-def make_cub(root: Path) -> None:
+@pytest.fixture
+def cub(tmp_path: Path) -> Path:
     """CUB-200-2011's files: three birds, the ids in no order; of each six images, two are for testing."""
     birds = {1: "001.Black_footed_Albatross", 2: "002.Laysan_Albatross", 3: "003.Chuck_will_Widow"}
     lines = {"images.txt": [], "image_class_labels.txt": [], "train_test_split.txt": []}
     for number, (bird, index) in enumerate(itertools.product(birds, range(6))):
         image = (number * 7) % 18 + 1
         path = f"{birds[bird]}/bird_{image:04}.jpg"
-        (root / "images" / path).parent.mkdir(parents=True, exist_ok=True)
-        smooth(24, 18, seed=image).save(root / "images" / path)
+        (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        smooth(24, 18, seed=image).save(tmp_path / "images" / path)
         for name, value in zip(lines, (path, bird, int(index % 3 > 0)), strict=True):
             lines[name].append(f"{image} {value}\n")
     lines["classes.txt"] = [f"{bird} {name}\n" for bird, name in birds.items()]
     for name, content in lines.items():
-        (root / name).write_text("".join(content))
-
-
-@pytest.fixture
-def cub(tmp_path: Path) -> Path:
-    make_cub(tmp_path)
+        (tmp_path / name).write_text("".join(content))
     return tmp_path
 
 
@@ -277,6 +290,7 @@ def test_cub_layout(cub: Path) -> None:
         ("image_class_labels", "8 1", "8 4", "image_class_labels.txt line 2: '4' is no class of .*classes.txt"),
         ("image_class_labels", "8 1", "8 one", "image_class_labels.txt line 2: 'one' is no class of .*classes.txt"),
         ("classes", "2 002.L", "4 002.L", "classes.txt has no id 2: number the classes from 1 without gaps"),
+        ("images", "bird_0008", "bird_0001", "images.txt line 2: .*images.txt line 1 has 001.*bird_0001.jpg already"),
         ("classes", "2 002.L", "\n2 002.L", "classes.txt line 2: '' is not 'ID VALUE'"),
     ],
 )  # fmt: skip
@@ -305,237 +319,618 @@ def test_cub_without_images_to_train_on(cub: Path) -> None:
         layouts.read_cub(cub, "cub", (), "test")
 
 
-# -------------------------------------------------------------------------------------------------------- class folders
+# ------------------------------------------------------------------------------------------------------- class folders
 
 
-def write_images(folder: Path, names: list[str]) -> None:
-    folder.mkdir(parents=True)
-    for name in names:
-        smooth(24, 18, seed=len(str(folder / name))).save(folder / name)
+def jpeg(seed: int = 0) -> bytes:
+    """A real JPEG of 8 x 8 pixels."""
+    stream = io.BytesIO()
+    smooth(8, 8, seed).save(stream, "JPEG")
+    return stream.getvalue()
 
 
-def make_folder(root: Path) -> None:
-    """train, val and the shift `drawn`, which lacks a class; names with spaces and non-ASCII letters."""
-    for split, count in {"train": 12, "val": 2, "drawn": 1}.items():
-        for name in ("dog", "ice cream", "måne"):
-            if (split, name) != ("drawn", "dog"):
-                write_images(root / split / name, [f"{split} {index}.jpg" for index in range(count)])
+def plant(root: Path, images: Mapping[str, Sequence[str]]) -> Path:
+    """A tree of real JPEGs: file names by folder."""
+    for folder, names in images.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (root / folder / name).write_bytes(jpeg())
+    return root
 
 
-def labelled(split: data.Split) -> list[tuple[str, int]]:
-    """The class folder and the label of each image, in order."""
-    return [(file.path.parent.name, label) for file, label in zip(split.images, split.labels.tolist(), strict=True)]
+def numbered(count: int) -> list[str]:
+    """Names whose order as numbers is another than as strings."""
+    return [f"{index}.jpg" for index in range(count)]
 
 
-def test_folder_layout(tmp_path: Path) -> None:
-    make_folder(tmp_path)
-    (tmp_path / "train/dog/notes.txt").write_text("no image")
-    (tmp_path / "train/dog/.hidden.jpg").write_bytes(b"")
-    images = layouts.read_folder(tmp_path, "val", (), "test")
-    names = ("dog", "ice cream", "måne")
-    assert images.train.classes == names and list(images.reports) == ["val", "drawn"]
-    assert labelled(images.train) == [(name, label) for label, name in enumerate(names) for _ in range(12)]
-    assert labelled(images.reports["val"]) == [(name, label) for label, name in enumerate(names) for _ in range(2)]
-    assert labelled(images.reports["drawn"]) == [("ice cream", 1), ("måne", 2)]
-    assert images.train.images[0].path == tmp_path.resolve() / "train/dog/train 0.jpg"
-    data.check_images([images.train, *images.reports.values()], 1)
-    other = layouts.read_folder(tmp_path, "drawn", (), "val")
-    assert list(other.reports) == ["drawn"] and len(other.selection) == 6  # val is selected on
+def assert_holds(split: data.Split, root: Path, label_of: Mapping[str, int]) -> None:
+    """Folder after folder in label order, all files of each in the order of their names, as the disk tells."""
+    expected = [
+        (root / folder / name, label_of[folder])
+        for folder in sorted(label_of, key=label_of.__getitem__)
+        if (root / folder).is_dir()
+        for name in sorted(os.listdir(root / folder))
+    ]
+    assert len(split) == len(expected) > 0
+    assert [(file.path, label) for file, label in zip(split.images, split.labels.tolist(), strict=True)] == expected
+    data.check_images([split], workers=1)
 
 
-def test_folder_without_val_holds_out_a_tenth(tmp_path: Path) -> None:
-    make_folder(tmp_path)
-    for path in sorted((tmp_path / "val").rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    (tmp_path / "val").rmdir()
-    images = layouts.read_folder(tmp_path, "val", (), "val")
-    parts = [{file.path for file in split.images} for split in (images.train, images.selection, images.reports["val"])]
-    assert [len(part) for part in parts] == [30, 3, 3] and len(set.union(*parts)) == 36
+ZOO = {"ice_cream": 0, "zebra": 1, "Éléphant d'Asie": 2, "犬": 3}
 
 
-def test_folder_follows_links(tmp_path: Path) -> None:
-    make_folder(tmp_path / "real")
-    (tmp_path / "linked").mkdir()
-    for split in ("train", "val"):
-        os.symlink(tmp_path / "real" / split, tmp_path / "linked" / split)
-    images, linked = (layouts.read_folder(tmp_path / name, "val", (), "test") for name in ("real", "linked"))
-    assert linked.train.images[:] == images.train.images[:]
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    """Class folders with spaces and other letters: train, val and two shifts, of which one lacks a class."""
+    images = {f"train/{name}": numbered(12) for name in ZOO} | {f"val/{name}": numbered(2) for name in ZOO}
+    images |= {f"sketch/{name}": ["ä b.JPG", "a b.jpeg"] for name in ("zebra", "犬", "ice_cream")}
+    images |= {f"a painting/{name}": numbered(3) for name in ZOO}
+    plant(tmp_path, images)
+    (tmp_path / "train/zebra/notes.txt").write_text("no image")
+    (tmp_path / "train/zebra/.hidden.jpg").write_text("no image")
+    (tmp_path / "train/.cache").mkdir()
+    (tmp_path / "train/README").write_text("no folder")
+    return tmp_path
 
 
-def test_wrong_folders(tmp_path: Path) -> None:
-    with raises(r"has no train/CLASS \(found: nothing\): expected train/CLASS/IMAGE to train on"):
-        layouts.read_folder(tmp_path, "val", (), "test")
-    make_folder(tmp_path)
-    with raises("unknown split 'sketch': .*known: drawn, val"):
-        layouts.read_folder(tmp_path, "val", ("sketch",), "test")
-    write_images(tmp_path / "drawn/cat", ["a.jpg"])
-    with raises("drawn/cat is no class of .*train: rename or delete it, or leave drawn out of --shifts"):
-        layouts.read_folder(tmp_path, "val", (), "test")
-    (tmp_path / "train/zebra").mkdir()
-    with raises("train/zebra has no image .*: add some or delete the folder"):
-        layouts.read_folder(tmp_path, "val", (), "test")
+def test_folder_layout(zoo: Path) -> None:
+    images = layouts.read_folder(zoo, "val", (), "test")
+    assert list(images.reports) == ["val", "a painting", "sketch"]
+    assert images.selection is images.reports["val"]
+    for name in ("notes.txt", ".hidden.jpg"):  # which are no images
+        (zoo / "train/zebra" / name).unlink()
+    for split in (images.train, *images.reports.values()):
+        assert split.classes == ("ice cream", "zebra", "Éléphant d'Asie", "犬")
+        assert split.compared is None
+        assert_holds(split, zoo / split.name, ZOO)
+    assert images.reports["sketch"].labels.tolist() == [0, 0, 1, 1, 3, 3]
+    kept = layouts.read_folder(zoo, "val", ("sketch",), "test", keep_underscores=True)
+    assert list(kept.reports) == ["val", "sketch"] and kept.train.classes[0] == "ice_cream"
 
 
-def test_cached_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gives what listing gives; a file that was added is seen; a damaged one is made anew."""
-    make_folder(tmp_path / "set")
-    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(layouts, "CACHED_FROM", 1)
-    monkeypatch.setattr(layouts, "SAME_STAMP", 0)
-    root, listed = tmp_path / "set/train", []
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: (listed.append(path), scandir(path))[1])
-    first = layouts.read_tree(root)
-    (cached,) = (tmp_path / "cache/index").iterdir()
-    listed.clear()
-    again = layouts.read_tree(root)
-    assert not listed and again.images[:] == first.images[:] and again.folders == first.folders
-    smooth(24, 18, seed=1).save(root / "dog/zz.jpg")
-    assert len(layouts.read_tree(root).images) == len(first.images) + 1
-    cached.write_bytes(cached.read_bytes()[:100])
-    assert len(layouts.read_tree(root).images) == len(first.images) + 1
+def test_what_folder_selects_on(zoo: Path) -> None:
+    """A tenth of train, unless val is there and is not what is reported."""
+    paths = {file.path for file in layouts.read_folder(zoo, "val", (), "test").train.images}
+    images = layouts.read_folder(zoo, "val", (), "val")
+    assert (len(images.train), len(images.selection)) == (44, 4)
+    assert {file.path for file in [*images.train.images, *images.selection.images]} == paths
+    other = layouts.read_folder(zoo, "sketch", (), "val")
+    assert list(other.reports) == ["sketch", "a painting"] and len(other.train) == 48
+    assert [file.path.parts[-3] for file in other.selection.images] == ["val"] * 8
+    both = layouts.read_folder(zoo, "sketch", ("val",), "val")
+    assert both.selection is both.reports["val"]
 
 
-# ------------------------------------------------------------------------------------------------------------- ImageNet
+def test_folder_without_val(zoo: Path) -> None:
+    """A tenth of train is reported, and another tenth selected on: the three are disjoint."""
+    whole = layouts.read_folder(zoo, "val", (), "test").train
+    (zoo / "val").rename(zoo / ".val")
+    images = layouts.read_folder(zoo, "val", ("sketch",), "val")
+    parts = [images.train, images.selection, images.reports["val"]]
+    assert [len(part) for part in parts] == [40, 4, 4]
+    label_of = dict(zip((file.path for file in whole.images), whole.labels.tolist(), strict=True))
+    found = [
+        (file.path, label) for part in parts for file, label in zip(part.images, part.labels.tolist(), strict=True)
+    ]
+    assert len(found) == len(label_of) and dict(found) == label_of
+    with raises("no val/CLASS"):
+        layouts.read_folder(zoo, "sketch", ("val",), "val")
 
 
-def make_imagenet(root: Path) -> None:
-    """A training image of each of 1,000 classes, flat validation images with Kaggle's list, V2, R and A."""
-    ids = [f"n{index * 7:08}" for index in range(1000)]
-    smooth(24, 18, seed=0).save(root / "one.jpg")
-    image = (root / "one.jpg").read_bytes()
-
-    def write(folder: Path, name: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(image)
-
-    for wordnet_id in ids:
-        write(root / "imagenet/train" / wordnet_id, f"{wordnet_id}_1.JPEG")
-    lines = ["ImageId,PredictionString\n"]
-    for number, label in ((1, 999), (2, 5), (3, 5)):
-        write(root / "imagenet/val", f"ILSVRC2012_val_{number:08}.JPEG")
-        lines.append(f"ILSVRC2012_val_{number:08},{ids[label]} 1 2 3 4\n")
-    (root / "imagenet/LOC_val_solution.csv").write_text("".join(lines))
-    for label in (0, 10, 2):
-        write(root / "imagenet-v2" / str(label), "a.jpeg")
-    for label in (3, 500, 7):
-        write(root / "imagenet-r" / ids[label], "a.jpg")
-    write(root / "imagenet-a" / ids[8], "a.jpg")
-    write(root / "sketch" / ids[9], "sketch_1.JPEG")
-
-
-def imagenet_classes() -> tuple[str, ...]:
-    return tuple(f"class {index}" for index in range(1000))
-
-
-def test_imagenet_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "imagenet_classes", imagenet_classes)
-    make_imagenet(tmp_path)
-    images = layouts.read_imagenet(tmp_path, "imagenet", (), "test")
-    assert images.train.labels.tolist() == list(range(1000)) and images.train.classes == imagenet_classes()
-    assert {name: split.labels.tolist() for name, split in images.reports.items()} == {
-        "imagenet": [999, 5, 5],
-        "imagenet-v2": [0, 2, 10],  # by number, not by string
-        "imagenet-r": [3, 7, 500],
-        "imagenet-a": [8],
-        "imagenet-sketch": [9],
-    }
-    for name, split in images.reports.items():
-        compared = {"imagenet-r": [3, 7, 500], "imagenet-a": [8]}.get(name)
-        assert (split.compared is None) == (compared is None), name
-        assert compared is None or np.flatnonzero(split.compared).tolist() == compared
-    assert [file.path.name for file in images.reports["imagenet-v2"].images] == ["a.jpeg"] * 3
-    selected = layouts.read_imagenet(tmp_path, "imagenet", ("imagenet-a",), "val")
-    assert (len(selected.train), len(selected.selection), list(selected.reports)) == (
-        990,
-        10,
-        ["imagenet", "imagenet-a"],
-    )
-
-
-def test_imagenet_development_kit_class_folders_and_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "imagenet_classes", imagenet_classes)
-    make_imagenet(tmp_path)
-    base = tmp_path / "imagenet"
-    (base / "LOC_val_solution.csv").unlink()
-    with raises("has no class folders: for their labels, put Kaggle's LOC_val_solution.csv in"):
-        layouts.read_imagenet(tmp_path, "imagenet", (), "test")
-    # The kit numbers the classes in an order of its own: here, backwards.
-    (base / "map_clsloc.txt").write_text("".join(f"n{7 * (1000 - k):08} {k} name\n" for k in range(1, 1001)))
-    (base / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n995\n1000\n")
-    images = layouts.read_imagenet(tmp_path, "imagenet", (), "test")
-    assert images.reports["imagenet"].labels.tolist() == [999, 5, 0]
-
-    (base / "val").rename(tmp_path / "flat")
-    write_images(base / "val" / f"n{7 * 4:08}", ["a.JPEG", "b.JPEG"])
-    (tmp_path / "imagenet-v2").rename(tmp_path / "elsewhere")
-    images = layouts.read_imagenet(
-        tmp_path, "imagenet", ("imagenet-v2",), "test", split_roots=(f"imagenet-v2={tmp_path / 'elsewhere'}",)
-    )
-    assert {name: split.labels.tolist() for name, split in images.reports.items()} == {
-        "imagenet": [4, 4], "imagenet-v2": [0, 2, 10],
-    }  # fmt: skip
-    with raises("has no imagenet-v2 or imagenetv2-matched-frequency-format-val .*--split-roots imagenet-v2=DIR"):
-        layouts.read_imagenet(tmp_path, "imagenet", ("imagenet-v2",), "test")
-    with raises("--reference imagenet-r has no training images: give imagenet"):
-        layouts.read_imagenet(tmp_path, "imagenet-r", ("imagenet",), "test")
-    with raises("--split-roots imagenet-a=nowhere: no such folder"):
-        layouts.read_imagenet(tmp_path, "imagenet", (), "test", split_roots=("imagenet-a=nowhere",))
-
-
-# --------------------------------------------------------------------------------------------------------------- arrays
-
-
-def make_npy(root: Path) -> None:
-    """Arrays of `photo`, to train and test on, and of `art`, under the authors' folder names."""
-    (root / "classes.txt").write_text("dog\nice_cream\n")
-    random = np.random.default_rng(0)
-    for name, part, count in (("photo", "train", 20), ("photo", "test", 4), ("art", "test", 2)):
-        (root / f"{name}_x224").mkdir(exist_ok=True)
-        np.save(root / f"{name}_x224/{part}_images.npy", random.integers(0, 256, (count, 24, 18, 3), np.uint8))
-        np.save(root / f"{name}_x224/{part}_labels.npy", np.arange(count) % 2)
-
-
-def test_npy_layout(tmp_path: Path) -> None:
-    make_npy(tmp_path)
-    images = layouts.read_npy(tmp_path, "photo", (), "test")
-    assert images.train.classes == ("dog", "ice cream") and list(images.reports) == ["photo", "art"]
-    for split, file in ((images.train, "photo_x224/train"), (images.reports["art"], "art_x224/test")):
-        assert isinstance(split.images, np.memmap)
-        np.testing.assert_array_equal(split.images, np.load(tmp_path / f"{file}_images.npy"))
-        np.testing.assert_array_equal(split.labels, np.load(tmp_path / f"{file}_labels.npy"))
-    held_out = layouts.read_npy(tmp_path, "photo", (), "val")
-    assert (len(held_out.train), len(held_out.selection)) == (18, 2)
-    np.testing.assert_array_equal(held_out.selection.images[0], images.train.images[18])
+def test_links_to_folders_and_images(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    linked = tmp_path_factory.mktemp("linked")
+    (linked / "train").mkdir()
+    for name in ZOO:
+        (linked / "train" / name).symlink_to(zoo / "val" / name)
+    (linked / "sketch").symlink_to(zoo / "sketch")
+    (linked / "nowhere").symlink_to(linked / "missing")
+    (linked / "loop").symlink_to(linked / "loop")
+    (linked / "train/zebra/2.jpg").symlink_to(zoo / "train/zebra/2.jpg")
+    (linked / "train/zebra/1.jpg").unlink()
+    images = layouts.read_folder(linked, "sketch", (), "test")
+    assert_holds(images.train, linked / "train", ZOO)
+    assert images.train.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert_holds(images.reports["sketch"], zoo / "sketch", ZOO)
+    (linked / "train/zebra/3.jpg").symlink_to(linked / "missing.jpg")
+    with raises("^.*/train/zebra/3.jpg does not exist: restore it or leave it out$"):
+        data.check_images([layouts.read_folder(linked, "sketch", (), "test").train], workers=1)
 
 
 @pytest.mark.parametrize(
-    ("file", "array", "message"),
+    ("change", "message"),
     [
+        (lambda root: (root / "sketch/yak").mkdir(), r"sketch/yak has no image \(.jpg .*\): add some or delete it"),
+        (lambda root: plant(root, {"train/yak": [], "val/yak": ["1.jpg"]}), "train/yak has no image"),
         (
-            "test_images",
-            np.zeros((4, 24, 18, 3), np.float32),
-            r"test_images.npy is float32 \[4, 24, 18, 3\]: it must be",
+            lambda root: plant(root, {"sketch/yak": ["1.jpg"]}),
+            "sketch/yak is no class of .*train: rename or delete it, or leave sketch out of --shifts",
         ),
-        ("test_images", np.zeros((4, 24, 18), np.uint8), r"it must be uint8 \[N, H, W, 3\]"),
-        ("test_labels", np.zeros(3, np.int64), r"test_labels.npy is int64 \[3\]: it must be integers \[4\]"),
-        ("test_labels", np.array([0, 1, 2, 0]), "test_labels.npy has label 2 at index 2: there are 2 classes, from 0"),
-        ("test_labels", np.array([None] * 4), "test_labels.npy cannot be read as an array"),
+        (lambda root: (root / "train").rename(root / "training"),
+         r"has no train/CLASS \(found: a painting, sketch, training, val\): expected train/CLASS/IMAGE .*SHIFT/CLASS"),
+    ],
+)  # fmt: skip
+def test_wrong_folders(change: Callable[[Path], object], message: str, zoo: Path) -> None:
+    change(zoo)
+    with raises(message):
+        layouts.read_folder(zoo, "val", (), "test")
+
+
+def test_wrong_roots_of_folder(zoo: Path) -> None:
+    with raises("--data-root is needed with --data folder: the folder that holds train/CLASS/IMAGE"):
+        layouts.read_folder(None, "val", (), "test")
+    with raises(r"has no train/CLASS \(found: no such folder\): expected train/CLASS/IMAGE"):
+        layouts.read_folder(zoo / "no", "val", (), "test")
+    with raises("unknown split 'sketches': did you mean sketch"):
+        layouts.read_folder(zoo, "val", ("sketches",), "test")
+    with raises("--shifts has 'sketch' twice: give it once"):
+        layouts.read_folder(zoo, "val", ("sketch", "sketch"), "test")
+    with raises("--split-roots is for --data imagenet: leave it out with --data folder"):
+        layouts.read("folder", zoo, "val", (), "test", False, ("sketch=here",))
+
+
+# -------------------------------------------------------------------------------------------------------- cached index
+
+
+@pytest.fixture
+def cached(zoo: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only file of the cache: the index of `zoo/train`, whose folders were last changed long before."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("LIPSUM_CACHE", str(cache))
+    monkeypatch.setattr(layouts, "CACHED_FROM", 1)
+    for path in ("train", *(f"train/{name}" for name in ZOO)):
+        os.utime(zoo / path, (10**9, 10**9))
+    layouts.read_tree(zoo / "train")
+    (index,) = cache.glob("index/*")
+    return index
+
+
+def files_of(tree: layouts.Tree) -> list[Path]:
+    return [file.path for file in tree.images]
+
+
+def test_index_holds_the_tree(cached: Path, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(layouts, "image_names", None)  # no folder is listed
+        tree = layouts.read_tree(zoo / "train")
+    cached.unlink()
+    listed = layouts.read_tree(zoo / "train")
+    assert tree.folders == listed.folders == tuple(ZOO) and tree.counts.tolist() == [12] * 4
+    assert files_of(tree) == files_of(listed)
+    assert cached.exists() and len(list(cached.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", ["add", "delete", "rename", "new class", "class deleted"])
+def test_index_out_of_date(change: str, cached: Path, zoo: Path) -> None:
+    before = files_of(layouts.read_tree(zoo / "train"))
+    match change:
+        case "add":
+            plant(zoo, {"train/zebra": ["new.jpg"]})
+        case "delete":
+            (zoo / "train/zebra/3.jpg").unlink()
+        case "rename":
+            (zoo / "train/zebra/3.jpg").rename(zoo / "train/zebra/4 and 3.jpg")
+        case "new class":
+            plant(zoo, {"train/yak": ["1.jpg"]})
+        case "class deleted":
+            (zoo / "train/zebra").rename(zoo / "val/.zebra")
+    expected = sorted(path for path in (zoo / "train").glob("[!.]*/[!.]*.jpg"))
+    assert files_of(layouts.read_tree(zoo / "train")) == expected != before
+    assert files_of(layouts.read_tree(zoo / "train")) == expected
+
+
+def test_index_of_folders_that_were_just_changed_is_not_trusted(cached: Path, zoo: Path) -> None:
+    """Within the file system's clock tick, a file more may leave the time stamp as it was."""
+    with np.load(cached) as arrays:
+        moved = {name: arrays[name] for name in arrays}
+    stamp = int(moved["started"]) - layouts.SAME_STAMP // 2
+    os.utime(zoo / "train/zebra", ns=(stamp, stamp))
+    moved["modified"][1 + tuple(ZOO).index("zebra")] = stamp
+    np.savez(cached, **moved)
+    assert layouts.load_index(cached, zoo / "train") is None
+    moved["started"] += layouts.SAME_STAMP
+    np.savez(cached, **moved)
+    assert layouts.load_index(cached, zoo / "train") is not None
+
+
+def test_damaged_index_is_made_again(cached: Path, zoo: Path) -> None:
+    expected, whole = files_of(layouts.read_tree(zoo / "train")), cached.read_bytes()
+    damaged = [whole[:length] for length in range(0, len(whole), 97)]
+    damaged += [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in range(0, len(whole), 41)]
+    for content in [*damaged, b"text", b"PK\x03\x04"]:
+        cached.write_bytes(content)
+        assert files_of(layouts.read_tree(zoo / "train")) == expected
+    cached.unlink()
+    cached.mkdir()
+    assert files_of(layouts.read_tree(zoo / "train")) == expected
+
+
+def test_cache_that_cannot_be_written(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(layouts, "CACHED_FROM", 1)
+    assert len(layouts.read_tree(zoo / "train").images) == 48
+    assert "cannot be written" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------ ImageNet
+
+WNIDS = [f"n{1440764 + 37 * number:08}" for number in range(1000)]
+BY_ID = {wnid: label for label, wnid in enumerate(WNIDS)}
+NAMES = tuple(f"class {label}" for label in range(1000))
+IN_R, IN_A = (1, 500, 999), (0, 2, 10)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JPEG for each class in train and val; a few classes of V2 (in folders 0 to 999), R, A and Sketch."""
+    root = tmp_path_factory.mktemp("imagenet")
+    images = {f"imagenet/{part}/{wnid}": [f"{wnid}_1.JPEG"] for part in ("train", "val") for wnid in WNIDS}
+    images |= {f"imagenetv2-matched-frequency-format-val/{number}": ["a.jpeg"] for number in (0, 2, 10, 100, 999)}
+    images |= {f"imagenet-r/{WNIDS[label]}": numbered(3) for label in IN_R}
+    images |= {f"imagenet-a/{WNIDS[label]}": numbered(2) for label in IN_A}
+    images |= {f"sketch/{WNIDS[label]}": numbered(11) for label in (3, 7)}
+    return plant(root, images)
+
+
+@pytest.fixture
+def imagenet(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, to be changed: a root of links to the folders."""
+    monkeypatch.setattr(layouts, "imagenet_classes", lambda: NAMES)
+    root = tmp_path / "root"
+    (root / "imagenet").mkdir(parents=True)
+    for path in (*planted.iterdir(), *(planted / "imagenet").iterdir()):
+        if path.name != "imagenet":
+            (root / path.relative_to(planted)).symlink_to(path)
+    return root
+
+
+def test_imagenet_layout(imagenet: Path, planted: Path) -> None:
+    images = layouts.read_imagenet(imagenet, "imagenet", (), "test")
+    assert list(images.reports) == ["imagenet", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch"]
+    assert images.selection is images.reports["imagenet"]
+    assert_holds(images.train, planted / "imagenet/train", BY_ID)
+    assert_holds(images.selection, planted / "imagenet/val", BY_ID)
+    v2 = images.reports["imagenet-v2"]
+    assert_holds(v2, planted / "imagenetv2-matched-frequency-format-val", {str(label): label for label in range(1000)})
+    assert v2.labels.tolist() == [0, 2, 10, 100, 999]  # by number: as strings, 10 and 100 come before 2
+    for name, folder in (("imagenet-r", "imagenet-r"), ("imagenet-a", "imagenet-a"), ("imagenet-sketch", "sketch")):
+        assert_holds(images.reports[name], planted / folder, BY_ID)
+    for split in (images.train, *images.reports.values()):
+        assert split.classes == NAMES
+        compared = {"imagenet-r": IN_R, "imagenet-a": IN_A}.get(split.name)
+        assert split.compared is None if compared is None else tuple(np.flatnonzero(split.compared)) == compared
+
+
+def test_imagenet_selects_on_a_hundredth(imagenet: Path) -> None:
+    images = layouts.read_imagenet(imagenet, "imagenet", ("imagenet-a",), "val")
+    assert list(images.reports) == ["imagenet", "imagenet-a"]
+    assert (len(images.train), len(images.selection), len(images.reports["imagenet"])) == (990, 10, 1000)
+    assert images.selection.labels.tolist() == list(range(99, 1000, 100))
+    assert not {file.path for file in images.train.images} & {file.path for file in images.selection.images}
+
+
+def test_splits_elsewhere(imagenet: Path, planted: Path, tmp_path: Path) -> None:
+    places = (f"imagenet={planted}/imagenet", f"imagenet-r={planted}/imagenet-r", f"imagenet-sketch={planted}/sketch")
+    images = layouts.read_imagenet(None, "imagenet", (), "test", split_roots=places)
+    assert list(images.reports) == ["imagenet", "imagenet-r", "imagenet-sketch"]
+    assert_holds(images.reports["imagenet-r"], planted / "imagenet-r", BY_ID)
+    plant(tmp_path / "mine", {WNIDS[4]: ["1.jpg"]})  # goes before what lies under the root
+    own = layouts.read_imagenet(
+        imagenet, "imagenet", ("imagenet-r",), "test", split_roots=(f"imagenet-r={tmp_path}/mine",)
+    )
+    assert own.reports["imagenet-r"].labels.tolist() == [4]
+
+
+# The numbers that the development kit gives the classes have an order of their own.
+KIT_NUMBER = {wnid: 1 + 7 * label % 1000 for label, wnid in enumerate(WNIDS)}
+FLAT = [WNIDS[label] for label in (999, 0, 10, 2, 10)]  # of images 1 to 5
+
+
+def flat_names(count: int = 5) -> list[str]:
+    return [f"ILSVRC2012_val_{number:08}.JPEG" for number in range(1, count + 1)]
+
+
+def kaggle(folder: Path) -> None:
+    lines = [f"{name[:-5]},{wnid} 1 2 30 40 {wnid} 5 6 7 8 \r" for name, wnid in zip(flat_names(), FLAT, strict=True)]
+    (folder / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(lines)]))
+
+
+def devkit(folder: Path) -> None:
+    truth = "".join(f"{KIT_NUMBER[wnid]}\n" for wnid in FLAT)
+    (folder / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+    ids = "".join(f"{wnid} {number} thing_{number}\n" for wnid, number in KIT_NUMBER.items())
+    (folder / "map_clsloc.txt").write_text(ids)
+
+
+@pytest.fixture
+def flat(imagenet: Path) -> Path:
+    """ImageNet whose validation images lie in one folder."""
+    (imagenet / "imagenet/val").unlink()
+    return plant(imagenet, {"imagenet/val": flat_names()})
+
+
+@pytest.mark.parametrize("place", ["imagenet/val", "imagenet", "."])
+@pytest.mark.parametrize("write", [kaggle, devkit])
+def test_flat_validation_images(write: Callable[[Path], None], place: str, flat: Path) -> None:
+    write(flat / place)
+    split = layouts.read_imagenet(flat, "imagenet", ("imagenet-a",), "test").reports["imagenet"]
+    assert [file.path for file in split.images] == [flat / "imagenet/val" / name for name in flat_names()]
+    assert split.labels.tolist() == [999, 0, 10, 2, 10] and split.classes == NAMES
+    data.check_images([split], workers=1)
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "old", "new", "message"),
+    [
+        (kaggle, "LOC_val_solution.csv", f"00005,{WNIDS[10]}", "00005,n1",
+         "LOC_val_solution.csv line 2: 'n1' is no class of the training folder: correct it"),
+        (kaggle, "LOC_val_solution.csv", "00000004", "00000014", "val/ILSVRC2012_val_00000004.JPEG has no label in"),
+        (devkit, "map_clsloc.txt", f"{WNIDS[1]} 8", f"{WNIDS[1]} eight",
+         f"map_clsloc.txt line 2: '{WNIDS[1]} eight thing_8' is not 'n02119789 1 kit_fox' of a training class"),
+        (devkit, "ILSVRC2012_validation_ground_truth.txt", "994", "1001",
+         "ground_truth.txt line 1: '1001' is no class number of .*map_clsloc.txt: correct it"),
+        (lambda folder: (devkit(folder), (folder / "map_clsloc.txt").unlink()), "", "", "",
+         "val has no class folders: for their labels, put Kaggle's LOC_val_solution.csv in .*imagenet, or .*map_cls"),
+    ],
+)  # fmt: skip
+def test_wrong_ground_truth(write: Callable, name: str, old: str, new: str, message: str, flat: Path) -> None:
+    write(flat)
+    if name:
+        edit(flat / name, old, new)
+    with raises(message):
+        layouts.read_imagenet(flat, "imagenet", ("imagenet-a",), "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: (root / "imagenet").rename(root / "in1k"),
+         r"has no ImageNet \(found: imagenet-a, .*\): expected imagenet/train/WNID/IMAGE and imagenet/val .*sketch"),
+        (lambda root: (root / "imagenet/val").unlink(),
+         r"ImageNet's folder .*/imagenet has no train or no val \(found: train\): expected train/WNID/IMAGE and val"),
+        (lambda root: ((root / "imagenet/val").unlink(), (root / "imagenet/val").mkdir()),
+         r"imagenet/val has no image \(found: nothing\): expected class folders, or ILSVRC2012_val_00000001.JPEG"),
+        (lambda root: ((root / "imagenet-r").unlink(), (root / "imagenet-r").mkdir()),
+         r"split imagenet-r: .*/imagenet-r has no class folder \(found: nothing\): expected one for each class"),
+        (lambda root: ((root / "imagenet-r").unlink(), plant(root, {"imagenet-r/n00000001": ["1.jpg"]})),
+         "imagenet-r/n00000001 is no class of ImageNet: rename or delete it, or leave imagenet-r out of --shifts"),
+        (lambda root: ((root / "imagenet/train").unlink(), plant(root, {f"imagenet/train/{WNIDS[1]}": ["1.jpg"]})),
+         "imagenet/train has 1 class folders, ImageNet 1000 classes: restore the others, or give --data folder"),
+        (lambda root: ((root / "imagenet/train").unlink(), plant(root, {"imagenet/train/dog": ["1.jpg"]})),
+         "imagenet/train/dog is no WordNet id such as n01440764: rename or delete it"),
+    ],
+)  # fmt: skip
+def test_wrong_roots_of_imagenet(change: Callable[[Path], object], message: str, imagenet: Path) -> None:
+    change(imagenet)
+    with raises(message):
+        layouts.read_imagenet(imagenet, "imagenet", (), "test")
+
+
+@pytest.mark.parametrize(
+    ("reference", "shifts", "split_roots", "message"),
+    [
+        ("imagenet-r", (), (), "--reference imagenet-r has no training images: give imagenet"),
+        ("imagenet", ("imagenet-v3",), (), "unknown split 'imagenet-v3': did you mean imagenet-v2"),
+        (
+            "imagenet",
+            ("imagenet-a",),
+            (),
+            r"has no imagenet-a \(found: .*\): expected one, or --split-roots imagenet-a=",
+        ),
+        ("imagenet", (), ("imagenet-q=.",), "unknown split of --split-roots 'imagenet-q'"),
+        (
+            "imagenet",
+            (),
+            ("imagenet-a=no/folder",),
+            "--split-roots imagenet-a=no/folder: no such folder: give NAME=FOLD",
+        ),
+        ("imagenet", (), ("imagenet-a",), "--split-roots imagenet-a=: no such folder: give NAME=FOLDER"),
     ],
 )
-def test_wrong_arrays(file: str, array: np.ndarray, message: str, tmp_path: Path) -> None:
-    make_npy(tmp_path)
-    np.save(tmp_path / f"photo_x224/{file}.npy", array)
+def test_wrong_splits_of_imagenet(
+    reference: str, shifts: tuple[str, ...], split_roots: tuple[str, ...], message: str, imagenet: Path
+) -> None:
+    (imagenet / "imagenet-a").unlink()
     with raises(message):
-        layouts.read_npy(tmp_path, "photo", (), "test")
+        layouts.read_imagenet(imagenet, reference, shifts, "test", split_roots=split_roots)
+    with raises("--data-root is needed with --data imagenet: the folder that holds imagenet/train/WNID/IMAGE"):
+        layouts.read_imagenet(None, "imagenet", (), "test")
 
 
-# ---------------------------------------------------------------------------------------------- DomainNet's six domains
+def test_classes_that_a_shift_lacks_are_not_compared(imagenet: Path) -> None:
+    """A softmax over the logits of R's classes alone, by brute force."""
+    split = layouts.read_imagenet(imagenet, "imagenet", ("imagenet-r",), "test").reports["imagenet-r"]
+    vision = seeded_model("tiny").vision
+    random, tau = np.random.default_rng(0), jnp.float32(30)
+    head = random.normal(size=(40, 1000)).astype(np.float32)
+    classifier = lipsum.Classifier(vision, jnp.asarray(head))
+    found = evaluation.predict([classifier], tau, split, 8, 1, data.device_mesh(8))
+    logits = 30 * (found.features.astype(np.float64) @ head[:, IN_R])
+    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    columns = np.searchsorted(IN_R, split.labels)
+    assert columns.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    of_label = np.log(probabilities[np.arange(9), columns])
+    np.testing.assert_allclose(found.label_log_probability, of_label, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.confidence, probabilities.max(axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(found.correct, probabilities.argmax(axis=1) == columns)
+    everywhere = (found.features @ head).argmax(axis=1)
+    assert not np.isin(everywhere, IN_R).any()  # where all classes are compared, another one wins
 
 
-def test_quickdraw_is_left_out_but_for_its_name(root: Path) -> None:
-    for line in (text := (root / "sketch_test.txt").read_text()).splitlines():
-        (root / line.split()[0].replace("sketch/", "quickdraw/")).parent.mkdir(parents=True, exist_ok=True)
-    (root / "quickdraw_test.txt").write_text(text.replace("sketch/", "quickdraw/"))
-    assert list(layouts.read_domainnet(root, "real", (), "test").reports) == ["real", "clipart", "sketch"]
-    assert list(layouts.read_domainnet(root, "real", ("quickdraw",), "test").reports) == ["real", "quickdraw"]
+# -------------------------------------------------------------------------------------------------------------- arrays
+
+
+def store(folder: Path, part: str, images: np.ndarray, labels: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / f"{part}_images.npy", images)
+    np.save(folder / f"{part}_labels.npy", np.asarray(labels))
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> Path:
+    """The authors' arrays: a reference with three parts, and a shift."""
+    for part, count in (("train", 20), ("val", 4), ("test", 6)):
+        images = pixels(12, 10 * count, seed=count).reshape(count, 10, 12, 3)
+        store(tmp_path / "DomainNet_Real_x224", part, images, np.arange(count) % 3)
+    store(tmp_path / "sketch", "test", pixels(12, 20).reshape(2, 10, 12, 3), np.array([2, 0], np.uint8))
+    (tmp_path / "classes.txt").write_text("ice_cream\ndog\n犬\n\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_npy_layout(arrays: Path) -> None:
+    images = layouts.read_npy(arrays, "DomainNet_Real", (), "val")
+    assert list(images.reports) == ["DomainNet_Real", "sketch"]
+    for split, name, part in (
+        (images.train, "DomainNet_Real_x224", "train"),
+        (images.selection, "DomainNet_Real_x224", "val"),
+        (images.reports["DomainNet_Real"], "DomainNet_Real_x224", "test"),
+        (images.reports["sketch"], "sketch", "test"),
+    ):
+        np.testing.assert_array_equal(split.images, np.load(arrays / name / f"{part}_images.npy"))
+        np.testing.assert_array_equal(split.labels, np.load(arrays / name / f"{part}_labels.npy"))
+        assert isinstance(split.images, np.memmap) and split.classes == ("ice cream", "dog", "犬")
+    data.check_images([images.train, *images.reports.values()], workers=1)
+    assert layouts.read_npy(arrays, "DomainNet_Real", (), "test").selection.name == "DomainNet_Real"
+
+
+def test_npy_holds_out_without_reading(arrays: Path) -> None:
+    (arrays / "DomainNet_Real_x224/val_images.npy").unlink()
+    (arrays / "classes.txt").rename(arrays / "classes.json")
+    (arrays / "classes.json").write_text('["ice_cream", "dog", "cat"]')
+    images = layouts.read_npy(arrays, "DomainNet_Real", ("sketch",), "val", keep_underscores=True)
+    assert (len(images.train), len(images.selection)) == (18, 2) and images.train.classes[0] == "ice_cream"
+    assert isinstance(images.train.images.images, np.memmap)
+    whole = np.load(arrays / "DomainNet_Real_x224/train_images.npy")
+    held_out = {image.tobytes() for image in images.selection.images}
+    assert held_out | {image.tobytes() for image in images.train.images} == {image.tobytes() for image in whole}
+    batch = next(data.evaluation_batches(images.selection, 10, 2, 1))
+    np.testing.assert_array_equal(batch["image"][0], images.selection.images[0][:, 1:11])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train_images", np.zeros((20, 10, 12, 3), np.float32), r"train_images.npy is float32 \[20, 10, 12, 3\]"),
+        ("train_images", np.zeros((20, 3, 10, 12), np.uint8), r"\[20, 3, 10, 12\]: it must be uint8 \[N, H, W, 3\]"),
+        ("train_images", np.zeros((0, 10, 12, 3), np.uint8), r"uint8 \[0, 10, 12, 3\]: it must"),
+        ("train_images", np.array([{}] * 20), "train_images.npy cannot be read as an array .*: restore it"),
+        ("test_images", b"", "test_images.npy cannot be read as an array .*: restore it"),
+        ("test_images", b"text", "test_images.npy cannot be read as an array"),
+        ("test_labels", None, "test_labels.npy cannot be read as an array"),
+        ("train_labels", np.zeros(20), r"train_labels.npy is float64 \[20\]: it must be integers \[20\], a label"),
+        ("train_labels", np.zeros((20, 1), int), r"int64 \[20, 1\]: it must be integers \[20\]"),
+        ("train_labels", np.zeros(19, int), r"int64 \[19\]: it must be integers \[20\]"),
+        ("train_labels", np.arange(20), "train_labels.npy has label 3 at index 3: there are 3 classes, from 0"),
+        ("train_labels", np.full(20, -1), "train_labels.npy has label -1 at index 0: there are 3 classes"),
+    ],
+)  # fmt: skip
+def test_wrong_arrays(name: str, content: np.ndarray | bytes | None, message: str, arrays: Path) -> None:
+    path = arrays / "DomainNet_Real_x224" / f"{name}.npy"
+    if isinstance(content, np.ndarray):
+        np.save(path, content)
+    elif content is not None:
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    with raises(message):
+        layouts.read_npy(arrays, "DomainNet_Real", (), "val")
+
+
+def test_wrong_roots_of_npy(arrays: Path) -> None:
+    with raises("--data-root is needed with --data npy: the folder that holds classes.txt"):
+        layouts.read_npy(None, "sketch", (), "val")
+    with raises("--reference is needed with --data npy: one of DomainNet_Real, sketch"):
+        layouts.read_npy(arrays, "", (), "val")
+    with raises("sketch/train_images.npy cannot be read as an array"):
+        layouts.read_npy(arrays, "sketch", (), "val")
+    with raises(r"has no SPLIT/test_images.npy \(found: test_images.npy, test_labels.npy\): expected classes.txt"):
+        layouts.read_npy(arrays / "sketch", "sketch", (), "val")
+    store(arrays / "sketch_x32", "test", np.zeros((1, 4, 4, 3), np.uint8), [0])
+    with raises("/sketch and .*/sketch_x32 are both split 'sketch': move one elsewhere"):
+        layouts.read_npy(arrays, "DomainNet_Real", (), "val")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("classes.txt", None, r"has no classes.txt \(found: DomainNet_Real_x224, sketch\): expected classes.txt"),
+        ("classes.txt", "dog\n\ncat", "classes.txt is no list of class names: write one name a line, or a JSON list"),
+        ("classes.txt", "dog\ncat\ndog", "classes.txt has 'dog' twice: name each class once"),
+        ("classes.json", '{"dog": 0}', "classes.json is no list of class names"),
+        ("classes.json", "[0, 1]", "classes.json is no list of class names"),
+        ("classes.json", "[", "classes.json cannot be read .*: restore the file"),
+    ],
+)
+def test_wrong_class_names(name: str, content: str | None, message: str, arrays: Path) -> None:
+    (arrays / "classes.txt").unlink()
+    if content is not None:
+        (arrays / name).write_text(content)
+    with raises(message):
+        layouts.read_npy(arrays, "DomainNet_Real", (), "val")
+
+
+# ----------------------------------------------------------------------------------------------------------- any bytes
+
+
+def check_any_bytes(examples: int, path: Path, root: Path, read: Callable[[], data.Data]) -> None:
+    """Whatever the file holds: splits whose labels are of their classes, or an error of ours."""
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        images = read_unless_refused(read, root)
+        for split in (images.train, images.selection, *images.reports.values()) if images else ():
+            assert len(split) == len(split.images) > 0
+            assert split.labels.min() >= 0 and split.labels.max() < len(split.classes)
+
+    with_mutations(examples, path.read_bytes(), check)
+
+
+@EXAMPLES
+@pytest.mark.parametrize("name", ["real_train.txt", "sketch_test.txt"])
+def test_any_bytes_in_a_list(name: str, examples: int, root: Path) -> None:
+    check_any_bytes(examples, root / name, root, lambda: layouts.read_domainnet(root, "real", (), "val"))
+
+
+@EXAMPLES
+@pytest.mark.parametrize("name", ["images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"])
+def test_any_bytes_in_cubs_files(name: str, examples: int, cub: Path) -> None:
+    check_any_bytes(examples, cub / name, cub, lambda: layouts.read_cub(cub, "cub", (), "test"))
+
+
+@EXAMPLES
+@pytest.mark.parametrize(
+    "name", ["DomainNet_Real_x224/train_images.npy", "DomainNet_Real_x224/train_labels.npy", "classes.txt"]
+)
+def test_any_bytes_in_arrays(name: str, examples: int, arrays: Path) -> None:
+    path = arrays / name
+    start = path.read_bytes()[:256]  # of images, the header; numpy reads it with ast.literal_eval
+    rest = path.read_bytes()[256:]
+
+    def check(content: bytes) -> None:
+        path.unlink()  # an earlier example may still map it
+        path.write_bytes(content + rest)
+        images = read_unless_refused(lambda: layouts.read_npy(arrays, "DomainNet_Real", ("sketch",), "test"), arrays)
+        assert images is None or (images.train.labels.min() >= 0 and images.train.labels.max() < 3)
+
+    with_mutations(examples, start, check)
+
+
+TRUTH = {kaggle: ["LOC_val_solution.csv"], devkit: ["ILSVRC2012_validation_ground_truth.txt", "map_clsloc.txt"]}
+
+
+@EXAMPLES
+@pytest.mark.parametrize(("write", "name"), [(write, name) for write, names in TRUTH.items() for name in names])
+def test_any_bytes_in_a_ground_truth(write: Callable[[Path], None], name: str, examples: int, flat: Path) -> None:
+    base = flat / "imagenet"
+    write(base)
+    ids = {wnid: label for label, wnid in enumerate(WNIDS)}
+
+    def check(content: bytes) -> None:
+        (base / name).write_bytes(content)
+        split = read_unless_refused(lambda: layouts.read_flat_validation(base, flat, NAMES, ids), flat)
+        assert split is None or len(split) == 5
+
+    with_mutations(examples, (base / name).read_bytes(), check)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import seeded
-import test_layouts
 from PIL import Image
 from safetensors.numpy import load_file
 from test_clip import config_of
+from test_layouts import arrays, cub, imagenet, planted, zoo  # noqa: F401 (fixtures)
 
 import clip
 import data
@@ -587,20 +587,15 @@ def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("data_set", "make", "reference"),
-    [
-        ("cub", test_layouts.make_cub, "cub"),
-        ("folder", test_layouts.make_folder, "val"),
-        ("npy", test_layouts.make_npy, "photo"),
-        ("imagenet", test_layouts.make_imagenet, "imagenet"),
-    ],
+    ("data_set", "tree", "reference"),
+    [("cub", "cub", "cub"), ("folder", "zoo", "val"), ("npy", "arrays", "DomainNet_Real"), ("imagenet",) * 3],
 )
-def test_every_layout_trains_and_evaluates(data_set, make, reference, options, tmp_path, monkeypatch, capsys) -> None:
+def test_every_layout_trains_and_evaluates(
+    data_set: str, tree: str, reference: str, options: train.Options, request: pytest.FixtureRequest, capsys
+) -> None:
     """From the command line's options to a table; domainnet has its own tests above."""
-    monkeypatch.setattr(layouts, "imagenet_classes", test_layouts.imagenet_classes)
-    (tmp_path / "set").mkdir()
-    make(tmp_path / "set")
-    said = {"data": data_set, "data_root": tmp_path / "set", "templates": "{}", "steps": (2,), "method": ("lipsum",)}
+    root = request.getfixturevalue(tree)
+    said = {"data": data_set, "data_root": root, "templates": "{}", "steps": (2,), "method": ("lipsum",)}
     train.main(dataclasses.replace(options, reference=(reference,) if data_set == "npy" else None, **said))
     assert "Lipsum-FT" in capsys.readouterr().out
     results = json.loads((options.out / "lipsum/seed-0/results.json").read_text())

@@ -8,7 +8,7 @@ import re
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import seeded
-from conftest import shared
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import EXAMPLES, shared
+from mutations import read_unless_refused, with_mutations
 from safetensors.numpy import load_file, save_file
 from test_clip import config_of
+from tokenizers import Tokenizer
 
 import clip
 import download
@@ -749,23 +749,6 @@ def test_preset_that_is_not_in_the_cache(name: str, tmp_path: Path, monkeypatch:
 
 # ----------------------------------------------------------------------------------------------------------- any bytes
 
-MUTATIONS = st.lists(st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 255)), min_size=1, max_size=3)
-
-
-def mutated(content: bytes, places: Sequence[int], mutations: list[tuple[int, int]]) -> bytes:
-    changed = bytearray(content)
-    for place, value in mutations:
-        changed[places[place % len(places)]] = value
-    return bytes(changed)
-
-
-def read_unless_refused(path: Path, read: Callable[[Path], Any]) -> Any:
-    try:
-        return read(path)
-    except InputError as error:
-        assert str(error).isprintable() and str(path) in str(error)
-        return None
-
 
 @functools.cache
 def packed() -> Mapping[str, bytes]:
@@ -776,46 +759,84 @@ def packed() -> Mapping[str, bytes]:
     return entries(tree, {"0": np.linspace(-1, 1, stored.length, dtype=np.float16).tobytes()})
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
-@given(mutations=MUTATIONS)
-def test_any_bytes_in_a_pickle(mutations: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory) -> None:
+@EXAMPLES
+def test_any_bytes_in_a_pickle(examples: int, tmp_path: Path) -> None:
     name, files = "archive/data.pkl", packed()
-    content = mutated(files[name], range(len(files[name])), mutations)
-    read_unless_refused(write(tmp_path_factory.getbasetemp() / "pickle.pt", {**files, name: content}), read)
+
+    def check(content: bytes) -> None:
+        path = write(tmp_path / "pickle.pt", {**files, name: content})
+        read_unless_refused(lambda: read(path), path)
+
+    with_mutations(examples, files[name], check)
 
 
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, list[int], dict[str, np.ndarray]]:
-    """A file, its bytes, the places of those that are not contents of an entry, and its tensors."""
-    path = write(tmp_path_factory.mktemp("zip") / "clip.pt", packed())
-    content = path.read_bytes()
+@EXAMPLES
+def test_any_bytes_in_a_zip(examples: int, tmp_path: Path) -> None:
+    """Checksums stand guard over the contents: what is read is what was written."""
+    path = write(tmp_path / "clip.pt", packed())
+    original, intact = weights.read_torch_archive(path), path.read_bytes()
     with zipfile.ZipFile(path) as file:
-        places = [*range(file.start_dir, len(content))]
+        places = [*range(file.start_dir, len(intact))]
         for entry in file.infolist():
             places += range(entry.header_offset, entry.header_offset + 30 + len(entry.filename))
-    return path, content, places, weights.read_torch_archive(path)
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        tensors = read_unless_refused(lambda: weights.read_torch_archive(path), path)
+        if tensors is not None:
+            assert list(tensors) == list(original)
+            assert all(array.tobytes() == original[name].tobytes() for name, array in tensors.items())
+
+    with_mutations(examples, intact, check, places)
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, database=None)
-@given(mutations=MUTATIONS)
-def test_any_bytes_in_a_zip(mutations: list[tuple[int, int]], intact: tuple) -> None:
-    """Checksums stand guard over the contents: what is read is what was written."""
-    path, content, places, original = intact
-    path.write_bytes(mutated(content, places, mutations))
-    tensors = read_unless_refused(path, weights.read_torch_archive)
-    if tensors is not None:
-        assert list(tensors) == list(original)
-        assert all(array.tobytes() == original[name].tobytes() for name, array in tensors.items())
-
-
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
-@given(mutations=MUTATIONS)
-def test_any_bytes_in_safetensors(mutations: list[tuple[int, int]], saved: Path) -> None:
+@EXAMPLES
+def test_any_bytes_in_safetensors(examples: int, saved: Path) -> None:
     content = (saved / "model.safetensors").read_bytes()
     path = saved / "mutated.safetensors"
-    path.write_bytes(mutated(content, range(8 + int.from_bytes(content[:8], "little")), mutations))
 
-    def read(path: Path) -> clip.CLIP:
-        return weights.from_state_dict(weights.read_safetensors(path), CONFIG, "hugging_face", str(path))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        read_unless_refused(
+            lambda: weights.from_state_dict(weights.read_safetensors(path), CONFIG, "hugging_face", str(path)), path
+        )
 
-    read_unless_refused(path, read)
+    with_mutations(examples, content, check, range(8 + int.from_bytes(content[:8], "little")))
+
+
+def encodes(tokenizer: Tokenizer) -> None:
+    """What was loaded does not fail later either, but for words that it cannot tell."""
+    tokenizer.encode_batch(["dog", "a photo of a dog.", "\U0001f9b4"])
+
+
+@EXAMPLES
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
+def test_any_bytes_in_a_tokenizer(name: str, examples: int, tmp_path: Path) -> None:
+    if name == "tokenizer.json":
+        TOKENIZER.save(str(tmp_path / name))
+    else:
+        (tmp_path / "vocab.json").write_text(json.dumps(VOCABULARY))
+        (tmp_path / "merges.txt").write_text("\n".join(["header", *map(" ".join, MERGES)]))
+    path = tmp_path / name
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        read_unless_refused(lambda: encodes(clip.hugging_face_tokenizer(tmp_path)), tmp_path)
+
+    with_mutations(examples, path.read_bytes(), check)
+
+
+@EXAMPLES
+def test_any_bytes_in_openais_vocabulary(examples: int, tmp_path: Path) -> None:
+    """In the compressed file, whose checksum tells, and in a tenth as many texts that are compressed afterwards."""
+    vocabulary_file(tmp_path)
+    path = tmp_path / clip.VOCABULARY_FILE
+    compressed = path.read_bytes()
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        tokenizer = read_unless_refused(lambda: clip.openai_tokenizer(path), path)
+        assert tokenizer is None or tokenizer.get_vocab_size() == 49408
+
+    with_mutations(examples, compressed, check)
+    with_mutations(examples // 10, gzip.decompress(compressed), lambda text: check(gzip.compress(text, 1)))
