@@ -30,10 +30,11 @@ with install_import_hook(
         "eval",
         "pretrain",
         "train",
+        "bench",
     ],
     "beartype.beartype",
 ):
-    import train  # noqa: F401 (imports all the others)
+    import bench  # noqa: F401 (imports all the others)
 
 REFERENCE = Path(__file__).parent / "reference"
 # Real images and weights for development; tests that need them skip where they are absent.
