@@ -15,7 +15,7 @@ def test_decode(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"1 thread / bare Pillow: \d\.\d\d", output) and re.search(
         r"2 threads / 1 thread: \d\.\d\d", output
     )
-    with pytest.raises(clip.InputError, match="--count is 33 .*multiple of 32"):
+    with pytest.raises(clip.InputError, match=r"--count is 33 .*multiple of 32"):
         bench.decode_command(count=33)
 
 
