@@ -215,7 +215,9 @@ def test_tokenizers_of_one_model_agree(tokenizer, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"", b"not gzip", gzip.compress(b"header\nonly one line\n"), gzip.compress(b"\xff")]
+    "content",
+    [None, b"", b"not gzip", gzip.compress(b"header\nonly one line\n"), gzip.compress(b"\xff")],
+    ids=["missing", "empty", "text", "one line", "no UTF-8"],  # compressed bytes hold the time: no name is made of them
 )
 def test_broken_vocabulary_is_named(content: bytes | None, tmp_path) -> None:
     path = tmp_path / "bpe.txt.gz"
