@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from gzip import open as open_gzip
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -156,7 +156,8 @@ class Block(eqx.Module):
             _apply(layer, x).reshape(tokens, self.heads, width // self.heads)
             for layer in (self.query, self.key, self.value)
         )
-        x = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        with jax.numpy_dtype_promotion("standard"):  # inside, softmax is in float32 whatever the type
+            x = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
         return _apply(self.out, x.reshape(tokens, width))
 
     def mlp(self, x: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
@@ -172,9 +173,17 @@ def _stack_blocks(sizes: Transformer, config: Config, causal: bool, key: PRNGKey
     return eqx.filter_vmap(lambda key: Block(sizes, config, causal, key))(jax.random.split(key, sizes.layers))
 
 
-def run_blocks(blocks: Block, x: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
-    """The blocks one after the other: compiled once, whatever the depth."""
-    return jax.lax.scan(lambda x, block: (block(x), None), x, blocks)[0]
+def run_blocks(blocks: Block, x: Float[Array, "tokens width"], recompute: bool = False) -> Float[Array, "tokens width"]:
+    """The blocks one after the other: compiled once, whatever the depth.
+
+    With `recompute` the backward pass computes each block again from its input, instead of keeping all it computed.
+    """
+
+    def run(x: Float[Array, "tokens width"], block: Block) -> tuple[Float[Array, "tokens width"], None]:
+        return block(x), None
+
+    # The loop keeps the compiler from merging the two computations; without it, they need a barrier.
+    return jax.lax.scan(jax.checkpoint(run, prevent_cse=False) if recompute else run, x, blocks)[0]
 
 
 class VisionTower(eqx.Module):
@@ -211,13 +220,14 @@ class VisionTower(eqx.Module):
         rows, columns = image.shape[0] // patch, image.shape[1] // patch
         # A convolution whose stride is its kernel is a matrix product over patches, and several times faster on CPU.
         patches = image.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3).reshape(rows * columns, -1)
+        patches = patches.astype(self.patch_embedding.dtype)
         x = patches @ self.patch_embedding.reshape(self.patch_embedding.shape[0], -1).T
         x = jnp.concatenate([self.class_embedding[None], x]) + self.position_embedding
         return jax.vmap(self.layer_norm_pre)(x)
 
-    def __call__(self, image: Float[Array, "side side 3"]) -> Float[Array, " dim"]:
+    def __call__(self, image: Float[Array, "side side 3"], recompute: bool = False) -> Float[Array, " dim"]:
         """One standardised image to its embedding, not yet normalised."""
-        x = run_blocks(self.blocks, self.embed(image))
+        x = run_blocks(self.blocks, self.embed(image), recompute)
         return self.projection(self.layer_norm_post(x[0]))
 
 
@@ -250,6 +260,9 @@ class TextTower(eqx.Module):
         x = run_blocks(self.blocks, self.embed(ids))
         end = jnp.argmax(ids == self.end_token)
         return self.projection(self.layer_norm_final(x[end]))
+
+
+Tower = TypeVar("Tower", VisionTower, TextTower)
 
 
 class CLIP(eqx.Module):
@@ -292,16 +305,39 @@ def standardize(
     return (images - mean) / deviation
 
 
+def compute_in(tower: Tower, precision: str) -> Tower:
+    """The tower with weights of the type that it is to compute in, and as it is for float32.
+
+    LayerNorms keep theirs: they compute in float32, as the softmax of attention does, whatever the type around them.
+    """
+    if precision == "float32":
+        return tower
+
+    def cast(node: Any) -> Any:
+        return node if isinstance(node, eqx.nn.LayerNorm) else node.astype(precision)
+
+    return jax.tree.map(cast, tower, is_leaf=lambda node: isinstance(node, eqx.nn.LayerNorm))
+
+
+def _unit_norm(embeddings: Float[Array, "batch dim"]) -> Float[Array, "batch dim"]:
+    """Normalised in float32, whatever the tower computes in."""
+    with jax.numpy_dtype_promotion("standard"):
+        at_least_float32 = jnp.promote_types(embeddings.dtype, jnp.float32)
+    return normalize(embeddings.astype(at_least_float32))
+
+
 def image_features(
-    vision: VisionTower, images: UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"]
+    vision: VisionTower,
+    images: UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"],
+    recompute: bool = False,
 ) -> Float[Array, "batch dim"]:
     """`F_theta(x)`: unit-norm embeddings of images given as bytes or as floats in [0, 1]."""
-    return normalize(jax.vmap(vision)(standardize(images)))
+    return _unit_norm(jax.vmap(lambda image: vision(image, recompute))(standardize(images)))
 
 
 def text_features(text: TextTower, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch dim"]:
     """`G_phi(t)`: unit-norm embeddings of tokenized texts."""
-    return normalize(jax.vmap(text)(ids))
+    return _unit_norm(jax.vmap(text)(ids))
 
 
 _text_features = jax.jit(text_features)

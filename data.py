@@ -2,13 +2,14 @@
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` uses it; `layouts.py` finds the images on disk.
 
-Batch number t is a pure function of the split, the seed and t, whatever the number of threads. Images leave here as
-uint8; `clip.standardize` turns them into floats on the device.
+Batch number t is a pure function of the split, the seed and t, whatever the number of threads or processes. Images
+leave here as uint8; `clip.standardize` turns them into floats on the device.
 """
 
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Array, Bool, Int, UInt8
 from PIL import Image
 from tqdm import tqdm
 
@@ -227,7 +230,9 @@ def check_images(splits: Sequence[Split], workers: int) -> None:
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         errors = pool.map(error_of, skipped_of)
-        bar = tqdm(errors, "checking images", len(skipped_of), unit="image", leave=False, delay=2)
+        bar = tqdm(
+            errors, "checking images", len(skipped_of), unit="image", leave=False, delay=2, disable=not writes_files()
+        )
         for (file, skipped), error in zip(skipped_of.items(), bar, strict=True):
             if error:
                 skipped.add(file, error)
@@ -311,6 +316,16 @@ HostBatch = dict[
 ]
 
 
+class Part(NamedTuple):
+    """One of `count` even parts of a batch, its rows side by side: what one process reads."""
+
+    index: int
+    count: int
+
+
+WHOLE = Part(0, 1)
+
+
 def read_image(
     file: ListedFile | UInt8[np.ndarray, "height width 3"], resolution: int, prepare: Any = evaluation_image, *more: Any
 ) -> UInt8[np.ndarray, "resolution resolution 3"]:
@@ -349,8 +364,9 @@ def training_batches(
     workers: int,
     start: int = 0,
     augmentation: str = "crop",
+    part: Part = WHOLE,
 ) -> Iterator[HostBatch]:
-    """Batches `start`, `start + 1`, ... without end: augmented, reshuffled every epoch."""
+    """Batches `start`, `start + 1`, ... without end: augmented, reshuffled every epoch. Of each, the given part."""
     prepare = AUGMENTATIONS[augmentation]
     dataset = (
         grain.MapDataset.range(len(split))
@@ -358,45 +374,146 @@ def training_batches(
         .shuffle()
         .repeat()
         .random_map(lambda index, random: _example(split, index, resolution, prepare, random))
-        .batch(batch_size)
+        .batch(batch_size // part.count)
     )
-    return iter(dataset[start:].to_iter_dataset(_read_options(workers)))
+    return iter(dataset[start * part.count + part.index :: part.count].to_iter_dataset(_read_options(workers)))
 
 
-def evaluation_batches(split: Split, resolution: int, batch_size: int, workers: int) -> Iterator[HostBatch]:
-    """Every image once, in the list's order. The last batch is filled up with images that are not `valid`."""
+def evaluation_batches(
+    split: Split, resolution: int, batch_size: int, workers: int, part: Part = WHOLE
+) -> Iterator[HostBatch]:
+    """Every image once, in the list's order. The last batch is filled up with images that are not `valid`.
 
-    def collect(examples: list[dict[str, np.ndarray]]) -> HostBatch:
-        batch = {key: np.stack([example[key] for example in examples]) for key in ("image", "label")}
-        missing = batch_size - len(examples)
-        padded = {key: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) for key, array in batch.items()}
-        return padded | {"valid": np.arange(batch_size) < len(examples)}
+    Of each batch, the given part.
+    """
 
-    dataset = (
-        grain.MapDataset.range(len(split))
-        .map(lambda index: _example(split, index, resolution))
-        .batch(batch_size, batch_fn=collect)
-    )
-    return iter(dataset.to_iter_dataset(_read_options(workers)))
+    def example(index: int) -> dict[str, np.ndarray]:
+        if index < len(split):
+            return _example(split, index, resolution) | {"valid": np.bool_(True)}
+        blank = np.zeros((resolution, resolution, 3), np.uint8)
+        return {"image": blank, "label": np.int32(0), "valid": np.bool_(False)}
 
-
-# ------------------------------------------------------------------------------------------------------------- devices
+    filled_up = -(-len(split) // batch_size) * batch_size
+    dataset = grain.MapDataset.range(filled_up).map(example).batch(batch_size // part.count)
+    return iter(dataset[part.index :: part.count].to_iter_dataset(_read_options(workers)))
 
 
-def device_mesh(batch_size: int) -> Mesh:
-    """All devices along the axis `data`. Raises InputError where they cannot share a batch evenly."""
-    devices = jax.device_count()
-    if batch_size % devices:
-        raise InputError(f"--batch-size {batch_size} does not divide among {devices} devices: give a multiple of them")
+# ------------------------------------------------------------------------------------------- devices and processes
+
+EVALUATED_AT_ONCE = 64  # images a device: ViT-L/14 holds some 20 MB of activations for each
+
+
+def writes_files() -> bool:
+    """Whether this process is the one that writes files and shows progress."""
+    return jax.process_index() == 0
+
+
+def device_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
+    """All devices of all processes along the axis `data`, those of one process side by side.
+
+    Raises InputError where they cannot share a batch, split into `accumulate`, evenly.
+    """
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if batch_size % (len(devices) * accumulate):
+        parts = f" times --accumulate {accumulate}" if accumulate > 1 else ""
+        raise InputError(
+            f"--batch-size {batch_size} does not divide among {len(devices)} devices{parts}: give a multiple of "
+            f"{len(devices) * accumulate}"
+        )
     # Auto: the compiler propagates shardings; Explicit axes would become part of every array's type.
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def evaluation_batch_size(batch_size: int, accumulate: int = 1) -> int:
+    """Images to evaluate at once, over all devices: no more a device than it trains on at once, nor than fit."""
+    of_device = batch_size // (accumulate * jax.device_count())
+    return min(max(of_device, 1), EVALUATED_AT_ONCE) * jax.device_count()
+
+
+def gathered(content: Any) -> list[Any]:
+    """What each process gives, as JSON has it, in every process."""
+    own = np.frombuffer(json.dumps(content, default=str).encode(), np.uint8)
+    lengths = process_allgather(np.int32(len(own)))
+    rows = process_allgather(np.resize(own, np.max(lengths)))
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def from_writer(make: Callable[[], Any]) -> Any:
+    """What `make` returns, as JSON has it, in the process that writes files: in every process.
+
+    So is the InputError that it raises.
+    """
+    if jax.process_count() == 1:
+        return make()
+    answer: dict[str, Any] = {}
+    if writes_files():
+        try:
+            answer = {"value": make()}
+        except InputError as error:
+            answer = {"error": str(error)}
+    content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    length = int(broadcast_one_to_all(np.int32(len(content))))
+    told = json.loads(broadcast_one_to_all(np.resize(content, length)).tobytes())
+    if "error" in told:
+        raise InputError(told["error"])
+    return told["value"]
+
+
+def broadcast(tree: Any) -> Any:
+    """The host arrays of the process that writes files, to the bit. The others give arrays of the same shapes."""
+
+    def of_leaf(leaf: np.ndarray) -> np.ndarray:
+        content = np.asarray(leaf, order="C").reshape(-1).view(np.uint8)  # floats would lose the sign of zeros
+        return broadcast_one_to_all(content).view(leaf.dtype).reshape(leaf.shape)
+
+    return jax.tree.map(of_leaf, tree) if jax.process_count() > 1 else tree
+
+
+@jax.jit
+def _largest(numbers: Int[Array, " devices"]) -> Int[Array, ""]:
+    return jnp.max(numbers)
+
+
+def largest_anywhere(number: int, mesh: Mesh) -> Int[Array, ""]:
+    """The largest number that any process gives. It comes when the devices get to it: reading it at once waits."""
+    numbers = np.full(jax.local_device_count(), number, np.int32)
+    return _largest(shard_batch({"number": numbers}, mesh)["number"])
+
+
+def own_part() -> Part:
+    """The part of every batch that this process reads."""
+    return Part(jax.process_index(), jax.process_count())
 
 
 def shard_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """The batch on the devices, each holding its part."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    """The batch, of which each process gives its own part, on the devices, each holding its share."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A copy of every array on each device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def shardings(tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
+    """Where each leaf lies: a copy on every device or, with `fsdp`, cut along its largest axis that divides evenly."""
+
+    def of_leaf(leaf: Any) -> NamedSharding:
+        divisible = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
+        if not fsdp or not divisible:
+            return NamedSharding(mesh, PartitionSpec())
+        largest = max(divisible, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * largest, "data"))
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def place(tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
+    """The arrays, which every process has in full, on the devices as `shardings` tells."""
+    return jax.device_put(tree, shardings(tree, mesh, fsdp))
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays in full, in every process's own memory: copies, which outlive a donated original."""
+
+    def of_leaf(leaf: Any) -> np.ndarray:
+        lies_elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        return np.array(process_allgather(leaf, tiled=True) if lies_elsewhere else leaf)
+
+    return jax.tree.map(of_leaf, tree)

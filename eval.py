@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from tqdm import tqdm
 import clip
 import data
 import download
+import files
 import layouts
 import lipsum
 import minidomain
@@ -127,12 +127,17 @@ def predict(
 ) -> Predictions:
     """One pass of a classifier, or of an ensemble of several, over a split, preprocessed as for evaluation."""
     resolution = members[0].vision.image_size
-    batches = data.evaluation_batches(split, resolution, batch_size, workers)
+    batches = data.evaluation_batches(split, resolution, batch_size, workers, data.own_part())
+    bar = tqdm(
+        batches, f"evaluating {split.name}", -(-len(split) // batch_size), unit="batch", leave=False,
+        disable=not data.writes_files(),
+    )  # fmt: skip
     collected = []
-    for batch in tqdm(batches, f"evaluating {split.name}", -(-len(split) // batch_size), unit="batch", leave=False):
-        valid = batch.pop("valid")
-        outcomes = _outcomes(tuple(members), tau, data.shard_batch(batch, mesh), split.compared)
-        collected.append([np.asarray(x)[valid] for x in outcomes])
+    for host_batch in bar:
+        batch = data.shard_batch(host_batch, mesh)
+        outcomes = _outcomes(tuple(members), tau, batch, split.compared)
+        *outcomes, valid = data.fetch((*outcomes, batch["valid"]))
+        collected.append([x[valid] for x in outcomes])
     return Predictions(*(np.concatenate(parts) for parts in zip(*collected, strict=True)))
 
 
@@ -168,6 +173,13 @@ class Sources:
     skip_broken: int
     batch_size: int
     workers: int
+    precision: str = "float32"
+    accumulate: int = 1
+    fsdp: bool = False
+
+
+# These may differ between runs that go together.
+HOW_COMPUTED = ("batch_size", "workers", "precision", "accumulate", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -190,7 +202,13 @@ class Setup:
     mesh: Mesh
 
     def predict(self, members: Sequence[lipsum.Classifier], split: data.Split) -> Predictions:
-        return predict(members, self.tau, split, self.sources.batch_size, self.sources.workers, self.mesh)
+        """One pass over a split, in the precision of the command."""
+        sources = self.sources
+        computing = [
+            lipsum.Classifier(clip.compute_in(member.vision, sources.precision), member.head) for member in members
+        ]
+        batch_size = data.evaluation_batch_size(sources.batch_size, sources.accumulate)
+        return predict(computing, self.tau, split, batch_size, sources.workers, self.mesh)
 
     def over_seen(self, classifier: lipsum.Classifier) -> lipsum.Classifier:
         """The classifier over the classes of training and selection."""
@@ -215,7 +233,8 @@ class Setup:
     @cached_property
     def second_moment(self) -> Float[Array, "dim dim"]:
         """C2 over the 10,000 random texts of 8 tokens that the paper's energy gap is over."""
-        return lipsum.text_second_moment(self.model.text, None, min(8, self.model.config.context_length - 2))
+        length = min(8, self.model.config.context_length - 2)
+        return jnp.asarray(data.fetch(lipsum.text_second_moment(self.model.text, None, length)))
 
     @cached_property
     def zero_shot_results(self) -> dict[str, dict[str, Any]]:
@@ -299,7 +318,7 @@ def seen_classes(classes: tuple[str, ...], unseen: tuple[str, ...]) -> Int[np.nd
 
 def prepare(sources: Sources) -> Setup:
     """Loads and checks the model and the data. Raises InputError before any long work."""
-    mesh = data.device_mesh(sources.batch_size)
+    mesh = data.device_mesh(data.evaluation_batch_size(sources.batch_size, sources.accumulate))
     images = layouts.read(
         sources.data, sources.data_root, sources.reference, sources.shifts, sources.select_on,
         sources.keep_underscores, sources.split_roots,
@@ -315,34 +334,29 @@ def prepare(sources: Sources) -> Setup:
         images = data.Data(train, selection, images.reports)
     data.check_images([images.train, images.selection, *images.reports.values()], sources.workers)
     features = clip.prompt_features(model, tokenizer, classes, templates)
-    zero_shot, context_head, tau = data.replicate(
-        (
-            lipsum.Classifier(model.vision, clip.zero_shot_head(features)),
-            clip.context_head(features[:, seen]),  # training knows no unseen class
-            jnp.exp(model.logit_scale),
-        ),
-        mesh,
+    head, context_head, tau = (
+        clip.zero_shot_head(features),
+        clip.context_head(features[:, seen]),  # training knows no unseen class
+        jnp.exp(model.logit_scale),
     )
+    model, head, context_head, tau = data.place((model, head, context_head, tau), mesh, sources.fsdp)
+    zero_shot = lipsum.Classifier(model.vision, head)
     return Setup(sources, model, tokenizer, images, classes, seen, zero_shot, context_head, tau, mesh)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Written beside its place and renamed onto it, so that the file is whole at any moment."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def save_classifier(folder: Path, setup: Setup, classifier: lipsum.Classifier) -> None:
-    """A classifier as a Hugging Face CLIP folder, with the head and the names of its columns."""
-    model = eqx.tree_at(lambda model: model.vision, setup.model, classifier.vision)
-    temporary = folder.with_name(folder.name + ".new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    weights.save(temporary, model, setup.tokenizer)
-    save_file({"head": np.asarray(classifier.head, order="C")}, temporary / "head.safetensors")
-    write_json(temporary / "classes.json", setup.classes)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    """A classifier as a Hugging Face CLIP folder, with the head and the names of its columns. By one process."""
+    classifier, model = data.fetch((classifier, setup.model))
+    if not data.writes_files():
+        return
+    model = eqx.tree_at(lambda model: model.vision, model, classifier.vision)
+
+    def write(new: Path) -> None:
+        weights.save(new, model, setup.tokenizer)
+        save_file({"head": np.asarray(classifier.head, order="C")}, new / "head.safetensors")
+        (new / "classes.json").write_text(json.dumps(setup.classes), encoding="utf-8")
+
+    files.write_whole(folder, write)
 
 
 # ----------------------------------------------------------------------------------------------------- finished runs
@@ -400,7 +414,7 @@ def open_runs(folders: Sequence[Path], select_on: str | None) -> tuple[list[Run]
         raise InputError("no run is given: give the folders of finished runs, such as runs/lipsum/seed-0")
     runs = [read_run(folder) for folder in folders]
     first = runs[0]
-    shared = [field.name for field in dataclasses.fields(Sources) if field.name not in ("batch_size", "workers")]
+    shared = [field.name for field in dataclasses.fields(Sources) if field.name not in HOW_COMPUTED]
     for run in runs[1:]:
         if run.config["classes"] != first.config["classes"]:
             raise InputError(f"{first.folder} and {run.folder} have different classes: give runs of the same data")
@@ -411,12 +425,13 @@ def open_runs(folders: Sequence[Path], select_on: str | None) -> tuple[list[Run]
                     f"{first.folder} has {name} {one!r}, {run.folder} has {other!r}: give runs of the same one"
                 )
     settings = first.config["settings"]
-    said = {name: settings[name] for name in shared} | {"batch_size": settings["batch_size"]}
+    recorded = settings | first.config["execution"] | {"workers": os.cpu_count() or 1}
+    said = {name: recorded[name] for name in (*shared, *HOW_COMPUTED)}
     said |= {"data_root": settings["data_root"] and Path(settings["data_root"])}
     said |= {name: tuple(settings[name]) for name in ("shifts", "unseen", "split_roots")}
     if select_on:
         said["select_on"] = select_on
-    setup = prepare(Sources(**said, workers=os.cpu_count() or 1))
+    setup = prepare(Sources(**said))
     if list(setup.classes) != first.config["classes"]:
         raise InputError(f"the data of {first.folder} have other classes now: restore {settings['data_root']}")
     return runs, setup
@@ -435,14 +450,14 @@ def write_post_hoc(
     how: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """What a post-hoc method made, as the files of a run; an ensemble has a `best/` for each member. Its results."""
-    shutil.rmtree(folder, ignore_errors=True)
+    files.delete(folder)
     folder.mkdir(parents=True)
     for number, member in enumerate(members, start=1):
         best = folder / "best" if len(members) == 1 else folder / "best" / f"member-{number}"
         best.parent.mkdir(exist_ok=True)
         save_classifier(best, setup, member)
     config = runs[0].config | {"method": method, "post_hoc": how}
-    write_json(folder / "config.json", config)
+    files.write_json(folder / "config.json", config)
     results = {name: runs[0].results[name] for name in ("model", "data", "seed", "settings", "zero_shot")} | {
         "method": method,
         "steps": 0,
@@ -452,7 +467,7 @@ def write_post_hoc(
         "splits": setup.results(members),
         "skipped": sorted(setup.data.train.skipped.paths),
     }
-    write_json(folder / "results.json", results)
+    files.write_json(folder / "results.json", results)
     return results
 
 

@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 import clip
 
@@ -34,6 +34,9 @@ class Settings:
     temperature: float = 1.0  # T of equation 20
     decay: float = 0.995  # d of equation 16: ours, as METHODS tells
     fixed_head: bool = False
+    precision: str = "float32"  # of the towers' computations; weights, losses and optimiser are float32
+    accumulate: int = 1  # parts of a batch, one after the other
+    remat: bool = False  # blocks are computed again in the backward pass
 
 
 class Classifier(eqx.Module):
@@ -254,17 +257,43 @@ Loss = Callable[[Classifier, Frozen, Batch, PRNGKeyArray], tuple[Float[Array, ""
 Step = Callable[[State, Frozen, Batch, PRNGKeyArray], tuple[State, Metrics]]
 
 
+def value_and_gradient(
+    loss: Loss, classifier: Classifier, frozen: Frozen, batch: Batch, key: PRNGKeyArray
+) -> tuple[tuple[Float[Array, ""], Metrics], Classifier]:
+    """The loss with its terms, and its gradient: the means over the batch's `accumulate` parts, one after the other.
+
+    Every part has the same random texts, and every loss is a mean over images plus what does not depend on them, so
+    that the means are those of the whole batch.
+    """
+    of_part = jax.value_and_grad(loss, has_aux=True)
+    parts = frozen.settings.accumulate
+    if parts == 1:
+        return of_part(classifier, frozen, batch, key)
+
+    def add(total: PyTree, part: Batch) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, of_part(classifier, frozen, part, key)), None
+
+    # Part j has the rows j, j + parts, ...: each device splits its own rows, and none moves to another.
+    split = {name: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+    shapes = jax.eval_shape(of_part, classifier, frozen, {name: x[0] for name, x in split.items()}, key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.tree.map(lambda total: total / parts, jax.lax.scan(add, zeros, split)[0])
+
+
 @functools.cache
-def training_step(loss: Loss) -> Step:
+def training_step(loss: Loss, shardings: State | None = None) -> Step:
     """The jitted step of the method that minimises `loss`: gradient, Adam, update. Donates its state.
 
     `key` is the run's; the step's own is folded from it, so that a resumed run draws what an unbroken one would.
+    `shardings` tell where the state that comes out lies; without them the compiler chooses.
     """
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def step(state: State, frozen: Frozen, batch: Batch, key: PRNGKeyArray) -> tuple[State, Metrics]:
         step_key = jax.random.fold_in(key, state.step)
-        (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(state.classifier, frozen, batch, step_key)
+        (value, terms), gradient = value_and_gradient(loss, state.classifier, frozen, batch, step_key)
+        if shardings is not None:  # each device sums only the part of the gradient that it updates
+            gradient = jax.lax.with_sharding_constraint(gradient, shardings.classifier)
         if frozen.settings.fixed_head:
             gradient = eqx.tree_at(lambda gradient: gradient.head, gradient, jnp.zeros_like(gradient.head))
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count with floats
@@ -285,17 +314,18 @@ def training_step(loss: Loss) -> Step:
 Regularizer = Callable[[Classifier, Float[Array, "batch dim"], Frozen, Batch, PRNGKeyArray], Float[Array, ""]]
 
 
-def classification_loss(classifier: Classifier, tau: Float[Array, ""], batch: Batch) -> Float[Array, ""]:
-    """Equation 3 of a batch."""
-    features = clip.image_features(classifier.vision, batch["image"])
-    return cross_entropy(logits(features, classifier.head, tau), batch["label"])
+def image_features(vision: clip.VisionTower, frozen: Frozen, batch: Batch) -> Float[Array, "batch dim"]:
+    """`F_theta(x)` of a batch, computed as the settings tell."""
+    settings = frozen.settings
+    return clip.image_features(clip.compute_in(vision, settings.precision), batch["image"], settings.remat)
 
 
 def ft_loss(
     classifier: Classifier, frozen: Frozen, batch: Batch, key: PRNGKeyArray
 ) -> tuple[Float[Array, ""], Metrics]:
     """FT: cross-entropy alone (equation 3)."""
-    return classification_loss(classifier, frozen.tau, batch), {}
+    features = image_features(classifier.vision, frozen, batch)
+    return cross_entropy(logits(features, classifier.head, frozen.tau), batch["label"]), {}
 
 
 def regularized(regularizer: Regularizer) -> Loss:
@@ -304,7 +334,7 @@ def regularized(regularizer: Regularizer) -> Loss:
     def loss(
         classifier: Classifier, frozen: Frozen, batch: Batch, key: PRNGKeyArray
     ) -> tuple[Float[Array, ""], Metrics]:
-        features = clip.image_features(classifier.vision, batch["image"])
+        features = image_features(classifier.vision, frozen, batch)
         fit = cross_entropy(logits(features, classifier.head, frozen.tau), batch["label"])
         penalty = regularizer(classifier, features, frozen, batch, key)
         return fit + frozen.settings.weight * penalty, {"cross_entropy": fit, "regularizer": penalty}
@@ -314,7 +344,12 @@ def regularized(regularizer: Regularizer) -> Loss:
 
 def zero_shot_features(frozen: Frozen, batch: Batch) -> Float[Array, "batch dim"]:
     """`F_theta0(x)`."""
-    return clip.image_features(frozen.zero_shot.vision, batch["image"])
+    return image_features(frozen.zero_shot.vision, frozen, batch)
+
+
+def drawn_features(frozen: Frozen, key: PRNGKeyArray) -> Float[Array, "texts dim"]:
+    """`G_phi(t)` of a step's M texts."""
+    return clip.text_features(clip.compute_in(frozen.text, frozen.settings.precision), draw_texts(frozen, key))
 
 
 def energies_of(
@@ -328,14 +363,14 @@ def energies_of(
 @regularized
 def lipsum_loss(classifier, features, frozen, batch, key):
     """Lipsum-FT: MSE on random texts, drawn afresh at every step and shared by the batch."""
-    texts = clip.text_features(frozen.text, draw_texts(frozen, key))
+    texts = drawn_features(frozen, key)
     return lipsum_regularizer(*energies_of(features, texts, frozen, batch))
 
 
 @regularized
 def kld_random_loss(classifier, features, frozen, batch, key):
     """Table 3: KLD on random texts."""
-    texts = clip.text_features(frozen.text, draw_texts(frozen, key))
+    texts = drawn_features(frozen, key)
     return kld_regularizer(*energies_of(features, texts, frozen, batch), frozen.settings.temperature)
 
 
@@ -387,11 +422,6 @@ class Method(NamedTuple):
     start: Literal["zero-shot", "zeros", "probe"] = "zero-shot"  # the head at the start
     averaged: bool = False  # equation 16
     texts: Literal["", "drawn", "averaged"] = ""  # random ones: none, M at every step, or C2
-
-    @property
-    def step(self) -> Step | None:
-        """The jitted step: methods of one loss share it."""
-        return training_step(self.loss) if self.loss else None
 
 
 # A line a method. Lambda is the paper's for Lipsum-FT (1, in the authors' script), and 1 likewise where Tables 3 and 9
@@ -523,7 +553,8 @@ def tpgm_loss(
 ) -> Float[Array, ""]:  # fmt: skip
     """Equation 19 on one batch; TPGM-C adds `penalty * |gamma|^2`, the form of the penalty being this project's."""
     projected = tpgm_projection(zero_shot, fine_tuned, gamma, norm)
-    fit = classification_loss(projected, tau, batch)
+    features = clip.image_features(projected.vision, batch["image"])
+    fit = cross_entropy(logits(features, projected.head, tau), batch["label"])
     return fit + penalty * jax.tree.reduce(jnp.add, jax.tree.map(lambda radius: jnp.sum(radius**2), gamma))
 
 

@@ -307,7 +307,7 @@ def pretrain(
     corpus = Corpus(images, ids, np.cumsum([0, *map(len, captions)]))
 
     model = jax.jit(clip.CLIP, static_argnums=0)(config, jax.random.key(seed))
-    state = data.replicate(initial_state(model, settings), mesh)
+    state = data.place(initial_state(model, settings), mesh)
     del model
     with tqdm(range(settings.steps), f"clip seed {seed}", unit="step") as bar:
         pending, timed_step, timed_at = None, 0, time.perf_counter()

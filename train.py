@@ -6,282 +6,69 @@ Each run has the folder OUT/METHOD/seed-S: config.json, metrics.jsonl, checkpoin
 option has several values, the run's own follows in the folder's name.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib.metadata
-import itertools
 import json
 import os
 import shlex
-import shutil
+import signal
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, TypedDict
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 import clip
 import data
 import eval as evaluation
-import layouts
+import files
 import lipsum
 import pretrain
 import tables
 from clip import InputError, unknown
+from options import (
+    PROCESSES,
+    PROFILED,
+    Options,
+    Plan,
+    check_options,
+    execution_of,
+    flag,
+    plans,
+    read_lines,
+    settings_of,
+    weight_of,
+    with_defaults,
+)
 
 LOG_EVERY = 10  # steps
 
-
-def _unsaid(metavar: str, default: str) -> Any:
-    """How --help shows an option whose default depends on the data set."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Fine-tune a zero-shot CLIP on one domain and show what that does to the others.
-
-    Without --model and --data: the tiny CLIP and the benchmark that come with this project. Other defaults are the
-    paper's for DomainNet, where it gives them.
-    """
-
-    method: tuple[str, ...] = ("lipsum",)
-    """How to fine-tune, one run each, or all of them:
-    ft scratch-ft lp lp-ft ema l2sp kd car-ft
-    lipsum lipsum-exact kld-random mse-fixed feat-kd.
-    clip, alone: pre-train a tiny CLIP on captioned images."""
-    seed: tuple[int, ...] = (0,)
-    """One run each: order of the images, augmentation, random texts."""
-    model: str = "tiny"
-    """OpenAI's .pt file, a Hugging Face folder, a run's best/ folder, a preset (ViT-B/16 ..., downloaded), or tiny."""
-    data: str = "minidomain"
-    """minidomain (drawn), domainnet (DOMAIN/CLASS/FILE, DOMAIN_train.txt, ...), imagenet (and V2, R, A, Sketch), cub
-    (images.txt, ...), folder (train/CLASS/FILE, val/CLASS/FILE, SHIFT/CLASS/FILE), npy (SPLIT/test_images.npy, ...), or
-    for clip captions (captions.tsv). The README has each layout."""
-    data_root: Annotated[Path | None, _unsaid("DIR", "none")] = None
-    """The folder that holds the data; minidomain has none."""
-    split_roots: tuple[str, ...] = ()
-    """NAME=DIR ...: folders of splits that lie elsewhere (imagenet)."""
-    skip_broken: int = 0
-    """So many broken images at most, over all splits, do not stop a run: the next of its class stands in for each, and
-    results.json lists them."""
-    reference: Annotated[
-        tuple[str, ...] | None, _unsaid("SPLIT ...", "real on minidomain, imagenet, cub, val of folder")
-    ] = None
-    """The split to train and select on, and the first column of the table; several: one run each."""
-    shifts: Annotated[tuple[str, ...], _unsaid("SPLIT ...", "all others, but quickdraw of domainnet")] = ()
-    """The splits that are only evaluated; of several references, a run leaves its own out."""
-    templates: Annotated[
-        str | None, _unsaid("FILE|PROMPT", "eight on minidomain, openai on imagenet, else 'a photo of a {}.'")
-    ] = None
-    """openai (its 80 for ImageNet), a file with one prompt a line, or one prompt; {} stands for the class."""
-    keep_underscores: bool = False
-    """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
-    augmentation: Annotated[Literal["crop", "off"] | None, _unsaid("{crop,off}", "off on minidomain, else crop")] = None
-    """crop: random resized crops and mirroring."""
-    steps: Annotated[tuple[int, ...] | None, _unsaid("INT ...", "250 on minidomain, 50000 on imagenet, else 5000")] = (
-        None
-    )
-    """Updates to make; several: one run each."""
-    batch_size: Annotated[
-        tuple[int, ...] | None, _unsaid("INT ...", "64 on minidomain, else 256; clip has its own")
-    ] = None
-    """Images per update, over all devices; several: one run each."""
-    learning_rate: Annotated[
-        tuple[float, ...] | None, _unsaid("FLOAT ...", "1e-3 on minidomain, else 1e-5; clip has its own")
-    ] = None
-    """Peak rate of Adam; several: one run each."""
-    warmup: float = 0.1
-    """Fraction of the steps over which the rate rises from 0; it falls to 0 as a half cosine."""
-    weight: Annotated[float | None, _unsaid("FLOAT", "1; l2sp 0.1, car-ft 3")] = None
-    """Lambda, the weight of the regulariser, for the methods that have one."""
-    num_texts: tuple[int, ...] = (80,)
-    """M, texts per step (lipsum, kld-random); several: one run each."""
-    text_length: tuple[int, ...] = (8,)
-    """L, random tokens per text (lipsum, lipsum-exact, kld-random); several: one run each."""
-    guidance: Annotated[Path | None, _unsaid("FILE", "random texts")] = None
-    """A file with one text a line, to draw the M texts from (lipsum, kld-random), or to average over (lipsum-exact)."""
-    temperature: float = 1.0
-    """T of equation 20 (car-ft, kld-random)."""
-    decay: float = 0.995
-    """d of equation 16, the share of the old average (ema)."""
-    fixed_head: bool = False
-    """Keep the head as it is at the start."""
-    unseen: Annotated[tuple[str, ...], _unsaid("CLASS ...", "none")] = ()
-    """Generalised zero-shot: classes that are not trained on, but reported. The head is the fixed zero-shot one."""
-    unseen_file: Annotated[Path | None, _unsaid("FILE", "none")] = None
-    """The same, from a file with one class a line."""
-    eval_every: int = 1_000
-    """Steps between evaluations on the selection data; the most accurate model is kept. Always at the end."""
-    select_on: Literal["val", "test"] = "val"
-    """val: the reference's validation images, where its layout has some apart from those reported, or a tenth of its
-    training images (imagenet: a hundredth), held out; test: those reported, as the paper did."""
-    checkpoint_every: int = 1_000
-    """Steps between checkpoints."""
-    workers: int = os.cpu_count() or 1
-    """Threads that decode images."""
-    out: Path = Path("runs")
-    """Where the runs' folders go."""
-    resume: bool = False
-    """Keep finished runs under --out, and continue unfinished ones from their checkpoints."""
-    overwrite: bool = False
-    """Replace runs that are under --out already."""
-
-
-# The paper's for DomainNet; on ImageNet it makes 50,000 steps.
-PAPER = {"augmentation": "crop", "steps": (5_000,), "batch_size": (256,), "learning_rate": (1e-5,)}
-PROMPT = "a photo of a {}."
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "minidomain": {
-        "reference": ("real",), "augmentation": "off", "steps": (250,), "batch_size": (64,), "learning_rate": (1e-3,),
-    },
-    "domainnet": {"reference": ("",), "templates": PROMPT, **PAPER},
-    "imagenet": {"reference": ("imagenet",), "templates": "openai", **PAPER, "steps": (50_000,)},
-    "cub": {"reference": ("cub",), "templates": "a photo of a {}, a type of bird.", **PAPER},
-    "folder": {"reference": ("val",), "templates": PROMPT, **PAPER},
-    "npy": {"reference": ("",), "templates": PROMPT, **PAPER},
-}  # fmt: skip
-
-
-def with_defaults(options: Options) -> Options:
-    """The options with `all` and --unseen-file spelt out, and with the data set's defaults where nothing was said.
-
-    Raises InputError for an unknown data set or a file that cannot be read.
-    """
-    if options.data not in layouts.DATASETS:
-        raise unknown("data set", options.data, layouts.DATASETS)
-    unsaid = {name: value for name, value in DEFAULTS[options.data].items() if getattr(options, name) is None}
-    named = [name for said in options.method for name in (lipsum.METHODS if said == "all" else [said])]
-    unseen = options.unseen
-    if options.unseen_file:
-        unseen += tuple(line for line in read_lines("--unseen-file", options.unseen_file) if line.strip())
-    fixed_head = options.fixed_head or bool(unseen)
-    changes = {"method": tuple(dict.fromkeys(named)), "unseen": unseen, "unseen_file": None, "fixed_head": fixed_head}
-    return dataclasses.replace(options, **unsaid, **changes)
-
-
-def read_lines(option: str, path: Path) -> list[str]:
-    """The lines of an option's file. Raises InputError naming both where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{option} {path} cannot be read ({error}): give a UTF-8 file, one entry a line") from error
-
-
-def check_options(options: Options) -> None:
-    """Raises InputError for a value that makes no sense."""
-    for method in options.method:
-        if method not in lipsum.METHODS:
-            raise unknown("method", method, [*lipsum.METHODS, "all", "clip"])
-    for name in SWEPT:
-        if not getattr(options, name):
-            raise InputError(f"{flag(name)} has no value: give one or more")
-    for name in ("steps", "batch_size", "num_texts", "text_length", "eval_every", "checkpoint_every", "workers"):
-        value = getattr(options, name)
-        for each in value if isinstance(value, tuple) else (value,):
-            if each < 1:
-                raise InputError(f"{flag(name)} is {each}: give at least 1")
-    for name in ("learning_rate", "weight", "temperature"):
-        value = getattr(options, name)
-        for each in value if isinstance(value, tuple) else (value,):
-            if each is not None and not 0 <= each < float("inf"):
-                raise InputError(f"{flag(name)} is {each}: give a number, at least 0")
-    if options.skip_broken < 0:
-        raise InputError(f"--skip-broken is {options.skip_broken}: give at least 0")
-    if options.temperature == 0:
-        raise InputError("--temperature is 0: give a number above 0")
-    if not 0 <= options.decay < 1:
-        raise InputError(f"--decay is {options.decay}: give a number from 0 up to, but not including, 1")
-    if options.resume and options.overwrite:
-        raise InputError("--resume keeps what --overwrite deletes: give one of them")
-    if not 0 <= options.warmup <= 1:
-        raise InputError(f"--warmup is {options.warmup}: give a fraction of the steps, from 0 to 1")
-    if not options.method or not options.seed or min(options.seed) < 0 or max(options.seed) >= 2**32:
-        raise InputError("--method and --seed need at least one value, seeds from 0 to 2**32 - 1")
-    for method in options.method if options.unseen else ():
-        if lipsum.METHODS[method].start != "zero-shot":
-            raise InputError(f"--unseen keeps the zero-shot head, {method} starts from another: leave {method} out")
-
-
-# ------------------------------------------------------------------------------------------------- runs and their files
-
-# What takes several values, a run each, in the order in which they stand in folder names.
-SWEPT = ("steps", "batch_size", "learning_rate", "num_texts", "text_length", "reference")
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One run of the command, with its own value of each option that takes several."""
-
-    method: str
-    seed: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    num_texts: int
-    text_length: int
-    reference: str
-    folder: Path
-
-
-def plans(options: Options) -> list[Plan]:
-    """Every run of the command. A method that does not read an option is not repeated for its values."""
-    made = []
-    for reference, method in itertools.product(dict.fromkeys(options.reference), options.method):
-        reads = dict.fromkeys(SWEPT, True)
-        if lipsum.METHODS[method].step is None:
-            reads |= dict.fromkeys(("steps", "batch_size", "learning_rate"), False)
-        reads["num_texts"] = lipsum.METHODS[method].texts == "drawn"
-        reads["text_length"] = lipsum.METHODS[method].texts != "" and options.guidance is None
-        values = {name: dict.fromkeys(getattr(options, name)) for name in SWEPT} | {"reference": [reference]}
-        for chosen in itertools.product(*(list(values[name])[: None if reads[name] else 1] for name in SWEPT)):
-            own = dict(zip(SWEPT, chosen, strict=True))
-            several = [name for name in SWEPT if reads[name] and len(set(getattr(options, name))) > 1]
-            suffix = "".join(f"{flag(name)[1:]}-{own[name]}" for name in several)
-            folder = options.out / method
-            made += [Plan(method, seed, **own, folder=folder / f"seed-{seed}{suffix}") for seed in options.seed]
-    return made
-
-
-def weight_of(options: Options, method: str) -> float:
-    """Lambda: what was said, else the method's own."""
-    return lipsum.METHODS[method].weight if options.weight is None else options.weight
-
-
-def settings_of(options: Options, plan: Plan) -> dict[str, Any]:
-    """Every setting of a run, as config.json has them."""
-    settings = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(options)
-        if field.name not in ("method", "seed", "unseen_file", "out", "resume", "overwrite", "workers")
-    }
-    settings |= {name: getattr(plan, name) for name in SWEPT} | {"weight": weight_of(options, plan.method)}
-    return json.loads(json.dumps(settings, default=str))
+# ------------------------------------------------------------------------------------------------------- runs on disk
 
 
 def run_config(options: Options, plan: Plan, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What config.json says: every setting, the versions of the libraries, the device."""
+    """What config.json says: every setting, how it is executed, the versions of the libraries, the devices."""
     return {
         "method": plan.method,
         "seed": plan.seed,
         "settings": settings_of(options, plan),
+        "execution": execution_of(options),
         "classes": list(classes),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "equinox", "optax", "grain")},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
     }
 
 
@@ -289,9 +76,9 @@ def check_settings(path: Path, made_with: dict[str, Any], asked_for: dict[str, A
     """Raises InputError naming the settings in which a run that is there differs from the one asked for."""
     changed = [name for name in made_with | asked_for if made_with.get(name) != asked_for.get(name)]
     if changed:
+        told = ", ".join(f"{flag(name)} {made_with.get(name)}, now {asked_for.get(name)}" for name in changed)
         raise InputError(
-            f"{path} was made with other settings ({', '.join(changed)}): give the same ones, --overwrite or "
-            "another --out"
+            f"{path} was made with other settings ({told}): give the same ones, --overwrite or another --out"
         )
 
 
@@ -299,11 +86,11 @@ def is_finished(plan: Plan) -> bool:
     return (plan.folder / "results.json").exists()
 
 
-def check_folders(options: Options) -> None:
+def check_folders(options: Options, runs: list[Plan]) -> None:
     """Raises InputError where a run is there already and --resume and --overwrite are not given, or --resume asks for
     other settings than a finished run's.
     """
-    for plan in plans(options):
+    for plan in runs:
         if plan.folder.exists() and not plan.folder.is_dir():
             raise InputError(f"{plan.folder} is a file: give another --out")
         if plan.folder.exists() and any(plan.folder.iterdir()) and not (options.resume or options.overwrite):
@@ -313,61 +100,180 @@ def check_folders(options: Options) -> None:
             check_settings(path, clip.read_json(path)["settings"], settings_of(options, plan))
 
 
-def save_checkpoint(folder: Path, progress: dict[str, Any], state: lipsum.State, best: lipsum.Classifier) -> None:
-    """One file, a line of JSON and then the arrays, renamed onto the last one when it is whole on disk."""
-    folder.mkdir(exist_ok=True)
-    with open(folder / "state.eqx.new", "wb") as file:
-        file.write(json.dumps(progress).encode() + b"\n")
-        eqx.tree_serialise_leaves(file, (state, best))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(folder / "state.eqx.new", folder / "state.eqx")
+class Progress(TypedDict):
+    """How far a run has come, as a checkpoint has it."""
+
+    step: int
+    seconds: float
+    evaluated: int  # the last step that was evaluated, -1 before
+    best_accuracy: float
+    best_step: int
+    config: dict[str, Any]
 
 
-def load_checkpoint(
-    folder: Path, config: dict[str, Any], state: lipsum.State, best: lipsum.Classifier
-) -> tuple[dict[str, Any], lipsum.State, lipsum.Classifier]:
-    """What `save_checkpoint` saved; `state` and `best` tell the shapes.
+def restore(
+    checkpoints: files.Checkpoints, progress: Progress, state: lipsum.State, best: lipsum.Classifier
+) -> tuple[Progress, lipsum.State, lipsum.Classifier]:
+    """What the newest whole checkpoint holds, as host arrays; what is given, where there is none.
 
-    Raises InputError where it cannot be read, or names the settings that are not those of `config`.
+    The process that writes files reads it for all. Raises InputError where all are damaged, or naming the settings
+    that are not those of `progress`.
     """
-    path = folder / "state.eqx"
-    try:
-        with open(path, "rb") as file:
-            progress = json.loads(file.readline())
-            made_with, asked_for = (
-                each["settings"] | {"classes": each["classes"]} for each in (progress["config"], config)
+    empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), (state, best))
+    arrays = empty
+
+    def read() -> Progress:
+        nonlocal arrays
+        checkpoint = checkpoints.newest()
+        if checkpoint is None:
+            return progress
+        made_with, asked_for = (
+            each["config"]["settings"] | {"classes": each["config"]["classes"]}
+            for each in (checkpoint.progress, progress)
+        )
+        check_settings(checkpoints.folder, made_with, asked_for)
+        arrays = files.from_names(checkpoint.arrays, empty)
+        return checkpoint.progress | {"config": progress["config"]}
+
+    found = data.from_writer(read)
+    if found["step"] == 0:  # the state of the start
+        return found, state, best
+    print(f"{checkpoints.folder}: going on from step {found['step']}")
+    return found, *data.broadcast(arrays)
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+class Stopped(Exception):
+    """The run ends because of the signal `number`; what `--resume` needs is on the disk."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Signals:
+    """SIGTERM and SIGINT. They raise `Stopped` at once but where they are deferred, and there the second one does."""
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._deferred = False
+        self._of_all: Int[Array, ""] | None = None
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Within the block, they come here."""
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, _: Any) -> None:
+        if self._received or not self._deferred:
+            raise Stopped(number)
+        self._received = number
+
+    @contextlib.contextmanager
+    def deferred(self, deferred: bool = True) -> Iterator[None]:
+        """Within the block, signals wait to be asked for, or with False do not."""
+        before, self._deferred = self._deferred, deferred
+        try:
+            if self._received and not deferred:
+                raise Stopped(self._received)
+            yield
+        finally:
+            self._deferred = before
+
+    def received(self, mesh: Mesh) -> int:
+        """The signal that came to any process, or 0. Asked by all after each step, it answers all the same.
+
+        Of several processes the answer is a step old: the devices are not waited for.
+        """
+        if jax.process_count() == 1:
+            return self._received
+        before, self._of_all = self._of_all, data.largest_anywhere(self._received, mesh)
+        return 0 if before is None else int(before)
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+class Log:
+    """What a run tells while it trains: the bar's figures, lines of metrics.jsonl, and with a board TensorBoard's.
+
+    Figures are read a step late: waiting for the step just dispatched would leave the devices idle.
+    """
+
+    def __init__(self, path: Path, bar: tqdm, board: Any, batch_size: int) -> None:
+        self.path, self.bar, self.board, self.batch_size = path, bar, board, batch_size
+        self._pending: tuple[int, lipsum.Metrics, bool] | None = None
+        self.start_clock(bar.n)
+
+    def start_clock(self, step: int) -> None:
+        """What comes before, an evaluation say, does not count as time of the steps after `step`."""
+        self._timed_step, self._timed_at = step, time.perf_counter()
+
+    def add(self, step: int, metrics: lipsum.Metrics, logged: bool) -> None:
+        """A step just dispatched. Raises as `settle` does of the one before."""
+        self.settle()
+        self._pending = step, metrics, logged
+
+    def settle(self) -> None:
+        """Waits for the last step added, and writes its line where it is logged.
+
+        Raises InputError naming the step where loss or gradient are not finite, or where the line cannot be written.
+        """
+        if self._pending is None:
+            return
+        (step, metrics, logged), self._pending = self._pending, None
+        values = {"loss": 0.0} | {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.bar.update()
+        finite = np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])
+        if logged or not finite:
+            seconds = (time.perf_counter() - self._timed_at) / max(step - self._timed_step, 1)
+            self._write(step, values, seconds)
+            self.start_clock(step)
+        if not finite:
+            raise InputError(
+                f"at step {step} the loss is {values['loss']}, the gradient's norm {values['gradient_norm']}: give a "
+                f"lower --learning-rate and another --out; {self.path.parent} keeps what was saved before"
             )
-            check_settings(path, made_with, asked_for)
-            state, best = eqx.tree_deserialise_leaves(file, (state, best))
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file may raise anything
-        raise InputError(f"checkpoint {path} cannot be read ({error!r}): give --overwrite to start anew") from error
-    return progress, state, best
+
+    def _write(self, step: int, values: dict[str, float], seconds_per_step: float) -> None:
+        speed = {"images_per_second": self.batch_size / seconds_per_step, "seconds_per_step": seconds_per_step}
+        values = values | {name: round(value, 4) for name, value in speed.items()}
+        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s")
+        with files.reported(self.path):
+            with open(self.path, "a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": step, **values}) + "\n")
+            self.show({name: value for name, value in values.items() if name != "step"}, step)
+
+    def show(self, values: dict[str, float], step: int) -> None:
+        """On the board, where there is one."""
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
 
 
-# ------------------------------------------------------------------------------------------------------------- one run
+def tensorboard(folder: Path, start: int) -> Any:
+    """A writer of TensorBoard's event files; what it wrote before, of steps after `start`, is dropped."""
+    from tensorboardX import SummaryWriter  # needs the extra; everything else does without
 
-
-def write_metrics(
-    log: Any, bar: tqdm, step: int, metrics: lipsum.Metrics, seconds_per_step: float, batch_size: int
-) -> None:
-    """A line of metrics.jsonl, and the bar's figures. Raises InputError where the loss is not finite."""
-    values = {"loss": 0.0} | {name: float(value) for name, value in metrics.items()}  # jit sorts names; loss goes first
-    speed = {"images_per_second": batch_size / seconds_per_step, "seconds_per_step": seconds_per_step}
-    log.write(json.dumps({"step": step, **values} | {name: round(value, 4) for name, value in speed.items()}) + "\n")
-    log.flush()
-    bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed['images_per_second']:.0f} images/s")
-    if not np.isfinite(values["loss"]):
-        raise InputError(f"the loss is {values['loss']} at step {step}: lower --learning-rate")
+    return SummaryWriter(str(folder), purge_step=start + 1)
 
 
 def lines_up_to(path: Path, last_step: int) -> list[str]:
     """The whole lines of a metrics.jsonl, where there is one, that a checkpoint of `last_step` has behind it."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("}\n")]  # a killed run may leave half a line
-    return [line for line in whole if json.loads(line)["step"] <= last_step]
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # a killed run may leave half a line
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+    return kept
 
 
 def seconds_per_step(log_path: Path) -> float | None:
@@ -375,6 +281,9 @@ def seconds_per_step(log_path: Path) -> float | None:
     lines = [json.loads(line) for line in lines_up_to(log_path, sys.maxsize)]
     seconds = [line["seconds_per_step"] for line in lines if line["step"] > LOG_EVERY]
     return statistics.median(seconds) if seconds else None
+
+
+# ------------------------------------------------------------------------------------------------------------- one run
 
 
 @dataclass(frozen=True)
@@ -403,18 +312,18 @@ class Shared:
         settings = lipsum.Settings(**{name: value for name, value in own.items() if name in names})
         averages = lipsum.METHODS[plan.method].texts == "averaged"
         extra = (self.guidance, self.second_moment(plan.text_length) if averages else None)
-        texts = data.replicate((setup.model.text, *extra), setup.mesh)
-        zero_shot = setup.over_seen(setup.zero_shot)
-        return lipsum.Frozen(zero_shot, texts[0], setup.context_head, setup.tau, settings, *texts[1:])
+        zero_shot, text = setup.over_seen(setup.zero_shot), setup.model.text
+        return lipsum.Frozen(zero_shot, text, setup.context_head, setup.tau, settings, *data.place(extra, setup.mesh))
 
     @cached_property
     def probe(self) -> lipsum.Classifier:
         """LP: the zero-shot tower with the head trained to convergence on its features, without augmentation."""
         setup = self.setup
         features, labels = setup.predict([setup.zero_shot], setup.data.train).features, setup.data.train.labels
-        head, steps = lipsum.linear_probe(features, labels, setup.zero_shot.head, setup.tau)
+        head, steps = lipsum.linear_probe(features, labels, data.fetch(setup.zero_shot.head), data.fetch(setup.tau))
         print(f"linear probe: {int(steps)} steps of L-BFGS on {len(labels)} features")
-        return lipsum.Classifier(setup.zero_shot.vision, data.replicate(head, setup.mesh))
+        head = data.place(np.asarray(head), setup.mesh, self.options.fsdp)
+        return lipsum.Classifier(setup.zero_shot.vision, head)
 
     def start(self, method: str) -> lipsum.Classifier:
         """Where the method starts."""
@@ -424,28 +333,67 @@ class Shared:
         return lipsum.Classifier(zero_shot.vision, 0 * zero_shot.head) if start == "zeros" else zero_shot
 
 
-def fine_tune(shared: Shared, plan: Plan) -> None:
-    """One run from its start, or its checkpoint with --resume, to results.json."""
-    options, setup, frozen, folder = shared.options, shared.setup, shared.frozen(plan), plan.folder
-    method = lipsum.METHODS[plan.method]
+def fine_tune(shared: Shared, plan: Plan, signals: Signals) -> None:
+    """One run from its start, or its checkpoint with --resume, to results.json.
+
+    Raises Stopped, once the state is saved, where a signal came.
+    """
+    options, setup, folder = shared.options, shared.setup, plan.folder
+    if data.writes_files():
+        if options.overwrite:
+            files.delete(folder)
+        with files.reported(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    with files.Checkpoints(folder / "checkpoint") as checkpoints:
+        progress, best = train(shared, plan, signals, checkpoints)
+    splits = setup.results([best])
+    evaluation.save_classifier(folder / "best", setup, best)
+    results = {
+        "method": plan.method,
+        "model": options.model,
+        "data": options.data,
+        "seed": plan.seed,
+        "steps": progress["step"],
+        "seconds": round(progress["seconds"], 2),
+        "seconds_per_step": seconds_per_step(folder / "metrics.jsonl"),
+        "settings": settings_of(options, plan),
+        "selection": {"accuracy": progress["best_accuracy"], "step": progress["best_step"]},
+        "splits": splits,
+        "zero_shot": setup.zero_shot_results,
+        "skipped": sorted({path for paths in data.gathered(sorted(setup.data.train.skipped.paths)) for path in paths}),
+    }
+    if data.writes_files():
+        files.write_json(folder / "results.json", results)
+
+
+def train(
+    shared: Shared, plan: Plan, signals: Signals, checkpoints: files.Checkpoints
+) -> tuple[Progress, lipsum.Classifier]:
+    """The steps of a run, with its evaluations: how far it came, and the selected classifier, over all classes.
+
+    Raises Stopped, once the state is saved, where a signal came, and InputError where loss or gradient are not finite.
+    """
+    options, setup, mesh, folder = shared.options, shared.setup, shared.setup.mesh, plan.folder
+    method, frozen, writes = lipsum.METHODS[plan.method], shared.frozen(plan), data.writes_files()
+    last = plan.steps if method.loss else 0
+    at_start = shared.start(plan.method)
+    state, best = lipsum.initial_state(frozen, at_start, method.averaged), data.fetch(at_start)
     config = run_config(options, plan, setup.classes)
-    if options.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    last = plan.steps if method.step else 0
-    best = shared.start(plan.method)
-    state = data.replicate(lipsum.initial_state(frozen, best, method.averaged), setup.mesh)
-    progress = {"step": 0, "seconds": 0.0, "best_accuracy": -1.0, "best_step": 0, "config": config}
-    if options.resume and (folder / "checkpoint" / "state.eqx").exists():
-        progress, state, best = load_checkpoint(folder / "checkpoint", config, state, best)
-        state, best = data.replicate((state, best), setup.mesh)
-    evaluation.write_json(folder / "config.json", config)
-
+    progress: Progress = {
+        "step": 0, "seconds": 0.0, "evaluated": -1, "best_accuracy": -1.0, "best_step": 0, "config": config,
+    }  # fmt: skip
+    if options.resume:
+        progress, state, best = restore(checkpoints, progress, state, best)
+    state = data.place(state, mesh, options.fsdp)
     start, earlier_seconds = progress["step"], progress["seconds"]
-    log_path = folder / "metrics.jsonl"
-    log_path.write_text("".join(lines_up_to(log_path, start)), encoding="utf-8")
 
+    log_path = folder / "metrics.jsonl" if writes else Path(os.devnull)
+    if writes:
+        files.write_json(folder / "config.json", config)
+        lines = lines_up_to(log_path, start)
+        files.write_whole(log_path, lambda new: new.write_text("".join(lines), encoding="utf-8"))
+    board = tensorboard(folder / "tensorboard", start) if options.tensorboard and writes else None
+    profiles = options.profile and writes
     key = jax.random.key(plan.seed)
     batches = data.training_batches(
         setup.data.train,
@@ -455,56 +403,72 @@ def fine_tune(shared: Shared, plan: Plan) -> None:
         options.workers,
         start,
         options.augmentation,
+        data.own_part(),
     )
-    began = time.perf_counter()
-    timed_step, timed_at = start, began
-    with (
-        open(log_path, "a", encoding="utf-8") as log,
-        tqdm(total=last, initial=start, desc=f"{plan.method} {folder.name}", unit="step") as bar,
-    ):
-        for step in range(start + 1, last + 1):
-            previous = metrics if step > start + 1 else None
-            state, metrics = method.step(state, frozen, data.shard_batch(next(batches), setup.mesh), key)
-            jax.block_until_ready(previous)  # one step behind: waiting for this one would leave the device idle
-            bar.update()
-            evaluates = step % options.eval_every == 0 or step == last
-            saves = evaluates or step % options.checkpoint_every == 0
-            if step % LOG_EVERY == 0 or step == 1 or saves:
-                jax.block_until_ready(metrics)
-                now = time.perf_counter()
-                write_metrics(log, bar, step, metrics, (now - timed_at) / (step - timed_step), plan.batch_size)
-                timed_step, timed_at = step, now
-            if evaluates:
-                accuracy = setup.selection_accuracy([state.evaluated])
+    update = method.loss and lipsum.training_step(method.loss, data.shardings(state, mesh, options.fsdp))
+    bar = tqdm(total=last, initial=start, desc=f"{plan.method} {folder.name}", unit="step", disable=not writes)
+
+    def save(snapshot: lipsum.State) -> None:
+        if writes:
+            checkpoints.save(progress, files.by_name((snapshot, best)))
+
+    with bar, signals.deferred():
+        began = time.perf_counter()
+        log = Log(log_path, bar, board, plan.batch_size)
+        for step in range(start, last + 1):
+            evaluates = step > progress["evaluated"] and is_due(step, options.eval_every, last)
+            saves = evaluates or (step > start and is_due(step, options.checkpoint_every, last))
+            if step > start:
+                if profiles and step - start == PROFILED[0]:
+                    log.settle()
+                    jax.profiler.start_trace(folder / "profile", create_perfetto_trace=True)
+                batch, dispatched = data.shard_batch(next(batches), mesh), time.perf_counter()
+                state, metrics = update(state, frozen, batch, key)
+                if step == start + 1:  # the first call returns when the step is compiled
+                    tqdm.write(describe_execution(shared, plan, time.perf_counter() - dispatched))
+                log.add(step, metrics, saves or step == 1 or step % LOG_EVERY == 0)
+                if profiles and step - start == PROFILED[-1]:
+                    log.settle()
+                    jax.profiler.stop_trace()
+                checkpoints.check()
+            received = signals.received(mesh)
+            if not (saves or received):
+                continue
+
+            log.settle()  # a state that is not finite is not saved
+            snapshot = data.fetch(state)
+            progress |= {"step": step, "seconds": earlier_seconds + time.perf_counter() - began}
+            save(snapshot)
+            if received:
+                raise Stopped(received)
+            if evaluates:  # it may take minutes: what was saved just before is not lost by a signal
+                with signals.deferred(False):
+                    accuracy = setup.selection_accuracy([state.evaluated])
+                log.show({"selection_accuracy": accuracy}, step)
+                progress |= {"evaluated": step}
                 if accuracy > progress["best_accuracy"]:
                     progress |= {"best_accuracy": accuracy, "best_step": step}
-                    best = jax.tree.map(jnp.copy, state.evaluated)
-            if saves:
-                progress |= {"step": step, "seconds": earlier_seconds + time.perf_counter() - began}
-                save_checkpoint(folder / "checkpoint", progress, state, best)
-                timed_at = time.perf_counter()
+                    best = snapshot.evaluated
+                save(snapshot)
+            log.start_clock(step)
+    return progress, setup.over_all(data.place(best, mesh, options.fsdp))
 
-    if last == 0:
-        progress["best_accuracy"] = setup.selection_accuracy([best])
-    best = setup.over_all(best)
-    splits = setup.results([best])
-    evaluation.save_classifier(folder / "best", setup, best)
-    evaluation.write_json(
-        folder / "results.json",
-        {
-            "method": plan.method,
-            "model": options.model,
-            "data": options.data,
-            "seed": plan.seed,
-            "steps": last,
-            "seconds": round(progress["seconds"], 2),
-            "seconds_per_step": seconds_per_step(log_path),
-            "settings": config["settings"],
-            "selection": {"accuracy": progress["best_accuracy"], "step": progress["best_step"]},
-            "splits": splits,
-            "zero_shot": setup.zero_shot_results,
-            "skipped": sorted(setup.data.train.skipped.paths),
-        },
+
+def is_due(step: int, every: int, last: int) -> bool:
+    return step == last or (step > 0 and step % every == 0)
+
+
+def describe_execution(shared: Shared, plan: Plan, compile_seconds: float) -> str:
+    """A line: where and how the steps of a run are computed."""
+    options, setup = shared.options, shared.setup
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.zero_shot))
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) of {jax.process_count()} process(es)"
+    spread = "spread over them" if options.fsdp else "copied to each"
+    parts = f" in {options.accumulate} parts" if options.accumulate > 1 else ""
+    return (
+        f"{plan.method} {plan.folder.name}: {devices}, mesh data={setup.mesh.size}, {options.precision}, "
+        f"{parameters / 1e6:.1f} M parameters {spread}, {plan.batch_size // jax.device_count()} images a device"
+        f"{parts}, compiled in {compile_seconds:.1f} s"
     )
 
 
@@ -532,6 +496,8 @@ def read_guidance(path: Path, setup: evaluation.Setup, at_least: int) -> Int[np.
 
 def prepare(options: Options, reference: str) -> Shared:
     """Loads everything that the runs on a reference share. Raises InputError before any long work."""
+    for size in options.batch_size:
+        data.device_mesh(size, options.accumulate)
     names = [field.name for field in dataclasses.fields(evaluation.Sources)]
     shifts = options.shifts
     if len(set(options.reference)) > 1:
@@ -542,8 +508,6 @@ def prepare(options: Options, reference: str) -> Shared:
     config = setup.model.config
     for length in options.text_length:
         evaluation.check_text_length(length, config)
-    for size in options.batch_size:
-        data.device_mesh(size)
     draws = any(lipsum.METHODS[method].texts == "drawn" for method in options.method)
     at_least = max(options.num_texts) if draws else 1
     return Shared(options, setup, options.guidance and read_guidance(options.guidance, setup, at_least))
@@ -553,6 +517,8 @@ def pretrain_options(options: Options) -> pretrain.Options:
     """What `--method clip` reads of the options. Raises InputError where it is not asked for alone."""
     if options.method != ("clip",) or len(options.seed) != 1:
         raise InputError("--method clip trains one model: give it alone, with one --seed")
+    if jax.process_count() > 1:
+        raise InputError("--method clip trains a tiny model in one process: start it once")
     said = {
         name: getattr(options, name)[0]
         for name in ("steps", "batch_size", "learning_rate")
@@ -568,6 +534,40 @@ def pretrain_options(options: Options) -> pretrain.Options:
     )
 
 
+def connect(options: Options) -> None:
+    """Joins the processes of one run: those that the flags tell, else those of a TPU pod or a Slurm job.
+
+    Comes before anything else touches the devices. All but process 0 print nothing. Raises InputError for wrong flags.
+    """
+    told = [name for name in PROCESSES if getattr(options, name) is not None]
+    if told:
+        for name in PROCESSES:
+            if name not in told:
+                raise InputError(f"{flag(told[0])} needs {flag(name)}: give --coordinator, --processes and --process")
+        if options.processes < 1 or not 0 <= options.process < options.processes:
+            raise InputError(
+                f"--process is {options.process} of --processes {options.processes}: number them from 0 to "
+                f"{max(options.processes, 1) - 1}"
+            )
+        host, _, port = options.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise InputError(f"--coordinator is {options.coordinator!r}: give HOST:PORT, such as 10.0.0.1:1234")
+        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+    elif os.environ.get("SLURM_NTASKS") != "1":  # of a single task, JAX would take the first GPU alone
+        with contextlib.suppress(ValueError):  # no cluster that JAX knows: one process
+            jax.distributed.initialize()
+    if not data.writes_files():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
+
+
+def check_processes(options: Options, runs: list[Plan]) -> None:
+    """Raises InputError where processes of one run were given different options."""
+    said = [*options.method, *options.seed, *(settings_of(options, plan) for plan in runs)]
+    said += [options.resume, options.overwrite, execution_of(options) | {"workers": 0}]
+    if any(other != said for other in data.gathered(said)):
+        raise InputError("the processes have different options: give each the same command but for --process")
+
+
 def keep_freed_memory() -> None:
     """Has glibc, where there is one, keep what XLA frees: on CPU, mapping the pages anew takes a quarter of a step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -579,44 +579,78 @@ def keep_freed_memory() -> None:
 
 
 def describe(shared: Shared) -> str:
-    """Two lines: the model on its devices, and the data."""
+    """A line on the data."""
     options, setup, images = shared.options, shared.setup, shared.setup.data
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.zero_shot))
     reports = ", ".join(f"{len(split)} {name}" for name, split in images.reports.items())
     seen = f" ({len(setup.seen)} seen)" if options.unseen else ""
     return (
-        f"{options.model}: {parameters / 1e6:.1f} M trained parameters on {jax.device_count()} "
-        f"{jax.devices()[0].device_kind} device(s)\n"
-        f"{options.data}: {len(setup.classes)} classes{seen}, {len(images.train)} images to train on, "
-        f"{len(images.selection)} to select on, to report on: {reports}"
+        f"{options.model} on {options.data}: {len(setup.classes)} classes{seen}, {len(images.train)} images to train "
+        f"on, {len(images.selection)} to select on, to report on: {reports}"
     )
 
 
 def main(options: Options) -> None:
-    """Every method on every seed, then the table."""
-    if "clip" in options.method:
-        return pretrain.main(pretrain_options(options), shlex.join(["python", *sys.argv]))
+    """Pre-trains, or fine-tunes by every method on every seed and prints the table.
+
+    Raises InputError, and Stopped where a signal came.
+    """
+    signals = Signals()
+    with signals.heard():
+        if "clip" in options.method:
+            pretrain.main(pretrain_options(options), shlex.join(["python", *sys.argv]))
+        else:
+            fine_tune_all(options, signals)
+
+
+def fine_tune_all(options: Options, signals: Signals) -> None:
+    """What `main` does but for `--method clip`."""
     options = with_defaults(options)
     check_options(options)
-    check_folders(options)
-    if options.data == "minidomain":
-        print(
-            "minidomain: 20 classes drawn in five domains, to see what fine-tuning costs and what Lipsum-FT saves\n"
-            "real data: python train.py --model ViT-B/16 --data domainnet --data-root DIR --reference real"
-        )
     runs = plans(options)
-    prepared = {reference: prepare(options, reference) for reference in dict.fromkeys(options.reference)}
-    for shared in prepared.values():
-        print(describe(shared))
-        own = [plan for plan in runs if plan.reference == shared.setup.sources.reference]
-        for plan in own:
-            if options.resume and is_finished(plan):
-                print(f"{plan.folder} is finished: kept")
-            else:
-                fine_tune(shared, plan)
+    check_processes(options, runs)
+    with contextlib.ExitStack() as locks:
+
+        def enter_folders() -> list[bool]:
+            """Whether each run is finished."""
+            check_folders(options, runs)
+            for plan in runs:
+                locks.enter_context(files.locked(plan.folder))
+            return [options.resume and is_finished(plan) for plan in runs]
+
+        finished = dict(zip(runs, data.from_writer(enter_folders), strict=True))
+        if options.data == "minidomain":
+            print(
+                "minidomain: 20 classes drawn in five domains, to see what fine-tuning costs and what Lipsum-FT saves\n"
+                "real data: python train.py --model ViT-B/16 --data domainnet --data-root DIR --reference real"
+            )
+        prepared = {reference: prepare(options, reference) for reference in dict.fromkeys(options.reference)}
+        for reference, shared in prepared.items():
+            print(describe(shared))
+            for plan in runs:
+                if plan.reference == reference and finished[plan]:
+                    print(f"{plan.folder} is finished: kept")
+                elif plan.reference == reference:
+                    fine_tune(shared, plan, signals)
+    if not data.writes_files():
+        return  # the table is read from files
     for reference in prepared:
         folders = [plan.folder for plan in runs if plan.reference == reference]
         evaluation.print_table(tables.read_results(folders))
+
+
+def continuing_command(options: Options) -> str:
+    """The command line that goes on where this one was stopped."""
+    words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
+    return shlex.join(["python", *words, *([] if "clip" in options.method else ["--resume"])])
+
+
+def exit_code(options: Options) -> int:
+    """Of `main`: 0, or 2 for bad input, or 128 and the signal's number."""
+    try:
+        return evaluation.exit_code(lambda: main(options))
+    except Stopped as stopped:
+        print(f"stopped by {signal.Signals(stopped.number).name}; to go on:\n  {continuing_command(options)}")
+        return 128 + stopped.number
 
 
 if __name__ == "__main__":
@@ -624,4 +658,8 @@ if __name__ == "__main__":
     keep_freed_memory()
     if not jax.config.jax_compilation_cache_dir:  # the next run of the same sizes starts at once
         jax.config.update("jax_compilation_cache_dir", str(clip.cache_folder() / "jax"))
-    sys.exit(evaluation.exit_code(lambda: main(arguments)))
+    code = evaluation.exit_code(lambda: connect(arguments)) or exit_code(arguments)
+    if code and jax.distributed.is_initialized():  # the usual way out waits for the other processes
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -113,7 +113,7 @@ def _leaves(model: CLIP) -> dict[str, Any]:
     }
 
 
-def to_state_dict(model: CLIP, style: str) -> dict[str, Array]:
+def to_state_dict(model: CLIP, style: str) -> dict[str, Array | np.ndarray]:
     """The weights under the names of `style`, `hugging_face` or `openai`, in PyTorch's layout."""
     leaves, pieces = _leaves(model), {}
     for names in NAMES:

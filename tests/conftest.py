@@ -19,6 +19,7 @@ os.environ |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 with install_import_hook(
     [
         "clip",
+        "files",
         "download",
         "weights",
         "lipsum",
@@ -29,6 +30,7 @@ with install_import_hook(
         "figures",
         "eval",
         "pretrain",
+        "options",
         "train",
         "bench",
     ],

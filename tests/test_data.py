@@ -513,7 +513,7 @@ def test_batches_are_placed_evenly() -> None:
         assert [shard.device for shard in shards] == jax.devices()
         for number, shard in enumerate(shards):
             np.testing.assert_array_equal(shard.data, array[2 * number : 2 * number + 2])
-    copies = data.replicate(batch["label"], mesh).addressable_shards
+    copies = data.place(batch["label"], mesh).addressable_shards
     assert len(copies) == 8 and all(shard.data.shape == (16,) for shard in copies)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scaling
 import seeded
 from conftest import REFERENCE, shared
 from test_clip import config_of, seeded_model
@@ -484,31 +485,27 @@ def tiny_setup() -> tuple[lipsum.Frozen, lipsum.Batch]:
     return frozen, batch
 
 
-@pytest.mark.parametrize("method", [name for name in TRAINED if name not in ("scratch-ft", "lp-ft")])  # FT's step
-def test_steps_are_pure_compile_once_and_agree_on_several_devices(method: str) -> None:
+@pytest.mark.parametrize("method", ["ft", "lipsum"])
+def test_steps_are_pure_and_compile_once(method: str) -> None:
+    """The same bits again; the state given is donated, the one that comes out lies where that lay."""
     frozen, batch = tiny_setup()
-    host_batch = {name: np.asarray(array) for name, array in batch.items()}
-    step = lipsum.METHODS[method].step
-    losses = {}
-    for devices in (1, 2, 8) if method in ("ft", "lipsum") else (1, 8):  # each compiles for seconds
-        mesh = jax.make_mesh(
-            (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
-        )
-        for repeat in range(2):
-            placed = data.replicate(frozen, mesh)
-            state = data.replicate(lipsum.initial_state(frozen, averaged=lipsum.METHODS[method].averaged), mesh)
-            compiled = step._cache_size()
-            losses[devices, repeat] = []
-            for _ in range(10):
-                given = state
-                state, metrics = step(given, placed, data.shard_batch(host_batch, mesh), jax.random.key(0))
-                losses[devices, repeat].append(float(metrics["loss"]))
-            assert given.classifier.head.is_deleted()  # donated
-            assert step._cache_size() - compiled == (repeat == 0)
-        assert losses[devices, 0] == losses[devices, 1]
-    for devices, repeat in losses:
-        np.testing.assert_allclose(losses[devices, repeat], losses[1, 0], rtol=1e-5)
-    assert losses[1, 0][-1] < losses[1, 0][1]
+    batch = {name: np.asarray(array) for name, array in batch.items()}
+    mesh = scaling.mesh_of(8)
+    state = data.place(lipsum.initial_state(frozen), mesh, fsdp=True)
+    step = lipsum.training_step(lipsum.METHODS[method].loss, data.shardings(state, mesh, fsdp=True))
+    losses = []
+    for _ in range(2):
+        placed, compiled = data.place(frozen, mesh, fsdp=True), step._cache_size()
+        state = data.place(lipsum.initial_state(frozen), mesh, fsdp=True)
+        for _ in range(10):
+            given = state
+            state, metrics = step(given, placed, data.shard_batch(batch, mesh), jax.random.key(0))
+            losses.append(float(metrics["loss"]))
+        assert given.classifier.head.is_deleted()
+        for old, new in zip(jax.tree.leaves(given), jax.tree.leaves(state), strict=True):
+            assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
+    assert compiled == 1 == step._cache_size()
+    assert losses[:10] == losses[10:] and losses[9] < losses[1]
 
 
 def test_texts_are_fresh_at_every_step_and_the_zero_shot_model_stays() -> None:

@@ -1,0 +1,245 @@
+"""The files that runs leave: each is whole on the disk at any moment, as it was or as it is to be.
+
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` writes by it, and `--resume` reads.
+
+A checkpoint is a safetensors file, `step-N.safetensors`: every array of the state under its name, and in the metadata
+how far the run has come and the digest of it all.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from clip import InputError
+
+# -------------------------------------------------------------------------------------------------- files and folders
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """A file, or a folder of files, that `write` makes beside its place, goes down to the disk and is renamed onto it.
+
+    Raises InputError where the disk takes no more; what was there stays.
+    """
+    new = path.with_name(f"{path.name}.new")
+    with reported(path):
+        try:
+            delete(new)
+            write(new)
+            for made in [*sorted(new.iterdir()), new] if new.is_dir() else [new]:
+                _sync(made)
+            if path.is_dir():
+                shutil.rmtree(path)  # no folder is renamed onto a full one
+            os.replace(new, path)
+            _sync(path.parent)
+        except (OSError, SafetensorError):
+            with contextlib.suppress(OSError):
+                delete(new)  # it may fill the disk
+            raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Raises InputError as `write_whole` does."""
+    write_whole(path, lambda new: new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def delete(path: Path) -> None:
+    """A file or a folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """Raises InputError, naming the path, where the disk refuses what the block writes."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{path} cannot be written ({reason}): make room or give another place; what was saved before is whole"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Down to the disk: without it, a power cut may leave an empty file under a new name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from the folder of a run, until this one ends, however it ends.
+
+    Raises InputError where another has it, or where nothing can be written. Leaves nothing behind but the folder.
+    """
+    lock = folder.with_name(f".{folder.name}.lock")
+    made = [parent for parent in folder.parents if not parent.exists()]
+    with reported(folder):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "ab")  # noqa: SIM115 (closed below)
+    with file:  # the system unlocks it when the process ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise BlockingIOError  # its holder deleted it in between: start again
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process writes to {folder}: wait until it ends, or give another --out"
+            ) from error
+        except OSError:
+            pass  # a file system that knows no locks
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                lock.unlink(missing_ok=True)
+                for parent in made:
+                    parent.rmdir()
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+_NAME = re.compile(r"step-(\d+)\.safetensors")
+
+
+class Checkpoint(NamedTuple):
+    """How far a run has come, as JSON has it, and its arrays by name."""
+
+    progress: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+class Checkpoints:
+    """A run's newest checkpoint and the one before, written by a thread of its own while training goes on.
+
+    Methods raise the InputError of a write that failed. Leaving the block waits for what is being written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._kept: list[Path] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._writer.shutdown()
+        if kind is None:
+            self.wait()
+
+    def newest(self) -> Checkpoint | None:
+        """The newest one that is whole; damaged ones are named on stderr. None where there is none at all.
+
+        Raises InputError where all are damaged.
+        """
+        paths = sorted((path for path in self.folder.glob("*") if _NAME.fullmatch(path.name)), key=_step, reverse=True)
+        for path in paths:
+            try:
+                found = read_checkpoint(path)
+            except Exception as error:  # a damaged file may raise anything
+                print(f"checkpoint {path} is damaged ({error}): looking for the one before", file=sys.stderr)
+                continue
+            self._kept = [path]
+            return found
+        if paths:
+            raise InputError(f"no checkpoint in {self.folder} is whole: give --overwrite to start anew")
+        return None
+
+    def save(self, progress: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Has them written, once the one before is. `progress["step"]` names the file; the arrays must not change."""
+        self.wait()
+        self._writing = self._writer.submit(self._write, dict(progress), arrays)
+
+    def wait(self) -> None:
+        """Until everything is on the disk."""
+        if self._writing:
+            self._writing.result()
+
+    def check(self) -> None:
+        """Raises where a write has failed; waits for none."""
+        if self._writing and self._writing.done():
+            self._writing.result()
+
+    def _write(self, progress: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        path = self.folder / f"step-{progress['step']}.safetensors"
+        with reported(path):
+            self.folder.mkdir(exist_ok=True)
+        text = json.dumps(progress)
+        metadata = {"progress": text, "sha256": _digest(text, arrays)}
+        write_whole(path, lambda new: save_file(arrays, new, metadata))
+        self._kept = [path, *(kept for kept in self._kept if kept != path)][:2]
+        for other in self.folder.iterdir():
+            if other not in self._kept:
+                other.unlink()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Raises whatever a damaged file causes: ValueError where its digest is not that of its content."""
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    arrays = load_file(path)
+    if metadata["sha256"] != _digest(metadata["progress"], arrays):
+        raise ValueError("its content has changed since it was written")
+    return Checkpoint(json.loads(metadata["progress"]), arrays)
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def _digest(text: str, arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def by_name(tree: Any) -> dict[str, np.ndarray]:
+    """The leaves of a tree of host arrays under their names, as they go into a file."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf, order="C") for path, leaf in leaves
+    }
+
+
+def from_names(arrays: dict[str, np.ndarray], like: Any) -> Any:
+    """The tree whose leaves `by_name` named; `like` tells its form and the leaves' shapes.
+
+    Raises InputError naming the arrays that are missing, or not of that shape.
+    """
+
+    def of_leaf(path: tuple, leaf: Any) -> np.ndarray:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        found = arrays.get(name)
+        if found is None or found.shape != leaf.shape or found.dtype != leaf.dtype:
+            what = "none" if found is None else f"{found.dtype} {found.shape}"
+            wrong.append(f"{name} is {what} instead of {leaf.dtype} {leaf.shape}")
+        return found
+
+    wrong: list[str] = []
+    tree = jax.tree_util.tree_map_with_path(of_leaf, like)
+    if wrong:
+        raise InputError(f"the checkpoint is of another model ({'; '.join(wrong)}): give --overwrite to start anew")
+    return tree

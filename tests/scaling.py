@@ -1,0 +1,77 @@
+"""Losses of ten steps of the methods, on any devices: for the tests, and as one of several processes.
+
+python tests/scaling.py HOST:PORT PROCESSES PROCESS prints them, as process PROCESS, as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import seeded
+from jax.sharding import Mesh
+
+import clip
+import data
+import lipsum
+
+BATCH = 32
+SIZES = clip.Config(
+    16, 8, clip.Transformer(16, 2, 2, 64), clip.Transformer(16, 2, 2, 64), 8, context_length=16, vocabulary_size=100,
+    start_token=98, end_token=99,
+)  # fmt: skip
+# FT's step is those of Scratch-FT and LP-FT.
+METHODS = [name for name, method in lipsum.METHODS.items() if method.loss and name not in ("scratch-ft", "lp-ft")]
+
+
+def mesh_of(devices: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def inputs(**settings: Any) -> tuple[lipsum.Frozen, data.HostBatch]:
+    """A random model and a batch, the same in every process."""
+    model = jax.jit(clip.CLIP, static_argnums=0)(SIZES, jax.random.key(0))
+    random = np.random.default_rng(0)
+    head, context_head = (
+        clip.normalize(jnp.asarray(random.normal(size=(columns, 8)).astype(np.float32))).T for columns in (5, 2)
+    )
+    frozen = lipsum.Frozen(
+        lipsum.Classifier(model.vision, head), model.text, context_head, jnp.float32(20),
+        lipsum.Settings(steps=20, learning_rate=1e-3, num_texts=9, **settings), second_moment=jnp.eye(8) / 8,
+    )  # fmt: skip
+    images = seeded.images(seeded.ARCHITECTURES["nano"], 1, BATCH)
+    return frozen, {"image": images, "label": np.arange(BATCH, dtype=np.int32) % 5}
+
+
+def start(
+    method: str, mesh: Mesh, fsdp: bool, **settings: Any
+) -> tuple[lipsum.State, lipsum.Frozen, dict[str, jax.Array]]:
+    frozen, batch = inputs(weight=lipsum.METHODS[method].weight, **settings)
+    part = data.own_part()
+    rows = slice(part.index * BATCH // part.count, (part.index + 1) * BATCH // part.count)
+    placed = data.place(frozen, mesh, fsdp)
+    state = data.place(lipsum.initial_state(placed, averaged=lipsum.METHODS[method].averaged), mesh, fsdp)
+    return state, placed, data.shard_batch({name: array[rows] for name, array in batch.items()}, mesh)
+
+
+def losses(method: str, mesh: Mesh, fsdp: bool = False, **settings: Any) -> list[float]:
+    state, frozen, batch = start(method, mesh, fsdp, **settings)
+    step = lipsum.training_step(lipsum.METHODS[method].loss, data.shardings(state, mesh, fsdp))
+    found = []
+    for _ in range(10):
+        state, metrics = step(state, frozen, batch, jax.random.key(0))
+        found.append(float(metrics["loss"]))
+    return found
+
+
+if __name__ == "__main__":
+    coordinator, processes, process = sys.argv[1:]
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.distributed.initialize(coordinator, int(processes), int(process))
+    mesh = data.device_mesh(BATCH)
+    print(json.dumps({f"{name} {fsdp}": losses(name, mesh, fsdp) for name in METHODS for fsdp in (False, True)}))

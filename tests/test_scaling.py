@@ -1,0 +1,155 @@
+"""The same numbers on 1, 2 and 8 devices, spread or not, split or not, and on two processes of four devices each."""
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scaling
+
+import clip
+import data
+import lipsum
+
+
+@functools.cache
+def on_one_device(method: str) -> list[float]:
+    found = scaling.losses(method, scaling.mesh_of(1))
+    assert found[-1] < found[1]
+    return found
+
+
+def assert_same_losses(method: str, devices: int, **how: Any) -> None:
+    found = scaling.losses(method, scaling.mesh_of(devices), **how)
+    np.testing.assert_allclose(found, on_one_device(method), rtol=1e-5)
+
+
+WAYS = [
+    (devices, {"fsdp": fsdp, "accumulate": parts})
+    for devices in (1, 2, 8)
+    for fsdp in (False, True)
+    for parts in (1, 4)
+]
+
+
+@pytest.mark.parametrize("method", scaling.METHODS)
+def test_losses_do_not_depend_on_devices(method: str) -> None:
+    """Copied and whole, and spread and split."""
+    assert_same_losses(method, 8)
+    assert_same_losses(method, 8, fsdp=True, accumulate=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", scaling.METHODS)
+@pytest.mark.parametrize(("devices", "how"), WAYS)
+def test_losses_in_every_way(method: str, devices: int, how: dict[str, Any]) -> None:
+    assert_same_losses(method, devices, **how)
+    assert_same_losses(method, devices, **how, remat=True)
+
+
+def test_losses_of_two_processes() -> None:
+    """Four devices each: every process has the losses of one device."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    script = Path(scaling.__file__)
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, coordinator, "2", str(number)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        found = json.loads(output.splitlines()[-1])
+        assert len(found) == 2 * len(scaling.METHODS)
+        for name, of_method in found.items():
+            np.testing.assert_allclose(of_method, on_one_device(name.split()[0]), rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("method", ["ft", "ema"])
+def test_spread_state_takes_under_a_sixth_on_each_device(method: str) -> None:
+    """Before and after a step; what does not divide by the devices is copied to each."""
+    mesh = scaling.mesh_of(8)
+    state, frozen, batch = scaling.start(method, mesh, fsdp=True)
+    step = lipsum.training_step(lipsum.METHODS[method].loss, data.shardings(state, mesh, fsdp=True))
+    for tree in (state, frozen, step(state, frozen, batch, jax.random.key(0))[0]):
+        arrays = [leaf for leaf in jax.tree.leaves(tree) if not leaf.is_deleted()]
+        if not arrays:
+            continue
+        held = dict.fromkeys(jax.devices(), 0)
+        for array in arrays:
+            for shard in array.addressable_shards:
+                held[shard.device] += shard.data.nbytes
+        assert max(held.values()) < sum(array.nbytes for array in arrays) / 6
+    uneven = data.place(np.zeros((3, 5)), mesh, fsdp=True)
+    assert uneven.sharding.is_fully_replicated
+
+
+# ----------------------------------------------------------------------------------------------------------- precision
+
+
+def test_bfloat16_is_in_the_towers_alone() -> None:
+    """Features near float32's, but not them; weights, optimiser, losses and gradients stay float32."""
+    mesh = scaling.mesh_of(1)
+    state, frozen, batch = scaling.start("lipsum", mesh, False, precision="bfloat16")
+    exact = clip.image_features(frozen.zero_shot.vision, batch["image"])
+    rounded = clip.image_features(clip.compute_in(frozen.zero_shot.vision, "bfloat16"), batch["image"])
+    assert rounded.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.linalg.norm(rounded, axis=1), 1, rtol=1e-6)
+    assert 1e-4 < jnp.max(jnp.abs(rounded - exact)) < 0.05
+    with jax.numpy_dtype_promotion("standard"):  # the gradient of JAX's own attention mixes types
+        state, metrics = lipsum.training_step(lipsum.lipsum_loss)(state, frozen, batch, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves((state, metrics))} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    np.testing.assert_allclose(metrics["cross_entropy"], on_one_device("lipsum")[0], rtol=0.02)
+
+
+def operations(jaxpr: Any) -> list[Any]:
+    """Every equation, with those of the functions inside."""
+    found = []
+    for equation in jaxpr.eqns:
+        found.append(equation)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found += operations(inner)
+    return found
+
+
+def test_bfloat16_multiplies_and_float32_normalises() -> None:
+    """Matrix products in bfloat16; exponentials, roots and divisions by norms in float32."""
+    tower = clip.compute_in(jax.jit(clip.CLIP, static_argnums=0)(scaling.SIZES, jax.random.key(0)).vision, "bfloat16")
+    images = jnp.zeros((2, 16, 16, 3), jnp.uint8)
+    found = operations(jax.make_jaxpr(clip.image_features)(tower, images).jaxpr)
+    types = {
+        kind: {str(x.aval.dtype) for equation in found if equation.primitive.name == kind for x in equation.invars}
+        for kind in ("exp", "rsqrt", "sqrt", "reduce_max", "dot_general")
+    }
+    assert types["exp"] == types["rsqrt"] == types["sqrt"] == types["reduce_max"] == {"float32"}
+    assert types["dot_general"] == {"bfloat16"}
+
+
+def test_remat_keeps_less() -> None:
+    """Of each block its input alone is kept for the backward pass."""
+    frozen, batch = scaling.inputs()
+    images = jnp.asarray(batch["image"])
+
+    def kept(recompute: bool) -> int:
+        def features(vision: clip.VisionTower) -> jax.Array:
+            return clip.image_features(vision, images, recompute)
+
+        _, pull_back = jax.eval_shape(lambda vision: jax.vjp(features, vision), frozen.zero_shot.vision)
+        return sum(leaf.size for leaf in jax.tree.leaves(pull_back))
+
+    assert kept(True) < kept(False) / 3
