@@ -1,7 +1,8 @@
-"""Speed of the input pipeline: decoding against bare Pillow, and listing a tree as large as ImageNet's.
+"""Speed of the input pipeline, and the memory of a training step.
 
-`python bench.py decode` and `python bench.py index` make what they measure and delete it afterwards. Ratios are of
-rounds that take turns; compare them, not the times of different machines.
+`python bench.py decode` (against bare Pillow) and `python bench.py index` (a tree as large as ImageNet's) make what
+they measure and delete it afterwards. Ratios are of rounds that take turns; compare them, not the times of different
+machines. `python bench.py memory` asks the compiler what a step of a large model needs, and runs none.
 """
 
 import os
@@ -12,21 +13,27 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from tqdm import tqdm
 
+import clip
 import data
 import layouts
+import lipsum
 from clip import InputError
 from eval import exit_code
 from train import keep_freed_memory
 
 RESOLUTION = 224
 BATCH_SIZE = 32
+GIB = 2**30
 LISTED = 20_000  # a list as long as real ones: grain shuffles short ones slowly
 
 
@@ -131,9 +138,67 @@ def index_command(images: int = 1_281_167, classes: int = 1_000) -> None:
             print(f"{len(split)} images {state}: {seconds:.2f} s, peak memory up by {megabytes:.0f} MiB")
 
 
+def memory_command(
+    model: str = "ViT-L/14", method: str = "lipsum", batch_size: int = 128, cpu_devices: int = 8,
+    precision: Literal["float32", "bfloat16"] = "bfloat16", fsdp: bool = False, remat: bool = False,
+    accumulate: int = 1,
+) -> None:  # fmt: skip
+    """GiB that each device needs for a step on DomainNet's 345 classes, as XLA's compiler for these devices reckons.
+
+    Args:
+        model: A preset, such as ViT-B/16; no weights are needed.
+        method: As train.py has it.
+        batch_size: Images per step, over all devices.
+        cpu_devices: Where there is no accelerator: as how many devices the CPU poses.
+        precision: As train.py has it, like the options below.
+        fsdp: Spread weights and optimiser over the devices.
+        remat: Compute each block again in the backward pass.
+        accumulate: Parts of a batch.
+    """
+    if model not in clip.PRESETS:
+        raise clip.unknown("model preset", model, clip.PRESETS)
+    if method not in lipsum.METHODS or not lipsum.METHODS[method].loss:
+        raise clip.unknown("training method", method, [name for name, each in lipsum.METHODS.items() if each.loss])
+    if jax.config.jax_num_cpu_devices != cpu_devices:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    mesh = data.device_mesh(batch_size, accumulate)
+    config, settings = clip.PRESETS[model], lipsum.Settings(precision=precision, remat=remat, accumulate=accumulate)
+
+    def start() -> tuple[lipsum.State, lipsum.Frozen]:
+        clip_model, dim = clip.CLIP(config, jax.random.key(0)), config.embedding_size
+        zero_shot = lipsum.Classifier(clip_model.vision, jnp.zeros((dim, 345)))
+        frozen = lipsum.Frozen(
+            zero_shot, clip_model.text, jnp.zeros((dim, 80)), jnp.float32(100), settings,
+            second_moment=jnp.zeros((dim, dim)),
+        )  # fmt: skip
+        return lipsum.initial_state(frozen, averaged=lipsum.METHODS[method].averaged), frozen
+
+    def placed(tree: Any, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+        )
+
+    state, frozen = jax.eval_shape(start)
+    of_state, rows = data.shardings(state, mesh, fsdp), NamedSharding(mesh, PartitionSpec("data"))
+    batch = {
+        "image": jax.ShapeDtypeStruct((batch_size, config.image_size, config.image_size, 3), jnp.uint8, sharding=rows),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+    }
+    step = lipsum.training_step(lipsum.METHODS[method].loss, of_state)
+    arguments = placed(state, of_state), placed(frozen, data.shardings(frozen, mesh, fsdp)), batch, jax.random.key(0)
+    needed = step.lower(*arguments).compile().memory_analysis()
+    kept, worked_in = needed.argument_size_in_bytes / GIB, needed.temp_size_in_bytes / GIB
+    print(
+        f"{model}, {method}, {batch_size} images on {mesh.size} {jax.devices()[0].device_kind} device(s): "
+        f"{kept + worked_in:.1f} GiB a device ({kept:.2f} of weights, optimiser and images, {worked_in:.2f} to compute "
+        "in)"
+    )
+
+
 app = tyro.extras.SubcommandApp()
 app.command(name="decode")(decode_command)
 app.command(name="index")(index_command)
+app.command(name="memory")(memory_command)
 
 
 if __name__ == "__main__":

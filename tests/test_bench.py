@@ -1,9 +1,11 @@
 """The benchmarks run and print what they say; how fast they are is no test."""
 
+import dataclasses
 import os
 import re
 
 import pytest
+import scaling
 
 import bench
 import clip
@@ -25,3 +27,21 @@ def test_index(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     bench.index_command(images=40, classes=3)
     output = capsys.readouterr().out
     assert "40 images listed: " in output and "40 images from the cache: " in output
+
+
+def test_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spread over eight devices, weights and optimiser take less of each; recomputed blocks take less to compute in."""
+    monkeypatch.setitem(
+        clip.PRESETS, "small", dataclasses.replace(scaling.SIZES, vision=clip.Transformer(64, 4, 4, 256))
+    )
+
+    def needed(**how: bool) -> tuple[float, float]:
+        bench.memory_command("small", batch_size=512, precision="float32", **how)
+        found = re.search(r"\((\d+\.\d+) of weights, .*, (\d+\.\d+) to compute in\)", capsys.readouterr().out)
+        return float(found[1]), float(found[2])
+
+    monkeypatch.setattr(bench, "GIB", 2**10)  # small figures would be rounded to nothing
+    copied, spread, recomputed = needed(), needed(fsdp=True), needed(remat=True)
+    assert spread[0] < copied[0] / 2 and recomputed[1] < copied[1] / 1.5
+    with pytest.raises(clip.InputError, match="unknown training method 'lp'"):
+        bench.memory_command(method="lp")
