@@ -230,7 +230,7 @@ def from_names(arrays: dict[str, np.ndarray], like: Any) -> Any:
     Raises InputError naming the arrays that are missing, or not of that shape.
     """
 
-    def of_leaf(path: tuple, leaf: Any) -> np.ndarray:
+    def of_leaf(path: tuple, leaf: Any) -> np.ndarray | None:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         found = arrays.get(name)
         if found is None or found.shape != leaf.shape or found.dtype != leaf.dtype:

@@ -1,9 +1,10 @@
 """Losses of ten steps of the methods, on any devices: for the tests, and as one of several processes.
 
-python tests/scaling.py HOST:PORT PROCESSES PROCESS prints them, as process PROCESS, as JSON.
+python tests/scaling.py HOST:PORT PROCESSES PROCESS METHOD... prints them, as process PROCESS, as JSON.
 """
 
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,16 @@ def losses(method: str, mesh: Mesh, fsdp: bool = False, **settings: Any) -> list
     return found
 
 
+def free_address() -> str:
+    """Where nobody listens yet, for a coordinator."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 if __name__ == "__main__":
-    coordinator, processes, process = sys.argv[1:]
+    coordinator, processes, process, *methods = sys.argv[1:]
     jax.config.update("jax_disable_most_optimizations", True)
     jax.distributed.initialize(coordinator, int(processes), int(process))
     mesh = data.device_mesh(BATCH)
-    print(json.dumps({f"{name} {fsdp}": losses(name, mesh, fsdp) for name in METHODS for fsdp in (False, True)}))
+    print(json.dumps({f"{name} {fsdp}": losses(name, mesh, fsdp) for name in methods for fsdp in (False, True)}))

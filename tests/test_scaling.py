@@ -3,9 +3,9 @@
 import functools
 import json
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +55,23 @@ def test_losses_in_every_way(method: str, devices: int, how: dict[str, Any]) -> 
     assert_same_losses(method, devices, **how, remat=True)
 
 
-def test_losses_of_two_processes() -> None:
+@pytest.mark.parametrize("methods", [("lipsum", "ema"), pytest.param(scaling.METHODS, marks=pytest.mark.slow)])
+def test_losses_of_two_processes(methods: Sequence[str]) -> None:
     """Four devices each: every process has the losses of one device."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    script = Path(scaling.__file__)
+    script, address = Path(scaling.__file__), scaling.free_address()
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     processes = [
         subprocess.Popen(
-            [sys.executable, script, coordinator, "2", str(number)],
+            [sys.executable, script, address, "2", str(number), *methods],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for number in range(2)
     ]  # fmt: skip
     for process in processes:
-        output, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
         found = json.loads(output.splitlines()[-1])
-        assert len(found) == 2 * len(scaling.METHODS)
+        assert len(found) == 2 * len(methods)
         for name, of_method in found.items():
             np.testing.assert_allclose(of_method, on_one_device(name.split()[0]), rtol=1e-5, err_msg=name)
 

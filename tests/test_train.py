@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +21,6 @@ from test_layouts import arrays, cub, imagenet, planted, zoo  # noqa: F401 (fixt
 import clip
 import data
 import eval as evaluation
-import files
 import layouts
 import lipsum
 import minidomain
@@ -143,185 +140,6 @@ def test_the_most_accurate_model_is_kept(options: train.Options, monkeypatch: py
     folder = options.out / "lipsum" / "seed-0"
     assert json.loads((folder / "results.json").read_text())["selection"] == {"accuracy": 0.6, "step": 4}
     np.testing.assert_array_equal(load_file(folder / "best" / "head.safetensors")["head"], kept[1])
-
-
-def test_interrupted_run_resumes_to_the_same_bits(options: train.Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    unbroken = dataclasses.replace(options, out=options.out / "unbroken")
-    train.main(unbroken)
-
-    step = lipsum.training_step(lipsum.lipsum_loss)
-
-    def breaks(state, *rest):
-        if int(state.step) == 4:  # a checkpoint was made at step 4
-            raise KeyboardInterrupt
-        return step(state, *rest)
-
-    broken = dataclasses.replace(options, out=options.out / "broken")
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(lipsum, "training_step", lambda *_: breaks)
-        train.main(broken)
-    folders = [options.out / name / "lipsum" / "seed-0" for name in ("unbroken", "broken")]
-    with open(folders[1] / "metrics.jsonl", "a") as log:
-        log.write('{"step": 5, "lo')  # what a kill may leave
-    assert not (folders[1] / "results.json").exists()
-    train.main(dataclasses.replace(broken, resume=True))
-    contents = []
-    for folder in folders:
-        losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        results = json.loads((folder / "results.json").read_text())["splits"]
-        contents.append(((folder / "best/model.safetensors").read_bytes(), losses, results))
-    assert contents[0] == contents[1]
-
-
-def test_resume_keeps_finished_runs_and_refuses_other_settings(options: train.Options, capsys) -> None:
-    train.main(options)
-    folder = options.out / "lipsum" / "seed-0"
-    before = (folder / "results.json").stat().st_mtime_ns
-    train.main(dataclasses.replace(options, resume=True))
-    assert "is finished: kept" in capsys.readouterr().out
-    assert (folder / "results.json").stat().st_mtime_ns == before
-    (folder / "results.json").unlink()
-    assert evaluation.exit_code(lambda: train.main(dataclasses.replace(options, resume=True, weight=2.0))) == 2
-    assert "made with other settings (--weight 1.0, now 2.0)" in capsys.readouterr().err
-    for path in (folder / "checkpoint").iterdir():
-        path.write_bytes(b"{}\n")
-    assert evaluation.exit_code(lambda: train.main(dataclasses.replace(options, resume=True))) == 2
-    assert "no checkpoint in" in capsys.readouterr().err
-    train.main(dataclasses.replace(options, overwrite=True))
-    assert (folder / "results.json").exists()
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(options: train.Options, capsys) -> None:
-    """Of the two that are kept: the run ends with the same bits."""
-    train.main(options)
-    folder = options.out / "lipsum" / "seed-0"
-    whole = (folder / "best/model.safetensors").read_bytes()
-    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == [
-        "step-4.safetensors", "step-6.safetensors",
-    ]  # fmt: skip
-    (folder / "results.json").unlink()
-    shutil.rmtree(folder / "best")
-    newest = folder / "checkpoint" / "step-6.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-100] + bytes(100))  # of the right size, with a right header
-    train.main(dataclasses.replace(options, resume=True))
-    told = capsys.readouterr()
-    assert f"checkpoint {newest} is damaged (its content has changed" in told.err and "from step 4" in told.out
-    assert (folder / "best/model.safetensors").read_bytes() == whole
-    assert files.read_checkpoint(newest).progress["step"] == 6
-
-
-# ------------------------------------------------------------------------------------------------- killed, full, locked
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(
-    number: int, options: train.Options, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    train.main(dataclasses.replace(options, out=options.out / "unbroken"))
-    broken = dataclasses.replace(options, out=options.out / "broken", overwrite=True)
-    step = lipsum.training_step(lipsum.lipsum_loss)
-
-    def signalled(state, *rest):
-        if int(state.step) == 2:
-            signal.raise_signal(number)
-        return step(state, *rest)
-
-    monkeypatch.setattr(sys, "argv", ["train.py", "--overwrite", "--model", "a b"])
-    with monkeypatch.context() as patched:
-        patched.setattr(lipsum, "training_step", lambda *_: signalled)
-        assert train.exit_code(broken) == 128 + number
-    output = capsys.readouterr().out
-    assert f"stopped by {number.name}; to go on:\n  python train.py --model 'a b' --resume\n" in output
-    folders = [options.out / name / "lipsum" / "seed-0" for name in ("unbroken", "broken")]
-    assert files.read_checkpoint(folders[1] / "checkpoint/step-3.safetensors").progress["step"] == 3
-    train.main(dataclasses.replace(broken, overwrite=False, resume=True))
-    assert "going on from step 3" in capsys.readouterr().out
-    one, other = ((folder / "best/model.safetensors").read_bytes() for folder in folders)
-    assert one == other
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_signal_in_an_evaluation_acts_at_once(options: train.Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was saved just before it goes on with that evaluation; the second signal does not wait for a step."""
-    train.main(dataclasses.replace(options, out=options.out / "unbroken"))
-    broken = dataclasses.replace(options, out=options.out / "broken")
-    accuracy = evaluation.Setup.selection_accuracy
-
-    def interrupted(*_):
-        signal.raise_signal(signal.SIGTERM)
-        raise AssertionError("the signal did not act")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(evaluation.Setup, "selection_accuracy", interrupted)
-        assert train.exit_code(broken) == 143
-    evaluated = []
-
-    def recorded(*arguments):
-        evaluated.append(accuracy(*arguments))
-        return evaluated[-1]
-
-    monkeypatch.setattr(evaluation.Setup, "selection_accuracy", recorded)
-    train.main(dataclasses.replace(broken, resume=True))
-    assert len(evaluated) == 3
-    folders = [options.out / name / "lipsum" / "seed-0" for name in ("unbroken", "broken")]
-    one, other = (json.loads((folder / "results.json").read_text()) for folder in folders)
-    assert one["selection"] == other["selection"] and one["splits"] == other["splits"]
-
-    signals = train.Signals()
-    with signals.heard(), signals.deferred():
-        signal.raise_signal(signal.SIGINT)
-        assert signals.received(data.device_mesh(8)) == signal.SIGINT
-        with pytest.raises(train.Stopped):
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_was_saved(
-    options: train.Options, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    step = lipsum.training_step(lipsum.lipsum_loss)
-
-    def breaks(state, *rest):
-        broken = int(state.step) == 4
-        state, metrics = step(state, *rest)
-        return state, metrics | ({"gradient_norm": jnp.float32(jnp.inf)} if broken else {})
-
-    monkeypatch.setattr(lipsum, "training_step", lambda *_: breaks)
-    assert evaluation.exit_code(lambda: train.main(options)) == 2
-    folder = options.out / "lipsum" / "seed-0"
-    error = capsys.readouterr().err
-    assert "at step 5 the loss is" in error and "the gradient's norm inf" in error and "lower --learning-rate" in error
-    assert f"{folder} keeps what was saved before" in error
-    assert files.read_checkpoint(folder / "checkpoint/step-4.safetensors").progress["step"] == 4
-
-
-def test_two_runs_on_one_folder(options: train.Options, capsys) -> None:
-    """The second is refused before it loads anything, and the first is not disturbed."""
-    folder = options.out / "lipsum" / "seed-0"
-    with files.locked(folder):
-        assert evaluation.exit_code(lambda: train.main(dataclasses.replace(options, model="missing.pt"))) == 2
-        assert f"another process writes to {folder}: wait until it ends" in capsys.readouterr().err
-    train.main(options)
-    assert [path.name for path in options.out.rglob(".*")] == []
-
-
-def test_a_full_disk_is_named_and_the_run_goes_on(options: train.Options, capsys) -> None:
-    """A limit on the size of files stands for it: no half file stays, and later the run goes on."""
-    options = dataclasses.replace(options, method=("ft",))
-    train.main(dataclasses.replace(options, out=options.out / "unbroken"))
-    full = dataclasses.replace(options, out=options.out / "full")
-    folder = full.out / "ft" / "seed-0"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        assert evaluation.exit_code(lambda: train.main(full)) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    error = capsys.readouterr().err
-    assert f"error: {folder / 'checkpoint/step-2.safetensors'} cannot be written" in error and "too large" in error
-    assert not list(folder.rglob("*.new"))
-    train.main(dataclasses.replace(full, resume=True))
-    one, other = ((options.out / name / "ft/seed-0/best/model.safetensors") for name in ("unbroken", "full"))
-    assert one.read_bytes() == other.read_bytes()
 
 
 def test_exported_benchmark_gives_the_same_numbers(
