@@ -187,15 +187,16 @@ class Signals:
         finally:
             self._deferred = before
 
-    def received(self, mesh: Mesh) -> int:
+    def received(self, mesh: Mesh, waits: bool) -> int:
         """The signal that came to any process, or 0. Asked by all after each step, it answers all the same.
 
-        Of several processes the answer is a step old: the devices are not waited for.
+        Of several processes the answer is a step old unless it `waits` for the devices.
         """
         if jax.process_count() == 1:
             return self._received
         before, self._of_all = self._of_all, data.largest_anywhere(self._received, mesh)
-        return 0 if before is None else int(before)
+        answer = self._of_all if waits else before
+        return 0 if answer is None else int(answer)
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -366,6 +367,25 @@ def fine_tune(shared: Shared, plan: Plan, signals: Signals) -> None:
         files.write_json(folder / "results.json", results)
 
 
+def begin(
+    shared: Shared, plan: Plan, frozen: lipsum.Frozen, checkpoints: files.Checkpoints
+) -> tuple[Progress, lipsum.State, lipsum.Classifier]:
+    """Where a run begins or, with --resume, goes on: its state on the devices, its best classifier so far on the host.
+
+    Raises InputError as `restore` does.
+    """
+    options, setup = shared.options, shared.setup
+    classifier = shared.start(plan.method)
+    state, best = lipsum.initial_state(frozen, classifier, lipsum.METHODS[plan.method].averaged), data.fetch(classifier)
+    config = run_config(options, plan, setup.classes)
+    progress: Progress = {
+        "step": 0, "seconds": 0.0, "evaluated": -1, "best_accuracy": -1.0, "best_step": 0, "config": config,
+    }  # fmt: skip
+    if options.resume:
+        progress, state, best = restore(checkpoints, progress, state, best)
+    return progress, data.place(state, setup.mesh, options.fsdp), best
+
+
 def train(
     shared: Shared, plan: Plan, signals: Signals, checkpoints: files.Checkpoints
 ) -> tuple[Progress, lipsum.Classifier]:
@@ -376,35 +396,20 @@ def train(
     options, setup, mesh, folder = shared.options, shared.setup, shared.setup.mesh, plan.folder
     method, frozen, writes = lipsum.METHODS[plan.method], shared.frozen(plan), data.writes_files()
     last = plan.steps if method.loss else 0
-    at_start = shared.start(plan.method)
-    state, best = lipsum.initial_state(frozen, at_start, method.averaged), data.fetch(at_start)
-    config = run_config(options, plan, setup.classes)
-    progress: Progress = {
-        "step": 0, "seconds": 0.0, "evaluated": -1, "best_accuracy": -1.0, "best_step": 0, "config": config,
-    }  # fmt: skip
-    if options.resume:
-        progress, state, best = restore(checkpoints, progress, state, best)
-    state = data.place(state, mesh, options.fsdp)
+    progress, state, best = begin(shared, plan, frozen, checkpoints)
     start, earlier_seconds = progress["step"], progress["seconds"]
 
     log_path = folder / "metrics.jsonl" if writes else Path(os.devnull)
     if writes:
-        files.write_json(folder / "config.json", config)
+        files.write_json(folder / "config.json", progress["config"])
         lines = lines_up_to(log_path, start)
         files.write_whole(log_path, lambda new: new.write_text("".join(lines), encoding="utf-8"))
-    board = tensorboard(folder / "tensorboard", start) if options.tensorboard and writes else None
     profiles = options.profile and writes
     key = jax.random.key(plan.seed)
     batches = data.training_batches(
-        setup.data.train,
-        frozen.zero_shot.vision.image_size,
-        plan.batch_size,
-        plan.seed,
-        options.workers,
-        start,
-        options.augmentation,
-        data.own_part(),
-    )
+        setup.data.train, frozen.zero_shot.vision.image_size, plan.batch_size, plan.seed, options.workers, start,
+        options.augmentation, data.own_part(),
+    )  # fmt: skip
     update = method.loss and lipsum.training_step(method.loss, data.shardings(state, mesh, options.fsdp))
     bar = tqdm(total=last, initial=start, desc=f"{plan.method} {folder.name}", unit="step", disable=not writes)
 
@@ -412,7 +417,8 @@ def train(
         if writes:
             checkpoints.save(progress, files.by_name((snapshot, best)))
 
-    with bar, signals.deferred():
+    shown = tensorboard(folder / "tensorboard", start) if options.tensorboard and writes else contextlib.nullcontext()
+    with bar, shown as board, signals.deferred():
         began = time.perf_counter()
         log = Log(log_path, bar, board, plan.batch_size)
         for step in range(start, last + 1):
@@ -431,7 +437,7 @@ def train(
                     log.settle()
                     jax.profiler.stop_trace()
                 checkpoints.check()
-            received = signals.received(mesh)
+            received = signals.received(mesh, waits=saves)
             if not (saves or received):
                 continue
 
@@ -552,6 +558,11 @@ def connect(options: Options) -> None:
         host, _, port = options.coordinator.rpartition(":")
         if not host or not port.isdecimal():
             raise InputError(f"--coordinator is {options.coordinator!r}: give HOST:PORT, such as 10.0.0.1:1234")
+        print(
+            f"process {options.process} of {options.processes}: waits up to five minutes for all to meet at "
+            f"{options.coordinator}",
+            flush=True,
+        )
         jax.distributed.initialize(options.coordinator, options.processes, options.process)
     elif os.environ.get("SLURM_NTASKS") != "1":  # of a single task, JAX would take the first GPU alone
         with contextlib.suppress(ValueError):  # no cluster that JAX knows: one process

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, out of space or in each other's way, and how they go on."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import resource
@@ -149,7 +150,7 @@ def test_a_signal_in_an_evaluation_acts_at_once(options: train.Options, monkeypa
     signals = train.Signals()
     with signals.heard(), signals.deferred():
         signal.raise_signal(signal.SIGINT)
-        assert signals.received(data.device_mesh(8)) == signal.SIGINT
+        assert signals.received(data.device_mesh(8), waits=False) == signal.SIGINT
         with pytest.raises(train.Stopped):
             signal.raise_signal(signal.SIGINT)
 
@@ -201,6 +202,58 @@ def test_a_full_disk_is_named_and_the_run_goes_on(options: train.Options, capsys
     train.main(dataclasses.replace(full, resume=True))
     one, other = ((options.out / name / "ft/seed-0/best/model.safetensors") for name in ("unbroken", "full"))
     assert one.read_bytes() == other.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------ watching
+
+
+def test_tensorboard_and_profile(options: train.Options) -> None:
+    """TensorBoard's files hold the figures of metrics.jsonl, also of a run that went on; a trace is written."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    options = dataclasses.replace(options, method=("ft",), tensorboard=True, profile=True, steps=(20,), eval_every=20)
+    train.main(options)
+    folder = options.out / "ft" / "seed-0"
+    (folder / "results.json").unlink()
+    (folder / "checkpoint/step-20.safetensors").unlink()
+    train.main(dataclasses.replace(options, resume=True, profile=False))
+    logged = {line["step"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    for path in sorted((folder / "tensorboard").iterdir()):
+        content, shown = path.read_bytes(), {}
+        while content:  # records: length, its check sum, the event, its check sum
+            size = int.from_bytes(content[:8], "little")
+            event, content = event_pb2.Event.FromString(content[12 : 12 + size]), content[16 + size :]
+            shown |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        assert {step for step, name in shown if name == "loss"} == {1, 10, 20}
+    for (step, name), value in shown.items():
+        if name != "selection_accuracy":
+            np.testing.assert_allclose(value, logged[step][name], rtol=1e-6)
+    assert (20, "selection_accuracy") in shown
+    (trace,) = folder.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
+    assert trace.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"profile": True}, "--profile traces up to step 20, --steps is 6"),
+        ({"accumulate": 0}, "--accumulate is 0: give at least 1"),
+        (
+            {"accumulate": 2, "batch_size": (24,)},
+            "--batch-size 24 does not divide among 8 devices times --accumulate 2",
+        ),
+        ({"checkpoint_every": 0}, "--checkpoint-every is 0"),
+    ],
+)
+def test_bad_input(changes: dict[str, object], message: str, options: train.Options) -> None:
+    with pytest.raises(clip.InputError, match=message):
+        train.main(dataclasses.replace(options, **changes))
+    assert not options.out.exists()
+
+
+def test_tensorboard_needs_its_extra(options: train.Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(clip.InputError, match=r"pip install '\.\[tensorboard\]'"):
+        train.main(dataclasses.replace(options, tensorboard=True))
 
 
 # --------------------------------------------------------------------------------------------------- several processes
