@@ -356,6 +356,9 @@ def _read_options(workers: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
 
 
+ENDLESS = 2**52  # images
+
+
 def training_batches(
     split: Split,
     resolution: int,
@@ -372,7 +375,7 @@ def training_batches(
         grain.MapDataset.range(len(split))
         .seed(seed)
         .shuffle()
-        .repeat()
+        .repeat(ENDLESS // len(split))  # without a number, lengths of batches of one image overflow
         .random_map(lambda index, random: _example(split, index, resolution, prepare, random))
         .batch(batch_size // part.count)
     )

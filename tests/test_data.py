@@ -379,6 +379,31 @@ def test_evaluation_batches(ramps: data.Split, batch_size: int, batches: int, wo
             np.testing.assert_array_equal(pixels, data.evaluation_image(original, 8))
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_read_parts_of_the_same_batches(
+    ramps: data.Split, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Side by side they are the whole batches, from wherever they start; no image is read by two of them."""
+    read, read_image = [], data.read_image
+    monkeypatch.setattr(data, "read_image", lambda file, *more: read.append(file) or read_image(file, *more))
+    parts = [data.Part(index, count) for index in range(count)]
+
+    def side_by_side(of_parts: list[list[data.HostBatch]]) -> list[data.HostBatch]:
+        return [
+            {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+            for batches in zip(*of_parts, strict=True)
+        ]
+
+    whole = take(data.training_batches(ramps, 8, 4, seed=5, workers=1), 7)
+    of_parts = [take(data.training_batches(ramps, 8, 4, 5, workers=2, start=2, part=part), 5) for part in parts]
+    assert all(len(batch["label"]) == 4 // count for batches in of_parts for batch in batches)
+    assert_equal(side_by_side(of_parts), whole[2:])
+    whole = list(data.evaluation_batches(ramps, 8, 8, workers=1))
+    read.clear()
+    assert_equal(side_by_side([list(data.evaluation_batches(ramps, 8, 8, 1, part)) for part in parts]), whole)
+    assert len(read) == len(set(read)) == 10
+
+
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
@@ -521,3 +546,28 @@ def test_batches_are_placed_evenly() -> None:
 def test_batches_that_do_not_divide(batch_size: int) -> None:
     with raises(f"--batch-size {batch_size} does not divide among 8 devices: give a multiple"):
         data.device_mesh(batch_size)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulate", "expected"), [(256, 1, 256), (1024, 1, 512), (256, 4, 64), (8, 1, 8), (8, 4, 8)]
+)
+def test_evaluation_batches_fit(batch_size: int, accumulate: int, expected: int) -> None:
+    """Eight devices take what they train on at once, but no more than 64 images each."""
+    assert data.evaluation_batch_size(batch_size, accumulate) == expected
+
+
+def test_what_one_process_tells_itself() -> None:
+    """Several processes are tried in test_resume.py."""
+    assert data.gathered({"a": [1, "ü"]}) == [{"a": [1, "ü"]}]
+    assert data.from_writer(lambda: {"step": 3}) == {"step": 3} and data.writes_files()
+    assert int(data.largest_anywhere(15, data.device_mesh(8))) == 15
+
+
+def test_fetched_arrays_are_copies() -> None:
+    """On CPU, a view of an array whose memory is donated would change."""
+    mesh = data.device_mesh(8)
+    given = data.place({"spread": np.arange(16.0, dtype=np.float32), "copied": np.float32(3)}, mesh, fsdp=True)
+    fetched = data.fetch(given)
+    jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(given)
+    np.testing.assert_array_equal(fetched["spread"], np.arange(16))
+    assert fetched["copied"] == 3 and fetched["spread"].flags.owndata
