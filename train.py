@@ -127,11 +127,12 @@ def restore(
         checkpoint = checkpoints.newest()
         if checkpoint is None:
             return progress
-        made_with, asked_for = (
-            each["config"]["settings"] | {"classes": each["config"]["classes"]}
-            for each in (checkpoint.progress, progress)
-        )
-        check_settings(checkpoints.folder, made_with, asked_for)
+        made_with, asked_for = checkpoint.progress["config"], progress["config"]
+        check_settings(checkpoints.folder, made_with["settings"], asked_for["settings"])
+        if made_with["classes"] != asked_for["classes"]:
+            raise InputError(
+                f"{checkpoints.folder} was made with other classes: restore the data, or give another --out"
+            )
         arrays = files.from_names(checkpoint.arrays, empty)
         return checkpoint.progress | {"config": progress["config"]}
 
@@ -341,9 +342,9 @@ def fine_tune(shared: Shared, plan: Plan, signals: Signals) -> None:
     """
     options, setup, folder = shared.options, shared.setup, plan.folder
     if data.writes_files():
-        if options.overwrite:
-            files.delete(folder)
         with files.reported(folder):
+            if options.overwrite:
+                files.delete(folder)
             folder.mkdir(parents=True, exist_ok=True)
     with files.Checkpoints(folder / "checkpoint") as checkpoints:
         progress, best = train(shared, plan, signals, checkpoints)

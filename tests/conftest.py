@@ -1,6 +1,7 @@
 """Strict JAX, shapes checked at run time, eight fake CPU devices."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -37,6 +38,14 @@ with install_import_hook(
     "beartype.beartype",
 ):
     import bench  # noqa: F401 (imports all the others)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_do_not_pile_up() -> Iterator[None]:
+    """A step on eight devices takes over a thousand memory maps; Linux allows 65,530, and at the next XLA crashes."""
+    yield
+    jax.clear_caches()
+
 
 REFERENCE = Path(__file__).parent / "reference"
 # Real images and weights for development; tests that need them skip where they are absent.

@@ -30,6 +30,7 @@ def on_one_device(method: str) -> list[float]:
 def assert_same_losses(method: str, devices: int, **how: Any) -> None:
     found = scaling.losses(method, scaling.mesh_of(devices), **how)
     np.testing.assert_allclose(found, on_one_device(method), rtol=1e-5)
+    jax.clear_caches()  # hundreds of programs: see conftest.py
 
 
 WAYS = [
