@@ -227,6 +227,11 @@ class Setup:
         return float(np.mean(self.predict(members, self.data.selection).correct))
 
     @cached_property
+    def text(self) -> clip.TextTower:
+        """The text tower in the host's memory: what is computed once, one device of each process computes."""
+        return data.fetch(self.model.text)
+
+    @cached_property
     def zero_shot_predictions(self) -> dict[str, Predictions]:
         return {name: self.predict([self.zero_shot], split) for name, split in self.data.reports.items()}
 
@@ -234,7 +239,7 @@ class Setup:
     def second_moment(self) -> Float[Array, "dim dim"]:
         """C2 over the 10,000 random texts of 8 tokens that the paper's energy gap is over."""
         length = min(8, self.model.config.context_length - 2)
-        return jnp.asarray(data.fetch(lipsum.text_second_moment(self.model.text, None, length)))
+        return lipsum.text_second_moment(self.text, None, length)
 
     @cached_property
     def zero_shot_results(self) -> dict[str, dict[str, Any]]:
@@ -724,8 +729,8 @@ def energy_gap_command(
             raise InputError(f"--{name} is {value}: give at least 1")
     opened, setup = open_runs(runs, None)
     check_text_length(text_length, setup.model.config)
-    ids = lipsum.random_texts(setup.model.text, num_texts, text_length, jax.random.key(seed))
-    texts = jax.jit(lipsum.features_of_many)(setup.model.text, ids)
+    ids = lipsum.random_texts(setup.text, num_texts, text_length, jax.random.key(seed))
+    texts = jax.jit(lipsum.features_of_many)(setup.text, ids)
     second_moment = texts.T @ texts / num_texts
     for run in opened:
         for name, split in setup.data.reports.items():

@@ -296,15 +296,15 @@ class Shared:
     setup: evaluation.Setup
     guidance: Int[np.ndarray, "pool tokens"] | None
 
-    def second_moment(self, text_length: int) -> Float[Array, "dim dim"]:
+    def second_moment(self, text_length: int) -> Float[np.ndarray, "dim dim"]:
         """C2 over the user's texts or 10,000 random ones, computed once for each length."""
         if text_length not in self._second_moments:
-            text = self.setup.model.text
-            self._second_moments[text_length] = lipsum.text_second_moment(text, self.guidance, text_length)
+            found = lipsum.text_second_moment(self.setup.text, self.guidance, text_length)
+            self._second_moments[text_length] = data.fetch(found)
         return self._second_moments[text_length]
 
     @cached_property
-    def _second_moments(self) -> dict[int, Float[Array, "dim dim"]]:
+    def _second_moments(self) -> dict[int, Float[np.ndarray, "dim dim"]]:
         return {}
 
     def frozen(self, plan: Plan) -> lipsum.Frozen:

@@ -3,6 +3,7 @@
 python tests/scaling.py HOST:PORT PROCESSES PROCESS METHOD... prints them, as process PROCESS, as JSON.
 """
 
+import functools
 import json
 import socket
 import sys
@@ -34,9 +35,14 @@ def mesh_of(devices: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
+@functools.cache
+def random_model() -> clip.CLIP:
+    return jax.jit(clip.CLIP, static_argnums=0)(SIZES, jax.random.key(0))
+
+
 def inputs(**settings: Any) -> tuple[lipsum.Frozen, data.HostBatch]:
     """A random model and a batch, the same in every process."""
-    model = jax.jit(clip.CLIP, static_argnums=0)(SIZES, jax.random.key(0))
+    model = random_model()
     random = np.random.default_rng(0)
     head, context_head = (
         clip.normalize(jnp.asarray(random.normal(size=(columns, 8)).astype(np.float32))).T for columns in (5, 2)
