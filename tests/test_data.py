@@ -1,7 +1,9 @@
 """The preprocessing, augmentation, batches and placement of data.py, on small trees of real image files."""
 
+import dataclasses
 import itertools
 import math
+import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -381,11 +383,9 @@ def test_evaluation_batches(ramps: data.Split, batch_size: int, batches: int, wo
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_read_parts_of_the_same_batches(
-    ramps: data.Split, count: int, monkeypatch: pytest.MonkeyPatch
+    ramps: data.Split, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Side by side they are the whole batches, from wherever they start; no image is read by two of them."""
-    read, read_image = [], data.read_image
-    monkeypatch.setattr(data, "read_image", lambda file, *more: read.append(file) or read_image(file, *more))
     parts = [data.Part(index, count) for index in range(count)]
 
     def side_by_side(of_parts: list[list[data.HostBatch]]) -> list[data.HostBatch]:
@@ -398,10 +398,14 @@ def test_processes_read_parts_of_the_same_batches(
     of_parts = [take(data.training_batches(ramps, 8, 4, 5, workers=2, start=2, part=part), 5) for part in parts]
     assert all(len(batch["label"]) == 4 // count for batches in of_parts for batch in batches)
     assert_equal(side_by_side(of_parts), whole[2:])
+
     whole = list(data.evaluation_batches(ramps, 8, 8, workers=1))
-    read.clear()
-    assert_equal(side_by_side([list(data.evaluation_batches(ramps, 8, 8, 1, part)) for part in parts]), whole)
-    assert len(read) == len(set(read)) == 10
+    copies = tuple(data.ListedFile(Path(shutil.copy(file.path, tmp_path))) for file in ramps.images)
+    read, open_image = [], data.open_image
+    monkeypatch.setattr(data, "open_image", lambda file: read.append(file) or open_image(file))
+    copied = dataclasses.replace(ramps, images=copies)
+    assert_equal(side_by_side([list(data.evaluation_batches(copied, 8, 8, 1, part)) for part in parts]), whole)
+    assert sorted(file for file in read if file in copies) == sorted(copies)
 
 
 # -------------------------------------------------------------------------------------------------------------- splits

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scaling
-from test_train import model, options, root  # noqa: F401 (fixtures)
+from test_train import model, options, root, tiny_options  # noqa: F401 (fixtures)
 
 import clip
 import data
@@ -26,10 +26,27 @@ import lipsum
 import train
 
 
-def test_interrupted_run_resumes_to_the_same_bits(options: train.Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    unbroken = dataclasses.replace(options, out=options.out / "unbroken")
-    train.main(unbroken)
+@pytest.fixture(scope="module")
+def unbroken(model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `options` that nothing disturbed."""
+    out = tmp_path_factory.mktemp("unbroken")
+    train.main(tiny_options(model, root, out))
+    return out / "lipsum" / "seed-0"
 
+
+@pytest.fixture
+def folder(options: train.Options) -> Path:
+    """Of the run of `options`."""
+    return options.out / "lipsum" / "seed-0"
+
+
+def best_of(folder: Path) -> bytes:
+    return (folder / "best" / "model.safetensors").read_bytes()
+
+
+def test_interrupted_run_resumes_to_the_same_bits(
+    options: train.Options, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = lipsum.training_step(lipsum.lipsum_loss)
 
     def breaks(state, *rest):
@@ -37,26 +54,25 @@ def test_interrupted_run_resumes_to_the_same_bits(options: train.Options, monkey
             raise KeyboardInterrupt
         return step(state, *rest)
 
-    broken = dataclasses.replace(options, out=options.out / "broken")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(lipsum, "training_step", lambda *_: breaks)
-        train.main(broken)
-    folders = [options.out / name / "lipsum" / "seed-0" for name in ("unbroken", "broken")]
-    with open(folders[1] / "metrics.jsonl", "a") as log:
+        train.main(options)
+    with open(folder / "metrics.jsonl", "a") as log:
         log.write('{"step": 5, "lo')  # what a kill may leave
-    assert not (folders[1] / "results.json").exists()
-    train.main(dataclasses.replace(broken, resume=True))
+    assert not (folder / "results.json").exists()
+    train.main(dataclasses.replace(options, resume=True))
     contents = []
-    for folder in folders:
-        losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        results = json.loads((folder / "results.json").read_text())["splits"]
-        contents.append(((folder / "best/model.safetensors").read_bytes(), losses, results))
+    for each in (unbroken, folder):
+        losses = [json.loads(line)["loss"] for line in (each / "metrics.jsonl").read_text().splitlines()]
+        results = json.loads((each / "results.json").read_text())["splits"]
+        contents.append((best_of(each), losses, results))
     assert contents[0] == contents[1]
 
 
-def test_resume_keeps_finished_runs_and_refuses_other_settings(options: train.Options, capsys) -> None:
-    train.main(options)
-    folder = options.out / "lipsum" / "seed-0"
+def test_resume_keeps_finished_runs_and_refuses_other_settings(
+    options: train.Options, folder: Path, unbroken: Path, capsys
+) -> None:
+    shutil.copytree(unbroken, folder)
     before = (folder / "results.json").stat().st_mtime_ns
     train.main(dataclasses.replace(options, resume=True))
     assert "is finished: kept" in capsys.readouterr().out
@@ -72,11 +88,11 @@ def test_resume_keeps_finished_runs_and_refuses_other_settings(options: train.Op
     assert (folder / "results.json").exists()
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(options: train.Options, capsys) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    options: train.Options, folder: Path, unbroken: Path, capsys
+) -> None:
     """Of the two that are kept: the run ends with the same bits."""
-    train.main(options)
-    folder = options.out / "lipsum" / "seed-0"
-    whole = (folder / "best/model.safetensors").read_bytes()
+    shutil.copytree(unbroken, folder)
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == [
         "step-4.safetensors", "step-6.safetensors",
     ]  # fmt: skip
@@ -87,7 +103,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(options: train.Options
     train.main(dataclasses.replace(options, resume=True))
     told = capsys.readouterr()
     assert f"checkpoint {newest} is damaged (its content has changed" in told.err and "from step 4" in told.out
-    assert (folder / "best/model.safetensors").read_bytes() == whole
+    assert best_of(folder) == best_of(unbroken)
     assert files.read_checkpoint(newest).progress["step"] == 6
 
 
@@ -95,10 +111,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(options: train.Options
 
 
 def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(
-    options: train.Options, monkeypatch: pytest.MonkeyPatch, capsys
+    options: train.Options, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    train.main(dataclasses.replace(options, out=options.out / "unbroken"))
-    broken = dataclasses.replace(options, out=options.out / "broken", overwrite=True)
     step = lipsum.training_step(lipsum.lipsum_loss)
 
     def signalled(state, *rest):
@@ -109,22 +123,20 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(
     monkeypatch.setattr(sys, "argv", ["train.py", "--overwrite", "--model", "a b"])
     with monkeypatch.context() as patched:
         patched.setattr(lipsum, "training_step", lambda *_: signalled)
-        assert train.exit_code(broken) == 130
+        assert train.exit_code(dataclasses.replace(options, overwrite=True)) == 130
     output = capsys.readouterr().out
     assert "stopped by SIGINT; to go on:\n  python train.py --model 'a b' --resume\n" in output
-    folders = [options.out / name / "lipsum" / "seed-0" for name in ("unbroken", "broken")]
-    assert files.read_checkpoint(folders[1] / "checkpoint/step-3.safetensors").progress["step"] == 3
-    train.main(dataclasses.replace(broken, overwrite=False, resume=True))
+    assert files.read_checkpoint(folder / "checkpoint/step-3.safetensors").progress["step"] == 3
+    train.main(dataclasses.replace(options, resume=True))
     assert "going on from step 3" in capsys.readouterr().out
-    one, other = ((folder / "best/model.safetensors").read_bytes() for folder in folders)
-    assert one == other
+    assert best_of(folder) == best_of(unbroken)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_signal_in_an_evaluation_acts_at_once(options: train.Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_in_an_evaluation_acts_at_once(
+    options: train.Options, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was saved just before it goes on with that evaluation; the second signal does not wait for a step."""
-    train.main(dataclasses.replace(options, out=options.out / "unbroken"))
-    broken = dataclasses.replace(options, out=options.out / "broken")
     accuracy = evaluation.Setup.selection_accuracy
 
     def interrupted(*_):
@@ -133,7 +145,7 @@ def test_a_signal_in_an_evaluation_acts_at_once(options: train.Options, monkeypa
 
     with monkeypatch.context() as patched:
         patched.setattr(evaluation.Setup, "selection_accuracy", interrupted)
-        assert train.exit_code(broken) == 143
+        assert train.exit_code(options) == 143
     evaluated = []
 
     def recorded(*arguments):
@@ -141,10 +153,9 @@ def test_a_signal_in_an_evaluation_acts_at_once(options: train.Options, monkeypa
         return evaluated[-1]
 
     monkeypatch.setattr(evaluation.Setup, "selection_accuracy", recorded)
-    train.main(dataclasses.replace(broken, resume=True))
+    train.main(dataclasses.replace(options, resume=True))
     assert len(evaluated) == 3
-    folders = [options.out / name / "lipsum" / "seed-0" for name in ("unbroken", "broken")]
-    one, other = (json.loads((folder / "results.json").read_text()) for folder in folders)
+    one, other = (json.loads((each / "results.json").read_text()) for each in (unbroken, folder))
     assert one["selection"] == other["selection"] and one["splits"] == other["splits"]
 
     signals = train.Signals()
@@ -156,7 +167,7 @@ def test_a_signal_in_an_evaluation_acts_at_once(options: train.Options, monkeypa
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_was_saved(
-    options: train.Options, monkeypatch: pytest.MonkeyPatch, capsys
+    options: train.Options, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     step = lipsum.training_step(lipsum.lipsum_loss)
 
@@ -167,16 +178,14 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_was_saved(
 
     monkeypatch.setattr(lipsum, "training_step", lambda *_: breaks)
     assert evaluation.exit_code(lambda: train.main(options)) == 2
-    folder = options.out / "lipsum" / "seed-0"
     error = capsys.readouterr().err
     assert "at step 5 the loss is" in error and "the gradient's norm inf" in error and "lower --learning-rate" in error
     assert f"{folder} keeps what was saved before" in error
     assert files.read_checkpoint(folder / "checkpoint/step-4.safetensors").progress["step"] == 4
 
 
-def test_two_runs_on_one_folder(options: train.Options, capsys) -> None:
-    """The second is refused before it loads anything, and the first is not disturbed."""
-    folder = options.out / "lipsum" / "seed-0"
+def test_two_runs_on_one_folder(options: train.Options, folder: Path, capsys) -> None:
+    """The second is refused before it loads anything; no lock stays behind."""
     with files.locked(folder):
         assert evaluation.exit_code(lambda: train.main(dataclasses.replace(options, model="missing.pt"))) == 2
         assert f"another process writes to {folder}: wait until it ends" in capsys.readouterr().err
@@ -184,24 +193,19 @@ def test_two_runs_on_one_folder(options: train.Options, capsys) -> None:
     assert [path.name for path in options.out.rglob(".*")] == []
 
 
-def test_a_full_disk_is_named_and_the_run_goes_on(options: train.Options, capsys) -> None:
+def test_a_full_disk_is_named_and_the_run_goes_on(options: train.Options, folder: Path, unbroken: Path, capsys) -> None:
     """A limit on the size of files stands for it: no half file stays, and later the run goes on."""
-    options = dataclasses.replace(options, method=("ft",))
-    train.main(dataclasses.replace(options, out=options.out / "unbroken"))
-    full = dataclasses.replace(options, out=options.out / "full")
-    folder = full.out / "ft" / "seed-0"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        assert evaluation.exit_code(lambda: train.main(full)) == 2
+        assert evaluation.exit_code(lambda: train.main(options)) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
     assert f"error: {folder / 'checkpoint/step-2.safetensors'} cannot be written" in error and "too large" in error
     assert not list(folder.rglob("*.new"))
-    train.main(dataclasses.replace(full, resume=True))
-    one, other = ((options.out / name / "ft/seed-0/best/model.safetensors") for name in ("unbroken", "full"))
-    assert one.read_bytes() == other.read_bytes()
+    train.main(dataclasses.replace(options, resume=True))
+    assert best_of(folder) == best_of(unbroken)
 
 
 # ------------------------------------------------------------------------------------------------------------ watching

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +55,14 @@ def test_losses_in_every_way(method: str, devices: int, how: dict[str, Any]) -> 
     jax.clear_caches()  # hundreds of programs: see conftest.py
 
 
-@pytest.mark.parametrize("methods", [("lipsum",), pytest.param(scaling.METHODS, marks=pytest.mark.slow)])
-def test_losses_of_two_processes(methods: Sequence[str]) -> None:
-    """Four devices each: every process has the losses of one device."""
+@pytest.mark.slow
+def test_losses_of_two_processes() -> None:
+    """Four devices each: every process has the losses of one device. test_resume.py has a run of two, by default."""
     script, address = Path(scaling.__file__), scaling.free_address()
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     processes = [
         subprocess.Popen(
-            [sys.executable, script, address, "2", str(number), *methods],
+            [sys.executable, script, address, "2", str(number), *scaling.METHODS],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for number in range(2)
@@ -72,7 +71,7 @@ def test_losses_of_two_processes(methods: Sequence[str]) -> None:
         output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
         found = json.loads(output.splitlines()[-1])
-        assert len(found) == 2 * len(methods)
+        assert len(found) == 2 * len(scaling.METHODS)
         for name, of_method in found.items():
             np.testing.assert_allclose(of_method, on_one_device(name.split()[0]), rtol=1e-5, err_msg=name)
 

@@ -63,13 +63,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def options(model: Path, root: Path, tmp_path: Path) -> train.Options:
+def tiny_options(model: Path, root: Path, out: Path) -> train.Options:
     return train.Options(
         model=str(model), data="domainnet", data_root=root, reference=("real",), steps=(6,), batch_size=(8,),
         learning_rate=(1e-3,), num_texts=(4,), text_length=(3,), eval_every=2, checkpoint_every=100, workers=1,
-        out=tmp_path / "runs",
+        out=out,
     )  # fmt: skip
+
+
+@pytest.fixture
+def options(model: Path, root: Path, tmp_path: Path) -> train.Options:
+    return tiny_options(model, root, tmp_path / "runs")
 
 
 def test_run_from_start_to_table(options: train.Options, capsys: pytest.CaptureFixture[str]) -> None:
