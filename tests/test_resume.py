@@ -276,8 +276,8 @@ def test_a_run_of_two_processes_goes_on_in_one(options: train.Options, tmp_path:
             "--reference",
             "real",
         ),
-        *("--steps", "60", "--batch-size", "8", "--learning-rate", "1e-3", "--num-texts", "4", "--text-length", "3"),
-        *("--eval-every", "20", "--workers", "1", "--fsdp", "--out", str(tmp_path / "two")),
+        *("--steps", "150", "--batch-size", "8", "--learning-rate", "1e-4", "--num-texts", "4", "--text-length", "3"),
+        *("--eval-every", "150", "--workers", "1", "--fsdp", "--out", str(tmp_path / "two")),
         *("--coordinator", scaling.free_address(), "--processes", "2"),
     ]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -299,18 +299,18 @@ def test_a_run_of_two_processes_goes_on_in_one(options: train.Options, tmp_path:
     assert outputs[1][0].count("\n") == 1 and "process 1 of 2: waits" in outputs[1][0]  # and nothing of the run
     assert "step/s" not in outputs[1][1]
     (checkpoint,) = (folder / "checkpoint").iterdir()
-    assert 1 < files.read_checkpoint(checkpoint).progress["step"] < 20
+    assert 1 < files.read_checkpoint(checkpoint).progress["step"] < 150
 
-    one = dataclasses.replace(options, steps=(60,), eval_every=20)
+    one = dataclasses.replace(options, steps=(150,), eval_every=150, learning_rate=(1e-4,))
     train.main(dataclasses.replace(one, out=tmp_path / "two", resume=True))
     train.main(dataclasses.replace(one, out=tmp_path / "one"))
     found = []
     for name in ("two", "one"):
         lines = (tmp_path / name / "lipsum/seed-0/metrics.jsonl").read_text().splitlines()
         found.append([json.loads(line) for line in lines])
-        assert [line["step"] for line in found[-1]] == [1, 10, 20, 30, 40, 50, 60]
+        assert [line["step"] for line in found[-1]] == [1, *range(10, 151, 10)]
     for two, alone in zip(*found, strict=True):
-        np.testing.assert_allclose(two["loss"], alone["loss"], rtol=1e-5 if two["step"] <= 10 else 1e-2)
+        np.testing.assert_allclose(two["loss"], alone["loss"], rtol=1e-5 if two["step"] <= 10 else 1e-3)
 
 
 def test_processes_are_checked(options: train.Options) -> None:
