@@ -430,8 +430,8 @@ def open_runs(folders: Sequence[Path], select_on: str | None) -> tuple[list[Run]
                     f"{first.folder} has {name} {one!r}, {run.folder} has {other!r}: give runs of the same one"
                 )
     settings = first.config["settings"]
-    recorded = settings | first.config["execution"] | {"workers": os.cpu_count() or 1}
-    said = {name: recorded[name] for name in (*shared, *HOW_COMPUTED)}
+    recorded = settings | first.config.get("execution", {}) | {"workers": os.cpu_count() or 1}
+    said = {name: recorded[name] for name in (*shared, *HOW_COMPUTED) if name in recorded}
     said |= {"data_root": settings["data_root"] and Path(settings["data_root"])}
     said |= {name: tuple(settings[name]) for name in ("shifts", "unseen", "split_roots")}
     if select_on:
