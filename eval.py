@@ -6,7 +6,6 @@ Accuracy and ECE are fractions and NLL is in nats in files; tables that people r
 """
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -351,15 +350,15 @@ def prepare(sources: Sources) -> Setup:
 
 def save_classifier(folder: Path, setup: Setup, classifier: lipsum.Classifier) -> None:
     """A classifier as a Hugging Face CLIP folder, with the head and the names of its columns. By one process."""
-    classifier, model = data.fetch((classifier, setup.model))
+    trained = eqx.tree_at(lambda model: model.vision, setup.model, classifier.vision)
+    model, head = data.fetch((trained, classifier.head))
     if not data.writes_files():
         return
-    model = eqx.tree_at(lambda model: model.vision, model, classifier.vision)
 
     def write(new: Path) -> None:
         weights.save(new, model, setup.tokenizer)
-        save_file({"head": np.asarray(classifier.head, order="C")}, new / "head.safetensors")
-        (new / "classes.json").write_text(json.dumps(setup.classes), encoding="utf-8")
+        save_file({"head": np.asarray(head, order="C")}, new / "head.safetensors")
+        files.write_json(new / "classes.json", setup.classes)
 
     files.write_whole(folder, write)
 
