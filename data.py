@@ -6,10 +6,9 @@ Batch number t is a pure function of the split, the seed and t, whatever the num
 leave here as uint8; `clip.standardize` turns them into floats on the device.
 """
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,15 +17,14 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from clip import InputError
+from support.errors import InputError
 
 # -------------------------------------------------------------------------------------------------------------- splits
 
@@ -431,56 +429,6 @@ def evaluation_batch_size(batch_size: int, accumulate: int = 1) -> int:
     """Images to evaluate at once, over all devices: no more a device than it trains on at once, nor than fit."""
     of_device = batch_size // (accumulate * jax.device_count())
     return min(max(of_device, 1), EVALUATED_AT_ONCE) * jax.device_count()
-
-
-def gathered(content: Any) -> list[Any]:
-    """What each process gives, as JSON has it, in every process."""
-    own = np.frombuffer(json.dumps(content, default=str).encode(), np.uint8)
-    lengths = process_allgather(np.int32(len(own)))
-    rows = process_allgather(np.resize(own, np.max(lengths)))
-    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
-
-
-def from_writer(make: Callable[[], Any]) -> Any:
-    """What `make` returns, as JSON has it, in the process that writes files: in every process.
-
-    So is the InputError that it raises.
-    """
-    if jax.process_count() == 1:
-        return make()
-    answer: dict[str, Any] = {}
-    if writes_files():
-        try:
-            answer = {"value": make()}
-        except InputError as error:
-            answer = {"error": str(error)}
-    content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    length = int(broadcast_one_to_all(np.int32(len(content))))
-    told = json.loads(broadcast_one_to_all(np.resize(content, length)).tobytes())
-    if "error" in told:
-        raise InputError(told["error"])
-    return told["value"]
-
-
-def broadcast(tree: Any) -> Any:
-    """The host arrays of the process that writes files, to the bit. The others give arrays of the same shapes."""
-
-    def of_leaf(leaf: np.ndarray) -> np.ndarray:
-        content = np.asarray(leaf, order="C").reshape(-1).view(np.uint8)  # floats would lose the sign of zeros
-        return broadcast_one_to_all(content).view(leaf.dtype).reshape(leaf.shape)
-
-    return jax.tree.map(of_leaf, tree) if jax.process_count() > 1 else tree
-
-
-@jax.jit
-def _largest(numbers: Int[Array, " devices"]) -> Int[Array, ""]:
-    return jnp.max(numbers)
-
-
-def largest_anywhere(number: int, mesh: Mesh) -> Int[Array, ""]:
-    """The largest number that any process gives. It comes when the devices get to it: reading it at once waits."""
-    numbers = np.full(jax.local_device_count(), number, np.int32)
-    return _largest(shard_batch({"number": numbers}, mesh)["number"])
 
 
 def own_part() -> Part:

@@ -7,35 +7,27 @@ Accuracy and ECE are fractions and NLL is in nats in files; tables that people r
 
 import dataclasses
 import math
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, UInt8
-from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer
+from jaxtyping import Array, Bool, Float, UInt8
 from tqdm import tqdm
 
 import clip
 import data
-import download
-import files
-import layouts
 import lipsum
-import minidomain
-import tables
-import weights
-from clip import InputError, read_json, unknown
+from support import files, opening, tables, weights
+from support.errors import InputError, exit_code, read_json
+from support.opening import Run, Setup, check_text_length, open_runs, read_classifier, save_classifier
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
@@ -152,93 +144,34 @@ def metrics(predictions: Predictions) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------- what runs are made from
-
-
 @dataclass(frozen=True)
-class Sources:
-    """The options, as `train.Options` has them, that decide what is evaluated and how."""
+class Evaluator:
+    """Evaluates classifiers on the splits of one setup."""
 
-    model: str
-    data: str
-    data_root: Path | None
-    reference: str
-    shifts: tuple[str, ...]
-    templates: str | None
-    keep_underscores: bool
-    select_on: str
-    unseen: tuple[str, ...]
-    split_roots: tuple[str, ...]
-    skip_broken: int
-    batch_size: int
-    workers: int
-    precision: str = "float32"
-    accumulate: int = 1
-    fsdp: bool = False
-
-
-# These may differ between runs that go together.
-HOW_COMPUTED = ("batch_size", "workers", "precision", "accumulate", "fsdp")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What every run of one command shares: the zero-shot model, its heads, the data, the devices.
-
-    `classes` are all that are reported. Training and selection have those of `seen` (indices of `classes`): all of
-    them, but for generalised zero-shot.
-    """
-
-    sources: Sources
-    model: clip.CLIP
-    tokenizer: Tokenizer
-    data: data.Data
-    classes: tuple[str, ...]
-    seen: Int[np.ndarray, " seen"]
-    zero_shot: lipsum.Classifier
-    context_head: Float[Array, "dim templates"]
-    tau: Float[Array, ""]
-    mesh: Mesh
+    setup: opening.Setup
 
     def predict(self, members: Sequence[lipsum.Classifier], split: data.Split) -> Predictions:
         """One pass over a split, in the precision of the command."""
-        sources = self.sources
+        sources = self.setup.sources
         computing = [
             lipsum.Classifier(clip.compute_in(member.vision, sources.precision), member.head) for member in members
         ]
         batch_size = data.evaluation_batch_size(sources.batch_size, sources.accumulate)
-        return predict(computing, self.tau, split, batch_size, sources.workers, self.mesh)
-
-    def over_seen(self, classifier: lipsum.Classifier) -> lipsum.Classifier:
-        """The classifier over the classes of training and selection."""
-        if len(self.seen) == len(self.classes):
-            return classifier
-        return lipsum.Classifier(classifier.vision, classifier.head[:, self.seen])
-
-    def over_all(self, classifier: lipsum.Classifier) -> lipsum.Classifier:
-        """The classifier over all classes: where some are unseen, the head is the fixed zero-shot one."""
-        if len(self.seen) == len(self.classes):
-            return classifier
-        return lipsum.Classifier(classifier.vision, self.zero_shot.head)
+        return predict(computing, self.setup.tau, split, batch_size, sources.workers, self.setup.mesh)
 
     def selection_accuracy(self, members: Sequence[lipsum.Classifier]) -> float:
         """Accuracy on the selection data, of classifiers over the classes there."""
-        return float(np.mean(self.predict(members, self.data.selection).correct))
-
-    @cached_property
-    def text(self) -> clip.TextTower:
-        """The text tower in the host's memory: what is computed once, one device of each process computes."""
-        return data.fetch(self.model.text)
+        return float(np.mean(self.predict(members, self.setup.data.selection).correct))
 
     @cached_property
     def zero_shot_predictions(self) -> dict[str, Predictions]:
-        return {name: self.predict([self.zero_shot], split) for name, split in self.data.reports.items()}
+        return {name: self.predict([self.setup.zero_shot], split) for name, split in self.setup.data.reports.items()}
 
     @cached_property
     def second_moment(self) -> Float[Array, "dim dim"]:
         """C2 over the 10,000 random texts of 8 tokens that the paper's energy gap is over."""
-        length = min(8, self.model.config.context_length - 2)
-        return lipsum.text_second_moment(self.text, None, length)
+        length = min(8, self.setup.model.config.context_length - 2)
+        return lipsum.text_second_moment(self.setup.text, None, length)
 
     @cached_property
     def zero_shot_results(self) -> dict[str, dict[str, Any]]:
@@ -248,119 +181,24 @@ class Setup:
         """Of every reported split what results.json tells."""
         return {
             name: self.results_of(name, self.predict(members, split), len(members) == 1)
-            for name, split in self.data.reports.items()
+            for name, split in self.setup.data.reports.items()
         }
 
     def results_of(self, name: str, predictions: Predictions, is_one_model: bool = True) -> dict[str, Any]:
         """Role and metrics of a split; energy gap and distortion of one model; where classes are unseen, S, U and H."""
-        results = {"role": "shift" if name in list(self.data.reports)[1:] else "reference", **metrics(predictions)}
+        setup = self.setup
+        results = {"role": "shift" if name in list(setup.data.reports)[1:] else "reference", **metrics(predictions)}
         if is_one_model:  # an ensemble has no features of its own
             before = jnp.asarray(self.zero_shot_predictions[name].features)
             after = jnp.asarray(predictions.features)
             results["energy_gap"] = float(lipsum.expected_energy_gap(after, before, self.second_moment))
             results["distortion"] = float(lipsum.feature_distortion(after, before))
-        if len(self.seen) < len(self.classes):
-            is_seen = np.isin(self.data.reports[name].labels, self.seen)
+        if len(setup.seen) < len(setup.classes):
+            is_seen = np.isin(setup.data.reports[name].labels, setup.seen)
             if is_seen.any() and not is_seen.all():  # a shift may lack the one or the other
                 seen, unseen = (float(np.mean(predictions.correct[which])) for which in (is_seen, ~is_seen))
                 results |= {"seen": seen, "unseen": unseen, "harmonic_mean": harmonic_mean(seen, unseen)}
         return results
-
-
-def read_templates(templates: str | None) -> list[str]:
-    """OpenAI's prompts, those of a file, the one prompt given, or minidomain's.
-
-    Raises InputError for one without `{}`.
-    """
-    if templates is None:
-        return list(minidomain.TEMPLATES)
-    if templates == "openai":
-        return download.openai_prompts()[1]
-    if "{}" in templates:
-        return [templates]
-    try:
-        lines = Path(templates).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--templates {templates!r} is neither openai, a prompt with {{}} nor a readable file: {error}"
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"--templates {templates} is empty: write one prompt a line")
-    for prompt in prompts:
-        if "{}" not in prompt:
-            raise InputError(f"--templates {templates}: {prompt!r} has no {{}} for the class: add it")
-    return prompts
-
-
-def check_text_length(length: int, config: clip.Config) -> None:
-    """Raises InputError where a random text of --text-length tokens does not fit the model."""
-    if length + 2 > config.context_length:
-        raise InputError(
-            f"--text-length {length} with start and end token is over the model's context of "
-            f"{config.context_length} tokens: give at most {config.context_length - 2}"
-        )
-
-
-def seen_classes(classes: tuple[str, ...], unseen: tuple[str, ...]) -> Int[np.ndarray, " seen"]:
-    """Indices of the classes that are not `unseen`.
-
-    Raises InputError for an unknown class, or where fewer than two stay.
-    """
-    known = {name.replace("_", " "): name for name in classes}
-    for name in unseen:
-        if name.replace("_", " ") not in known:
-            raise unknown("class", name, classes)
-    held_back = {known[name.replace("_", " ")] for name in unseen}
-    seen = np.array([index for index, name in enumerate(classes) if name not in held_back], np.int32)
-    if len(seen) < 2:
-        raise InputError(
-            f"--unseen holds back {len(held_back)} of {len(classes)} classes: leave two or more to train on"
-        )
-    return seen
-
-
-def prepare(sources: Sources) -> Setup:
-    """Loads and checks the model and the data. Raises InputError before any long work."""
-    mesh = data.device_mesh(data.evaluation_batch_size(sources.batch_size, sources.accumulate))
-    images = layouts.read(
-        sources.data, sources.data_root, sources.reference, sources.shifts, sources.select_on,
-        sources.keep_underscores, sources.split_roots,
-    )  # fmt: skip
-    images = data.with_skipped(images, sources.skip_broken)
-    # After the data, whose root may be wrong: these two may download.
-    templates = read_templates(sources.templates)
-    model, tokenizer = weights.load(sources.model)
-    classes = images.train.classes
-    seen = seen_classes(classes, sources.unseen)
-    if sources.unseen:
-        train, selection = (data.of_classes(split, seen) for split in (images.train, images.selection))
-        images = data.Data(train, selection, images.reports)
-    data.check_images([images.train, images.selection, *images.reports.values()], sources.workers)
-    features = clip.prompt_features(model, tokenizer, classes, templates)
-    head, context_head, tau = (
-        clip.zero_shot_head(features),
-        clip.context_head(features[:, seen]),  # training knows no unseen class
-        jnp.exp(model.logit_scale),
-    )
-    model, head, context_head, tau = data.place((model, head, context_head, tau), mesh, sources.fsdp)
-    zero_shot = lipsum.Classifier(model.vision, head)
-    return Setup(sources, model, tokenizer, images, classes, seen, zero_shot, context_head, tau, mesh)
-
-
-def save_classifier(folder: Path, setup: Setup, classifier: lipsum.Classifier) -> None:
-    """A classifier as a Hugging Face CLIP folder, with the head and the names of its columns. By one process."""
-    trained = eqx.tree_at(lambda model: model.vision, setup.model, classifier.vision)
-    model, head = data.fetch((trained, classifier.head))
-    if not data.writes_files():
-        return
-
-    def write(new: Path) -> None:
-        weights.save(new, model, setup.tokenizer)
-        save_file({"head": np.asarray(head, order="C")}, new / "head.safetensors")
-        files.write_json(new / "classes.json", setup.classes)
-
-    files.write_whole(folder, write)
 
 
 # ----------------------------------------------------------------------------------------------------- finished runs
@@ -369,76 +207,6 @@ def save_classifier(folder: Path, setup: Setup, classifier: lipsum.Classifier) -
 def print_table(results: Sequence[dict[str, Any]]) -> None:
     """The table of accuracies that commands end with."""
     print(tables.rendered(tables.table(results, "accuracy"), "text", bold=sys.stdout.isatty()))
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its folder, what `config.json` and `results.json` say, and its selected classifier."""
-
-    folder: Path
-    config: dict[str, Any]
-    results: dict[str, Any]
-    classifier: lipsum.Classifier
-
-
-def needs(folder: Path, names: Sequence[str]) -> None:
-    """Raises InputError where the folder lacks one of the files."""
-    for name in names:
-        if not (folder / name).exists():
-            raise InputError(f"{folder} has no {name}: give the folder of a finished run, such as runs/lipsum/seed-0")
-
-
-def read_classifier(best: Path) -> tuple[lipsum.Classifier, clip.CLIP]:
-    """What `save_classifier` saved. Raises InputError where something is missing or damaged."""
-    needs(best, ("head.safetensors", "classes.json"))
-    model, _ = weights.load(str(best))
-    try:
-        head = load_file(best / "head.safetensors")["head"]
-    except Exception as error:  # a damaged file may raise anything
-        raise InputError(f"{best / 'head.safetensors'} cannot be read ({error}): restore it or train again") from error
-    classes = read_json(best / "classes.json")
-    if head.shape != (model.config.embedding_size, len(classes)):
-        raise InputError(
-            f"{best / 'head.safetensors'} has shape {head.shape}, the model {model.config.embedding_size} features and "
-            f"classes.json {len(classes)} names: restore the run's own files"
-        )
-    return lipsum.Classifier(model.vision, jnp.asarray(head)), model
-
-
-def read_run(folder: Path) -> Run:
-    """Raises InputError where the folder is no finished run with one classifier."""
-    needs(folder, ("config.json", "results.json", "best/head.safetensors"))
-    classifier, _ = read_classifier(folder / "best")
-    return Run(folder, read_json(folder / "config.json"), read_json(folder / "results.json"), classifier)
-
-
-def open_runs(folders: Sequence[Path], select_on: str | None) -> tuple[list[Run], Setup]:
-    """The runs, and the setup that all of them share. Raises InputError where they do not share one."""
-    if not folders:
-        raise InputError("no run is given: give the folders of finished runs, such as runs/lipsum/seed-0")
-    runs = [read_run(folder) for folder in folders]
-    first = runs[0]
-    shared = [field.name for field in dataclasses.fields(Sources) if field.name not in HOW_COMPUTED]
-    for run in runs[1:]:
-        if run.config["classes"] != first.config["classes"]:
-            raise InputError(f"{first.folder} and {run.folder} have different classes: give runs of the same data")
-        for name in shared:
-            one, other = first.config["settings"][name], run.config["settings"][name]
-            if one != other:
-                raise InputError(
-                    f"{first.folder} has {name} {one!r}, {run.folder} has {other!r}: give runs of the same one"
-                )
-    settings = first.config["settings"]
-    recorded = settings | first.config.get("execution", {}) | {"workers": os.cpu_count() or 1}
-    said = {name: recorded[name] for name in (*shared, *HOW_COMPUTED) if name in recorded}
-    said |= {"data_root": settings["data_root"] and Path(settings["data_root"])}
-    said |= {name: tuple(settings[name]) for name in ("shifts", "unseen", "split_roots")}
-    if select_on:
-        said["select_on"] = select_on
-    setup = prepare(Sources(**said))
-    if list(setup.classes) != first.config["classes"]:
-        raise InputError(f"the data of {first.folder} have other classes now: restore {settings['data_root']}")
-    return runs, setup
 
 
 def new_folder(runs: Sequence[Run], method: str, overwrite: bool) -> Path:
@@ -450,10 +218,11 @@ def new_folder(runs: Sequence[Run], method: str, overwrite: bool) -> Path:
 
 
 def write_post_hoc(
-    folder: Path, method: str, setup: Setup, runs: Sequence[Run], members: Sequence[lipsum.Classifier],
+    folder: Path, method: str, evaluator: Evaluator, runs: Sequence[Run], members: Sequence[lipsum.Classifier],
     how: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """What a post-hoc method made, as the files of a run; an ensemble has a `best/` for each member. Its results."""
+    setup = evaluator.setup
     files.delete(folder)
     folder.mkdir(parents=True)
     for number, member in enumerate(members, start=1):
@@ -467,8 +236,8 @@ def write_post_hoc(
         "steps": 0,
         "seconds": 0.0,
         "post_hoc": how,
-        "selection": {"accuracy": setup.selection_accuracy([setup.over_seen(member) for member in members])},
-        "splits": setup.results(members),
+        "selection": {"accuracy": evaluator.selection_accuracy([setup.over_seen(member) for member in members])},
+        "splits": evaluator.results(members),
         "skipped": sorted(setup.data.train.skipped.paths),
     }
     files.write_json(folder / "results.json", results)
@@ -491,13 +260,13 @@ def wise_command(
         if not 0 <= alpha <= 1:
             raise InputError(f"--alphas has {alpha}: give shares from 0 (zero-shot) to 1 (fine-tuned)")
     opened, setup = open_runs(runs, None)
-    results = []
+    evaluator, results = Evaluator(setup), []
     for run in opened:
         for alpha in alphas:
             method = f"{run.results['method']}+wise-{alpha:g}"
             folder = new_folder([run], method, overwrite)
             mixed = lipsum.wise(setup.zero_shot, run.classifier, alpha)
-            results.append(write_post_hoc(folder, method, setup, [run], [mixed], {"alpha": alpha}))
+            results.append(write_post_hoc(folder, method, evaluator, [run], [mixed], {"alpha": alpha}))
     print_table([run.results for run in opened] + results)
 
 
@@ -551,7 +320,7 @@ def tpgm_command(
             raise InputError(f"--{name} is {value}: give at least 1")
     data.device_mesh(batch_size)
     opened, setup = open_runs(runs, select_on)
-    results = []
+    evaluator, results = Evaluator(setup), []
     for run in opened:
         for value in penalty or (0.0,):
             kind = f"tpgm-c-{value:g}" if penalty else "tpgm"
@@ -560,13 +329,14 @@ def tpgm_command(
             projected = tpgm(setup, run.classifier, norm, value, run.results["seed"], steps, batch_size)
             how = {"norm": norm, "penalty": value, "steps": steps, "batch_size": batch_size}
             how["select_on"] = setup.sources.select_on
-            results.append(write_post_hoc(folder, method, setup, [run], [projected], how))
+            results.append(write_post_hoc(folder, method, evaluator, [run], [projected], how))
     print_table([run.results for run in opened] + results)
 
 
 def greedy_command(kind: Literal["soup", "ensemble"], folders: tuple[Path, ...], overwrite: bool) -> None:
     """The greedy soup or ensemble of runs, chosen on the selection data."""
     runs, setup = open_runs(folders, None)
+    evaluator = Evaluator(setup)
     bases = ",".join(dict.fromkeys(run.results["method"] for run in runs))
     method = f"{bases}+{kind}"
     folder = new_folder(runs, method, overwrite)
@@ -577,7 +347,7 @@ def greedy_command(kind: Literal["soup", "ensemble"], folders: tuple[Path, ...],
         return [lipsum.soup(chosen)] if kind == "soup" else chosen
 
     def accuracy_of(indices: Sequence[int]) -> float:
-        return setup.selection_accuracy([setup.over_seen(member) for member in members_of(indices)])
+        return evaluator.selection_accuracy([setup.over_seen(member) for member in members_of(indices)])
 
     alone = [accuracy_of([index]) for index in range(len(runs))]
     members = lipsum.greedy_members(alone, accuracy_of, len(runs) if kind == "soup" else 4)
@@ -585,7 +355,7 @@ def greedy_command(kind: Literal["soup", "ensemble"], folders: tuple[Path, ...],
         "candidates": {str(run.folder): accuracy for run, accuracy in zip(runs, alone, strict=True)},
         "members": [str(runs[index].folder) for index in members],
     }
-    results = write_post_hoc(folder, method, setup, runs, members_of(members), how)
+    results = write_post_hoc(folder, method, evaluator, runs, members_of(members), how)
     print(f"{len(members)} of {len(runs)} runs are in the {kind}: {', '.join(how['members'])}")
     print_table([run.results for run in runs] + [results])
 
@@ -611,16 +381,6 @@ def ensemble_command(runs: tyro.conf.Positional[tuple[Path, ...]], overwrite: bo
 
 
 # -------------------------------------------------------------------------------------------------------- command line
-
-
-def exit_code(command: Callable[[], None]) -> int:
-    """Runs a command: 0, or 2 after one line on stderr where the user's input is wrong. Faults of ours raise (1)."""
-    try:
-        command()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 Runs = tyro.conf.Positional[tuple[Path, ...]]
@@ -659,7 +419,7 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
         files_only: Leave out the two figures that need the data and the models (energy vectors, contact sheet).
     """
     try:
-        import figures  # needs the extra; everything else does without
+        from support import figures  # needs the extra; everything else does without
     except ImportError as error:
         raise InputError(f"figures need {error.name}: pip install '.[plots]'") from error
     results = tables.read_results(runs)
@@ -667,7 +427,7 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
     if not files_only:
         first_of = {run["method"]: run["path"].parent for run in reversed(figures.main_settings(results))}
         opened, setup = open_runs(list(reversed(first_of.values())), None)
-        drawn["energy_vectors"] = lambda: energy_vectors_of(opened, setup)
+        drawn["energy_vectors"] = lambda: energy_vectors_of(opened, Evaluator(setup))
         drawn["contact_sheet"] = lambda: figures.contact_sheet(images_of_classes(setup))
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in drawn.items():
@@ -686,17 +446,18 @@ def first_images(split: data.Split, count: int) -> data.Split:
     return dataclasses.replace(split, images=split.images[:count], labels=split.labels[:count])
 
 
-def energy_vectors_of(runs: Sequence[Run], setup: Setup) -> Any:
+def energy_vectors_of(runs: Sequence[Run], evaluator: Evaluator) -> Any:
     """Figure 15 for one run of each method: the first 100 images of every split."""
-    import figures
+    from support import figures
 
+    setup = evaluator.setup
     splits = {name: first_images(split, 100) for name, split in setup.data.reports.items()}
 
     def features_of(classifier: lipsum.Classifier) -> dict[str, Float[np.ndarray, "_ dim"]]:
-        return {name: setup.predict([classifier], split).features for name, split in splits.items()}
+        return {name: evaluator.predict([classifier], split).features for name, split in splits.items()}
 
     after = {tables.label_of(run.results["method"]): features_of(run.classifier) for run in runs}
-    return figures.energy_vectors(features_of(setup.zero_shot), after, np.asarray(setup.second_moment))
+    return figures.energy_vectors(features_of(setup.zero_shot), after, np.asarray(evaluator.second_moment))
 
 
 def images_of_classes(setup: Setup, most: int = 20) -> dict[str, dict[str, UInt8[np.ndarray, "_ _ 3"] | None]]:
@@ -727,14 +488,15 @@ def energy_gap_command(
         if value < 1:
             raise InputError(f"--{name} is {value}: give at least 1")
     opened, setup = open_runs(runs, None)
+    evaluator = Evaluator(setup)
     check_text_length(text_length, setup.model.config)
     ids = lipsum.random_texts(setup.text, num_texts, text_length, jax.random.key(seed))
     texts = jax.jit(lipsum.features_of_many)(setup.text, ids)
     second_moment = texts.T @ texts / num_texts
     for run in opened:
         for name, split in setup.data.reports.items():
-            after = jnp.asarray(setup.predict([run.classifier], split).features)
-            before = jnp.asarray(setup.zero_shot_predictions[name].features)
+            after = jnp.asarray(evaluator.predict([run.classifier], split).features)
+            before = jnp.asarray(evaluator.zero_shot_predictions[name].features)
             line = f"{run.folder}  {name}  {lipsum.expected_energy_gap(after, before, second_moment):.6e}"
             if brute_force:
                 pairs = (slice(start, start + 256) for start in range(0, len(after), 256))

@@ -7,17 +7,13 @@ option has several values, the run's own follows in the folder's name.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import importlib.metadata
-import json
 import os
 import shlex
 import signal
-import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,20 +22,17 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 import tyro
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 from tqdm import tqdm
 
 import clip
 import data
 import eval as evaluation
-import files
 import lipsum
-import pretrain
-import tables
-from clip import InputError, unknown
-from options import (
-    PROCESSES,
+from support import files, opening, pretrain, tables
+from support.errors import InputError, exit_code, read_json, unknown
+from support.logs import LOG_EVERY, Log, lines_up_to, seconds_per_step, tensorboard
+from support.options import (
     PROFILED,
     Options,
     Plan,
@@ -52,8 +45,16 @@ from options import (
     weight_of,
     with_defaults,
 )
-
-LOG_EVERY = 10  # steps
+from support.processes import (
+    Signals,
+    Stopped,
+    broadcast,
+    check_processes,
+    connect,
+    from_writer,
+    gathered,
+    keep_freed_memory,
+)
 
 # ------------------------------------------------------------------------------------------------------- runs on disk
 
@@ -97,7 +98,7 @@ def check_folders(options: Options, runs: list[Plan]) -> None:
             raise InputError(f"{plan.folder} holds a run: give --resume, --overwrite or another --out")
         if options.resume and is_finished(plan):
             path = plan.folder / "config.json"
-            check_settings(path, clip.read_json(path)["settings"], settings_of(options, plan))
+            check_settings(path, read_json(path)["settings"], settings_of(options, plan))
 
 
 class Progress(TypedDict):
@@ -136,153 +137,11 @@ def restore(
         arrays = files.from_names(checkpoint.arrays, empty)
         return checkpoint.progress | {"config": progress["config"]}
 
-    found = data.from_writer(read)
+    found = from_writer(read)
     if found["step"] == 0:  # the state of the start
         return found, state, best
     print(f"{checkpoints.folder}: going on from step {found['step']}")
-    return found, *data.broadcast(arrays)
-
-
-# ------------------------------------------------------------------------------------------------------------- signals
-
-
-class Stopped(Exception):
-    """The run ends because of the signal `number`; what `--resume` needs is on the disk."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-class Signals:
-    """SIGTERM and SIGINT. They raise `Stopped` at once but where they are deferred, and there the second one does."""
-
-    def __init__(self) -> None:
-        self._received = 0
-        self._deferred = False
-        self._of_all: Int[Array, ""] | None = None
-
-    @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """Within the block, they come here."""
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, _: Any) -> None:
-        if self._received or not self._deferred:
-            raise Stopped(number)
-        self._received = number
-
-    @contextlib.contextmanager
-    def deferred(self, deferred: bool = True) -> Iterator[None]:
-        """Within the block, signals wait to be asked for, or with False do not."""
-        before, self._deferred = self._deferred, deferred
-        try:
-            if self._received and not deferred:
-                raise Stopped(self._received)
-            yield
-        finally:
-            self._deferred = before
-
-    def received(self, mesh: Mesh, waits: bool) -> int:
-        """The signal that came to any process, or 0. Asked by all after each step, it answers all the same.
-
-        Of several processes the answer is a step old unless it `waits` for the devices.
-        """
-        if jax.process_count() == 1:
-            return self._received
-        before, self._of_all = self._of_all, data.largest_anywhere(self._received, mesh)
-        answer = self._of_all if waits else before
-        return 0 if answer is None else int(answer)
-
-
-# ------------------------------------------------------------------------------------------------------------- figures
-
-
-class Log:
-    """What a run tells while it trains: the bar's figures, lines of metrics.jsonl, and with a board TensorBoard's.
-
-    Figures are read a step late: waiting for the step just dispatched would leave the devices idle.
-    """
-
-    def __init__(self, path: Path, bar: tqdm, board: Any, batch_size: int) -> None:
-        self.path, self.bar, self.board, self.batch_size = path, bar, board, batch_size
-        self._pending: tuple[int, lipsum.Metrics, bool] | None = None
-        self.start_clock(bar.n)
-
-    def start_clock(self, step: int) -> None:
-        """What comes before, an evaluation say, does not count as time of the steps after `step`."""
-        self._timed_step, self._timed_at = step, time.perf_counter()
-
-    def add(self, step: int, metrics: lipsum.Metrics, logged: bool) -> None:
-        """A step just dispatched. Raises as `settle` does of the one before."""
-        self.settle()
-        self._pending = step, metrics, logged
-
-    def settle(self) -> None:
-        """Waits for the last step added, and writes its line where it is logged.
-
-        Raises InputError naming the step where loss or gradient are not finite, or where the line cannot be written.
-        """
-        if self._pending is None:
-            return
-        (step, metrics, logged), self._pending = self._pending, None
-        values = {"loss": 0.0} | {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.bar.update()
-        finite = np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])
-        if logged or not finite:
-            seconds = (time.perf_counter() - self._timed_at) / max(step - self._timed_step, 1)
-            self._write(step, values, seconds)
-            self.start_clock(step)
-        if not finite:
-            raise InputError(
-                f"at step {step} the loss is {values['loss']}, the gradient's norm {values['gradient_norm']}: give a "
-                f"lower --learning-rate and another --out; {self.path.parent} keeps what was saved before"
-            )
-
-    def _write(self, step: int, values: dict[str, float], seconds_per_step: float) -> None:
-        speed = {"images_per_second": self.batch_size / seconds_per_step, "seconds_per_step": seconds_per_step}
-        values = values | {name: round(value, 4) for name, value in speed.items()}
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s")
-        with files.reported(self.path):
-            with open(self.path, "a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step, **values}) + "\n")
-            self.show({name: value for name, value in values.items() if name != "step"}, step)
-
-    def show(self, values: dict[str, float], step: int) -> None:
-        """On the board, where there is one."""
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
-
-
-def tensorboard(folder: Path, start: int) -> Any:
-    """A writer of TensorBoard's event files; what it wrote before, of steps after `start`, is dropped."""
-    from tensorboardX import SummaryWriter  # needs the extra; everything else does without
-
-    return SummaryWriter(str(folder), purge_step=start + 1)
-
-
-def lines_up_to(path: Path, last_step: int) -> list[str]:
-    """The whole lines of a metrics.jsonl, where there is one, that a checkpoint of `last_step` has behind it."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # a killed run may leave half a line
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-    return kept
-
-
-def seconds_per_step(log_path: Path) -> float | None:
-    """The median over the logged steps, without those that waited for the compiler; None where there are too few."""
-    lines = [json.loads(line) for line in lines_up_to(log_path, sys.maxsize)]
-    seconds = [line["seconds_per_step"] for line in lines if line["step"] > LOG_EVERY]
-    return statistics.median(seconds) if seconds else None
+    return found, *broadcast(arrays)
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -293,8 +152,12 @@ class Shared:
     """What the runs of one command on one reference share."""
 
     options: Options
-    setup: evaluation.Setup
+    evaluator: evaluation.Evaluator
     guidance: Int[np.ndarray, "pool tokens"] | None
+
+    @property
+    def setup(self) -> opening.Setup:
+        return self.evaluator.setup
 
     def second_moment(self, text_length: int) -> Float[np.ndarray, "dim dim"]:
         """C2 over the user's texts or 10,000 random ones, computed once for each length."""
@@ -321,7 +184,7 @@ class Shared:
     def probe(self) -> lipsum.Classifier:
         """LP: the zero-shot tower with the head trained to convergence on its features, without augmentation."""
         setup = self.setup
-        features, labels = setup.predict([setup.zero_shot], setup.data.train).features, setup.data.train.labels
+        features, labels = self.evaluator.predict([setup.zero_shot], setup.data.train).features, setup.data.train.labels
         head, steps = lipsum.linear_probe(features, labels, data.fetch(setup.zero_shot.head), data.fetch(setup.tau))
         print(f"linear probe: {int(steps)} steps of L-BFGS on {len(labels)} features")
         head = data.place(np.asarray(head), setup.mesh, self.options.fsdp)
@@ -348,8 +211,8 @@ def fine_tune(shared: Shared, plan: Plan, signals: Signals) -> None:
             folder.mkdir(parents=True, exist_ok=True)
     with files.Checkpoints(folder / "checkpoint") as checkpoints:
         progress, best = train(shared, plan, signals, checkpoints)
-    splits = setup.results([best])
-    evaluation.save_classifier(folder / "best", setup, best)
+    splits = shared.evaluator.results([best])
+    opening.save_classifier(folder / "best", setup, best)
     results = {
         "method": plan.method,
         "model": options.model,
@@ -361,8 +224,8 @@ def fine_tune(shared: Shared, plan: Plan, signals: Signals) -> None:
         "settings": settings_of(options, plan),
         "selection": {"accuracy": progress["best_accuracy"], "step": progress["best_step"]},
         "splits": splits,
-        "zero_shot": setup.zero_shot_results,
-        "skipped": sorted({path for paths in data.gathered(sorted(setup.data.train.skipped.paths)) for path in paths}),
+        "zero_shot": shared.evaluator.zero_shot_results,
+        "skipped": sorted({path for paths in gathered(sorted(setup.data.train.skipped.paths)) for path in paths}),
     }
     if data.writes_files():
         files.write_json(folder / "results.json", results)
@@ -450,7 +313,7 @@ def train(
                 raise Stopped(received)
             if evaluates:  # it may take minutes: what was saved just before is not lost by a signal
                 with signals.deferred(False):
-                    accuracy = setup.selection_accuracy([state.evaluated])
+                    accuracy = shared.evaluator.selection_accuracy([state.evaluated])
                 log.show({"selection_accuracy": accuracy}, step)
                 progress |= {"evaluated": step}
                 if accuracy > progress["best_accuracy"]:
@@ -482,7 +345,7 @@ def describe_execution(shared: Shared, plan: Plan, compile_seconds: float) -> st
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-def read_guidance(path: Path, setup: evaluation.Setup, at_least: int) -> Int[np.ndarray, "pool tokens"]:
+def read_guidance(path: Path, setup: opening.Setup, at_least: int) -> Int[np.ndarray, "pool tokens"]:
     """The texts of a file, one a line, tokenized and cut to the longest.
 
     Raises InputError naming the line that is empty or too long, or where the texts are fewer than `at_least`.
@@ -505,19 +368,20 @@ def prepare(options: Options, reference: str) -> Shared:
     """Loads everything that the runs on a reference share. Raises InputError before any long work."""
     for size in options.batch_size:
         data.device_mesh(size, options.accumulate)
-    names = [field.name for field in dataclasses.fields(evaluation.Sources)]
+    names = [field.name for field in dataclasses.fields(opening.Sources)]
     shifts = options.shifts
     if len(set(options.reference)) > 1:
         shifts = tuple(shift for shift in shifts if shift != reference)
     own = {"reference": reference, "shifts": shifts, "batch_size": max(options.batch_size)}
     sources = {name: getattr(options, name) for name in names} | own
-    setup = evaluation.prepare(evaluation.Sources(**sources))
+    setup = opening.prepare(opening.Sources(**sources))
     config = setup.model.config
     for length in options.text_length:
-        evaluation.check_text_length(length, config)
+        opening.check_text_length(length, config)
     draws = any(lipsum.METHODS[method].texts == "drawn" for method in options.method)
     at_least = max(options.num_texts) if draws else 1
-    return Shared(options, setup, options.guidance and read_guidance(options.guidance, setup, at_least))
+    guidance = options.guidance and read_guidance(options.guidance, setup, at_least)
+    return Shared(options, evaluation.Evaluator(setup), guidance)
 
 
 def pretrain_options(options: Options) -> pretrain.Options:
@@ -539,55 +403,6 @@ def pretrain_options(options: Options) -> pretrain.Options:
     return pretrain.Options(
         options.out, options.data, options.data_root, seed=options.seed[0], overwrite=options.overwrite, **said
     )
-
-
-def connect(options: Options) -> None:
-    """Joins the processes of one run: those that the flags tell, else those of a TPU pod or a Slurm job.
-
-    Comes before anything else touches the devices. All but process 0 print nothing. Raises InputError for wrong flags.
-    """
-    told = [name for name in PROCESSES if getattr(options, name) is not None]
-    if told:
-        for name in PROCESSES:
-            if name not in told:
-                raise InputError(f"{flag(told[0])} needs {flag(name)}: give --coordinator, --processes and --process")
-        if options.processes < 1 or not 0 <= options.process < options.processes:
-            raise InputError(
-                f"--process is {options.process} of --processes {options.processes}: number them from 0 to "
-                f"{max(options.processes, 1) - 1}"
-            )
-        host, _, port = options.coordinator.rpartition(":")
-        if not host or not port.isdecimal():
-            raise InputError(f"--coordinator is {options.coordinator!r}: give HOST:PORT, such as 10.0.0.1:1234")
-        print(
-            f"process {options.process} of {options.processes}: waits up to five minutes for all to meet at "
-            f"{options.coordinator}",
-            flush=True,
-        )
-        jax.distributed.initialize(options.coordinator, options.processes, options.process)
-    elif os.environ.get("SLURM_NTASKS") != "1":  # of a single task, JAX would take the first GPU alone
-        with contextlib.suppress(ValueError):  # no cluster that JAX knows: one process
-            jax.distributed.initialize()
-    if not data.writes_files():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what libraries print, too
-
-
-def check_processes(options: Options, runs: list[Plan]) -> None:
-    """Raises InputError where processes of one run were given different options."""
-    said = [*options.method, *options.seed, *(settings_of(options, plan) for plan in runs)]
-    said += [options.resume, options.overwrite, execution_of(options) | {"workers": 0}]
-    if any(other != said for other in data.gathered(said)):
-        raise InputError("the processes have different options: give each the same command but for --process")
-
-
-def keep_freed_memory() -> None:
-    """Has glibc, where there is one, keep what XLA frees: on CPU, mapping the pages anew takes a quarter of a step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_arena_max, 1)
 
 
 def describe(shared: Shared) -> str:
@@ -629,7 +444,7 @@ def fine_tune_all(options: Options, signals: Signals) -> None:
                 locks.enter_context(files.locked(plan.folder))
             return [options.resume and is_finished(plan) for plan in runs]
 
-        finished = dict(zip(runs, data.from_writer(enter_folders), strict=True))
+        finished = dict(zip(runs, from_writer(enter_folders), strict=True))
         if options.data == "minidomain":
             print(
                 "minidomain: 20 classes drawn in five domains, to see what fine-tuning costs and what Lipsum-FT saves\n"
@@ -656,10 +471,10 @@ def continuing_command(options: Options) -> str:
     return shlex.join(["python", *words, *([] if "clip" in options.method else ["--resume"])])
 
 
-def exit_code(options: Options) -> int:
+def run(options: Options) -> int:
     """Of `main`: 0, or 2 for bad input, or 128 and the signal's number."""
     try:
-        return evaluation.exit_code(lambda: main(options))
+        return exit_code(lambda: main(options))
     except Stopped as stopped:
         print(f"stopped by {signal.Signals(stopped.number).name}; to go on:\n  {continuing_command(options)}")
         return 128 + stopped.number
@@ -669,8 +484,8 @@ if __name__ == "__main__":
     arguments = tyro.cli(Options, prog="python train.py", config=(tyro.conf.FlagCreatePairsOff,))
     keep_freed_memory()
     if not jax.config.jax_compilation_cache_dir:  # the next run of the same sizes starts at once
-        jax.config.update("jax_compilation_cache_dir", str(clip.cache_folder() / "jax"))
-    code = evaluation.exit_code(lambda: connect(arguments)) or exit_code(arguments)
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "jax"))
+    code = exit_code(lambda: connect(arguments)) or run(arguments)
     if code and jax.distributed.is_initialized():  # the usual way out waits for the other processes
         sys.stdout.flush()
         os._exit(code)

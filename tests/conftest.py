@@ -17,27 +17,9 @@ jax.config.update("jax_disable_most_optimizations", True)
 # Loopback is the only network that tests, and the processes they start, reach.
 os.environ |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 
-with install_import_hook(
-    [
-        "clip",
-        "files",
-        "download",
-        "weights",
-        "lipsum",
-        "minidomain",
-        "data",
-        "layouts",
-        "tables",
-        "figures",
-        "eval",
-        "pretrain",
-        "options",
-        "train",
-        "bench",
-    ],
-    "beartype.beartype",
-):
-    import bench  # noqa: F401 (imports all the others)
+with install_import_hook(["clip", "lipsum", "data", "eval", "train", "support"], "beartype.beartype"):
+    import train  # noqa: F401 (imports the others)
+    from support import bench  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,6 +28,8 @@ def compiled_programs_do_not_pile_up() -> Iterator[None]:
     yield
     jax.clear_caches()
 
+
+pytest_plugins = ["helpers"]
 
 REFERENCE = Path(__file__).parent / "reference"
 # Real images and weights for development; tests that need them skip where they are absent.

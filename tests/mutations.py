@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip import InputError
+from support.errors import InputError
 
 
 def with_mutations(

@@ -12,32 +12,13 @@ import psutil
 import pytest
 import seeded
 from conftest import REFERENCE, shared
+from helpers import config_of, seeded_model
 
 import clip
-import weights
-from clip import InputError
+from support import errors, weights
+from support.errors import InputError
 
 FILES = {"tiny": "tiny", "tiny-gelu": "tiny", "vit-b-32": "ViT-B/32", "vit-b-16": "ViT-B/16", "vit-l-14": "ViT-L/14"}
-
-
-def config_of(sizes: dict[str, int], activation: str = "quick_gelu") -> clip.Config:
-    towers = [
-        clip.Transformer(
-            sizes[f"{kind}_width"], sizes[f"{kind}_layers"], sizes[f"{kind}_heads"], 4 * sizes[f"{kind}_width"]
-        )
-        for kind in ("vision", "text")
-    ]
-    vocabulary = sizes["vocabulary_size"]
-    return clip.Config(
-        sizes["image_size"], sizes["patch_size"], *towers, sizes["embedding_size"], sizes["context_length"],
-        vocabulary, vocabulary - 2, vocabulary - 1, activation,
-    )  # fmt: skip
-
-
-def seeded_model(name: str, activation: str = "quick_gelu") -> clip.CLIP:
-    sizes = seeded.ARCHITECTURES[name]
-    state = seeded.hugging_face_weights(sizes, seeded.SEED)
-    return weights.from_state_dict(state, config_of(sizes, activation), "hugging_face", "seeded")
 
 
 def close(actual: jax.Array, expected: np.ndarray, tolerance: float) -> None:
@@ -104,9 +85,9 @@ def test_end_token_that_is_not_the_highest_id() -> None:
     """The vocabulary turned round: its last two tokens become ids 1 and 0."""
     sizes = seeded.ARCHITECTURES["tiny"]
     state, config = seeded.hugging_face_weights(sizes, seeded.SEED), config_of(sizes)
-    model = weights.from_state_dict(state, config, "hugging_face", "seeded")
+    model = clip.from_state_dict(state, config, "hugging_face", "seeded")
     name = "text_model.embeddings.token_embedding.weight"
-    turned = weights.from_state_dict(
+    turned = clip.from_state_dict(
         state | {name: state[name][::-1]},
         dataclasses.replace(config, start_token=1, end_token=0),
         "hugging_face",
@@ -228,4 +209,4 @@ def test_broken_vocabulary_is_named(content: bytes | None, tmp_path) -> None:
 
 
 def test_unknown_names_the_nearest() -> None:
-    assert "did you mean ViT-B/16" in str(clip.unknown("model preset", "ViT-B16", clip.PRESETS))
+    assert "did you mean ViT-B/16" in str(errors.unknown("model preset", "ViT-B16", clip.PRESETS))

@@ -6,29 +6,19 @@ import math
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from helpers import assert_batches_raise, pixels, raises, smooth, take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from clip import InputError
-
-
-def pixels(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Noise with hard edges: every filter tap and every clipping shows."""
-    return np.random.default_rng(seed).choice([0, 7, 90, 128, 200, 255], (height, width, channels)).astype(np.uint8)
-
-
-def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture as smooth as a photograph."""
-    return Image.fromarray(pixels(9, 7, seed=seed)).resize((width, height), Image.Resampling.BICUBIC)
+from support import processes
 
 
 def saved(image: Image.Image, path: Path, **options) -> data.ListedFile:
@@ -50,14 +40,6 @@ def split_of(paths: list[Path]) -> data.Split:
     """A split whose labels tell its images apart."""
     files = tuple(data.ListedFile(path, f"list line {number}") for number, path in enumerate(paths, start=1))
     return data.Split("made", tuple(map(str, range(len(files)))), files, np.arange(len(files), dtype=np.int32))
-
-
-@contextmanager
-def raises(message: str) -> Iterator[None]:
-    """Expects an InputError of one line that matches."""
-    with pytest.raises(InputError, match=message) as caught:
-        yield
-    assert "\n" not in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------ preprocessing
@@ -321,10 +303,6 @@ def ramps(tmp_path_factory: pytest.TempPathFactory) -> data.Split:
     return split_of(paths)
 
 
-def take(batches: Iterator[data.HostBatch], count: int) -> list[data.HostBatch]:
-    return list(itertools.islice(batches, count))
-
-
 def assert_equal(actual: list[data.HostBatch], expected: list[data.HostBatch]) -> None:
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
@@ -376,9 +354,9 @@ def test_evaluation_batches(ramps: data.Split, batch_size: int, batches: int, wo
     assert label.dtype == np.int32 and valid.dtype == np.bool_
     np.testing.assert_array_equal(valid, np.arange(batches * batch_size) < 10)
     np.testing.assert_array_equal(label[valid], np.arange(10))
-    for file, pixels in zip(ramps.images, image[valid], strict=True):
+    for file, found in zip(ramps.images, image[valid], strict=True):
         with Image.open(file.path) as original:
-            np.testing.assert_array_equal(pixels, data.evaluation_image(original, 8))
+            np.testing.assert_array_equal(found, data.evaluation_image(original, 8))
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -505,15 +483,6 @@ def bad_pixels(content: bytes) -> bytes:
     return content[:start] + body + struct.pack(">I", zlib.crc32(body)) + content[start + 8 + length :]
 
 
-def assert_batches_raise(split: data.Split, message: str) -> None:
-    """From the thread that decodes to whoever asks for batches, in evaluation and in training."""
-    for workers in (1, 4):
-        with raises(message):
-            list(data.evaluation_batches(split, 8, 2, workers))
-        with raises(message):
-            take(data.training_batches(split, 8, 2, 0, workers), len(split))
-
-
 @pytest.mark.parametrize(("suffix", "damage"), [("jpg", bad_marker), ("png", bad_pixels)])
 def test_files_that_break_only_when_decoded(suffix: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = tmp_path / f"damaged.{suffix}"
@@ -562,9 +531,9 @@ def test_evaluation_batches_fit(batch_size: int, accumulate: int, expected: int)
 
 def test_what_one_process_tells_itself() -> None:
     """Several processes are tried in test_resume.py."""
-    assert data.gathered({"a": [1, "ü"]}) == [{"a": [1, "ü"]}]
-    assert data.from_writer(lambda: {"step": 3}) == {"step": 3} and data.writes_files()
-    assert int(data.largest_anywhere(15, data.device_mesh(8))) == 15
+    assert processes.gathered({"a": [1, "ü"]}) == [{"a": [1, "ü"]}]
+    assert processes.from_writer(lambda: {"step": 3}) == {"step": 3} and data.writes_files()
+    assert int(processes.largest_anywhere(15, data.device_mesh(8))) == 15
 
 
 def test_fetched_arrays_are_copies() -> None:

@@ -6,14 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import shared
-from test_clip import seeded_model
+from helpers import seeded_model
 
 import clip
 import data
 import eval as evaluation
-import layouts
 import lipsum
-import weights
+from support import layouts, weights
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 

@@ -11,12 +11,11 @@ import pytest
 import scaling
 import seeded
 from conftest import REFERENCE, shared
-from test_clip import config_of, seeded_model
+from helpers import config_of, seeded_model
 
 import clip
 import data
 import lipsum
-import weights
 
 # ------------------------------------------------------------------------------------------------- equations by hand
 
@@ -126,8 +125,8 @@ def entries(prefix: str) -> dict[str, np.ndarray]:
 def original_models() -> tuple[clip.CLIP, lipsum.Frozen, lipsum.Classifier]:
     """The zero-shot model, what is frozen, and the perturbed classifier that the script's step starts from."""
     values, config = original(), config_of(SIZES)
-    zero_shot = weights.from_state_dict(entries("w0/"), config, "hugging_face", "original")
-    trained = weights.from_state_dict(entries("w0/") | entries("w1/"), config, "hugging_face", "original")
+    zero_shot = clip.from_state_dict(entries("w0/"), config, "hugging_face", "original")
+    trained = clip.from_state_dict(entries("w0/") | entries("w1/"), config, "hugging_face", "original")
     frozen = lipsum.Frozen(
         zero_shot=lipsum.Classifier(zero_shot.vision, jnp.asarray(values["cls0"])),
         text=zero_shot.text,
@@ -145,7 +144,7 @@ def original_batch() -> dict[str, jax.Array]:
 def named(zero_shot: clip.CLIP, classifier: lipsum.Classifier) -> dict[str, np.ndarray]:
     """A classifier's leaves under the script's names."""
     model = eqx.tree_at(lambda model: model.vision, zero_shot, classifier.vision)
-    return {name: np.asarray(leaf) for name, leaf in weights.to_state_dict(model, "hugging_face").items()} | {
+    return {name: np.asarray(leaf) for name, leaf in clip.to_state_dict(model, "hugging_face").items()} | {
         "cls": np.asarray(classifier.head)
     }
 
@@ -232,9 +231,7 @@ def nano_setup(dtype: type = np.float32) -> tuple[clip.CLIP, lipsum.Frozen, lips
     """The inputs of `record_reference.py methods`, guidance being its very texts."""
     inputs = seeded.fine_tuning(seeded.SEED)
     config = config_of(seeded.ARCHITECTURES["nano"])
-    models = [
-        weights.from_state_dict(inputs[name], config, "hugging_face", "seeded") for name in ("zero_shot", "trained")
-    ]
+    models = [clip.from_state_dict(inputs[name], config, "hugging_face", "seeded") for name in ("zero_shot", "trained")]
     zero_shot, trained = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), models)
     texts = clip.text_features(zero_shot.text, jnp.asarray(inputs["texts"]))
     frozen = lipsum.Frozen(
@@ -261,7 +258,7 @@ def test_losses_and_gradients_equal_pytorch(method: str) -> None:
     expected = methods_reference()
     np.testing.assert_allclose(value, expected[f"{method}/loss"], rtol=1e-5)
     model = eqx.tree_at(lambda model: model.vision, zero_shot, gradient.vision)
-    leaves = weights.to_state_dict(model, "hugging_face") | {"head": gradient.head}
+    leaves = clip.to_state_dict(model, "hugging_face") | {"head": gradient.head}
     compared = 0
     for name, theirs in expected.items():
         if name.startswith(f"{method}/grad/") and (method == "l2sp" or not name.endswith("k_proj.bias")):

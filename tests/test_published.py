@@ -10,16 +10,14 @@ from PIL import Image
 
 import clip
 import data
-import eval as evaluation
-import layouts
-import weights
+from support import files, layouts, opening, weights
 
 pytestmark = pytest.mark.weights
 
 
 def cached(name: str) -> Path:
     """A file in the cache; skips the test where it is absent. Tests download nothing."""
-    path = clip.cache_folder() / name
+    path = files.cache_folder() / name
     if not path.exists():
         pytest.skip(f"{path} is missing (`python train.py --model ViT-B/32` downloads it)")
     return path
@@ -52,7 +50,7 @@ def test_zero_shot_accuracies_on_imagenet(name: str) -> None:
     """Half a point is left for what published figures differ by among themselves (B/32: 63.2 to 63.4)."""
     for file in (f"{name.replace('/', '-')}.pt", clip.VOCABULARY_FILE, "Prompt_Engineering_for_ImageNet.ipynb"):
         cached(file)
-    sources = evaluation.Sources(
+    sources = opening.Sources(
         name,
         "imagenet",
         shared("data/imagenet"),
@@ -67,7 +65,7 @@ def test_zero_shot_accuracies_on_imagenet(name: str) -> None:
         256,
         os.cpu_count(),
     )
-    found = evaluation.prepare(sources).zero_shot_results
+    found = opening.prepare(sources).zero_shot_results
     assert "imagenet" in found
     for split, published in zip(layouts.IMAGENET, ZERO_SHOT[name], strict=True):
         if split in found:

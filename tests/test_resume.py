@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scaling
-from test_train import model, options, root, tiny_options  # noqa: F401 (fixtures)
+import seeded
+from conftest import REFERENCE
+from helpers import draw_images, save_model, tiny_options
 
-import clip
 import data
 import eval as evaluation
-import files
 import lipsum
 import train
+from support import errors, files
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +79,11 @@ def test_resume_keeps_finished_runs_and_refuses_other_settings(
     assert "is finished: kept" in capsys.readouterr().out
     assert (folder / "results.json").stat().st_mtime_ns == before
     (folder / "results.json").unlink()
-    assert evaluation.exit_code(lambda: train.main(dataclasses.replace(options, resume=True, weight=2.0))) == 2
+    assert errors.exit_code(lambda: train.main(dataclasses.replace(options, resume=True, weight=2.0))) == 2
     assert "made with other settings (--weight 1.0, now 2.0)" in capsys.readouterr().err
     for path in (folder / "checkpoint").iterdir():
         path.write_bytes(b"{}\n")
-    assert evaluation.exit_code(lambda: train.main(dataclasses.replace(options, resume=True))) == 2
+    assert errors.exit_code(lambda: train.main(dataclasses.replace(options, resume=True))) == 2
     assert "no checkpoint in" in capsys.readouterr().err
     train.main(dataclasses.replace(options, overwrite=True))
     assert (folder / "results.json").exists()
@@ -107,6 +108,32 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert files.read_checkpoint(newest).progress["step"] == 6
 
 
+def test_earlier_runs_open_and_resume(
+    options: train.Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Of commit e2f2ed0: a finished run; one of EMA, stopped after step 4, with what it would have become."""
+    shutil.copytree(REFERENCE / "earlier", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)  # where the model and the data lie is in their config.json, as it was typed
+    save_model(tmp_path / "model", **seeded.ARCHITECTURES["nano"])
+    draw_images(tmp_path / "data")
+    options = dataclasses.replace(options, model="model", data_root=Path("data"), out=Path("runs"), resume=True)
+    train.main(options)
+    train.main(dataclasses.replace(options, method=("ema",), decay=0.5))
+    output = capsys.readouterr().out
+    assert "runs/lipsum/seed-0 is finished: kept" in output and "going on from step 4" in output
+    found, expected = (
+        json.loads(Path(f"runs/{name}.json").read_text()) for name in ("ema/seed-0/results", "ema-unbroken")
+    )
+    assert found["selection"] == expected["selection"]
+    for name, split in expected["splits"].items():
+        assert found["splits"][name]["accuracy"] == split["accuracy"]
+        for metric in ("nll", "energy_gap", "distortion"):
+            np.testing.assert_allclose(found["splits"][name][metric], split[metric], rtol=1e-4)
+    evaluation.wise_command((Path("runs/lipsum/seed-0"),), alphas=(1.0,))
+    mixed, run = (json.loads(Path(f"runs/lipsum{name}/seed-0/results.json").read_text()) for name in ("+wise-1", ""))
+    np.testing.assert_allclose(mixed["splits"]["sketch"]["nll"], run["splits"]["sketch"]["nll"], rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------- killed, full, locked
 
 
@@ -123,7 +150,7 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(
     monkeypatch.setattr(sys, "argv", ["train.py", "--overwrite", "--model", "a b"])
     with monkeypatch.context() as patched:
         patched.setattr(lipsum, "training_step", lambda *_: signalled)
-        assert train.exit_code(dataclasses.replace(options, overwrite=True)) == 130
+        assert train.run(dataclasses.replace(options, overwrite=True)) == 130
     output = capsys.readouterr().out
     assert "stopped by SIGINT; to go on:\n  python train.py --model 'a b' --resume\n" in output
     assert files.read_checkpoint(folder / "checkpoint/step-3.safetensors").progress["step"] == 3
@@ -137,22 +164,22 @@ def test_a_signal_in_an_evaluation_acts_at_once(
     options: train.Options, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was saved just before it goes on with that evaluation; the second signal does not wait for a step."""
-    accuracy = evaluation.Setup.selection_accuracy
+    accuracy = evaluation.Evaluator.selection_accuracy
 
     def interrupted(*_):
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("the signal did not act")
 
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation.Setup, "selection_accuracy", interrupted)
-        assert train.exit_code(options) == 143
+        patched.setattr(evaluation.Evaluator, "selection_accuracy", interrupted)
+        assert train.run(options) == 143
     evaluated = []
 
     def recorded(*arguments):
         evaluated.append(accuracy(*arguments))
         return evaluated[-1]
 
-    monkeypatch.setattr(evaluation.Setup, "selection_accuracy", recorded)
+    monkeypatch.setattr(evaluation.Evaluator, "selection_accuracy", recorded)
     train.main(dataclasses.replace(options, resume=True))
     assert len(evaluated) == 3
     one, other = (json.loads((each / "results.json").read_text()) for each in (unbroken, folder))
@@ -177,7 +204,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_was_saved(
         return state, metrics | ({"gradient_norm": jnp.float32(jnp.inf)} if broken else {})
 
     monkeypatch.setattr(lipsum, "training_step", lambda *_: breaks)
-    assert evaluation.exit_code(lambda: train.main(options)) == 2
+    assert errors.exit_code(lambda: train.main(options)) == 2
     error = capsys.readouterr().err
     assert "at step 5 the loss is" in error and "the gradient's norm inf" in error and "lower --learning-rate" in error
     assert f"{folder} keeps what was saved before" in error
@@ -187,7 +214,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_was_saved(
 def test_two_runs_on_one_folder(options: train.Options, folder: Path, capsys) -> None:
     """The second is refused before it loads anything; no lock stays behind."""
     with files.locked(folder):
-        assert evaluation.exit_code(lambda: train.main(dataclasses.replace(options, model="missing.pt"))) == 2
+        assert errors.exit_code(lambda: train.main(dataclasses.replace(options, model="missing.pt"))) == 2
         assert f"another process writes to {folder}: wait until it ends" in capsys.readouterr().err
     train.main(options)
     assert [path.name for path in options.out.rglob(".*")] == []
@@ -198,7 +225,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(options: train.Options, folder
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        assert evaluation.exit_code(lambda: train.main(options)) == 2
+        assert errors.exit_code(lambda: train.main(options)) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
@@ -249,14 +276,14 @@ def test_tensorboard_and_profile(options: train.Options) -> None:
     ],
 )
 def test_bad_input(changes: dict[str, object], message: str, options: train.Options) -> None:
-    with pytest.raises(clip.InputError, match=message):
+    with pytest.raises(errors.InputError, match=message):
         train.main(dataclasses.replace(options, **changes))
     assert not options.out.exists()
 
 
 def test_tensorboard_needs_its_extra(options: train.Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(clip.InputError, match=r"pip install '\.\[tensorboard\]'"):
+    with pytest.raises(errors.InputError, match=r"pip install '\.\[tensorboard\]'"):
         train.main(dataclasses.replace(options, tensorboard=True))
 
 
@@ -324,5 +351,5 @@ def test_processes_are_checked(options: train.Options) -> None:
         ),
         ({"coordinator": "a", "processes": 2, "process": 1}, "--coordinator is 'a': give HOST:PORT"),
     ):
-        with pytest.raises(clip.InputError, match=message):
+        with pytest.raises(errors.InputError, match=message):
             train.connect(dataclasses.replace(options, **changes))

@@ -13,67 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import seeded
+from helpers import config_of
 from PIL import Image
 from safetensors.numpy import load_file
-from test_clip import config_of
-from test_layouts import arrays, cub, imagenet, planted, zoo  # noqa: F401 (fixtures)
 
 import clip
 import data
 import eval as evaluation
-import layouts
 import lipsum
-import minidomain
-import tables
 import train
-import weights
-
-CLASSES = ("ice_cream", "dog", "guitar")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP whose tokenizer knows bytes alone."""
-    symbols = clip.byte_symbols()
-    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), clip.START_TEXT, clip.END_TEXT]
-    tokenizer = clip.bpe_tokenizer({word: index for index, word in enumerate(words)}, [])
-    sizes = seeded.ARCHITECTURES["tiny"] | {"image_size": 16, "context_length": 40, "vocabulary_size": len(words)}
-    state = seeded.hugging_face_weights(sizes, seeded.SEED)
-    folder = tmp_path_factory.mktemp("model")
-    weights.save(folder, weights.from_state_dict(state, config_of(sizes), "hugging_face", "seeded"), tokenizer)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DomainNet's layout: two domains, three classes told by their colour."""
-    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for domain in ("real", "sketch"):
-        for split, number in (("train", 10), ("test", 4)):
-            lines = []
-            for label, name in enumerate(CLASSES):
-                (folder / domain / name).mkdir(parents=True, exist_ok=True)
-                for index in range(number):
-                    pixels = random.integers(0, 120, (20, 24, 3), dtype=np.uint8)
-                    pixels[..., label] += 120
-                    path = f"{domain}/{name}/{split}{index}.png"
-                    Image.fromarray(pixels).save(folder / path)
-                    lines.append(f"{path} {label}\n")
-            (folder / f"{domain}_{split}.txt").write_text("".join(lines))
-    return folder
-
-
-def tiny_options(model: Path, root: Path, out: Path) -> train.Options:
-    return train.Options(
-        model=str(model), data="domainnet", data_root=root, reference=("real",), steps=(6,), batch_size=(8,),
-        learning_rate=(1e-3,), num_texts=(4,), text_length=(3,), eval_every=2, checkpoint_every=100, workers=1,
-        out=out,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def options(model: Path, root: Path, tmp_path: Path) -> train.Options:
-    return tiny_options(model, root, tmp_path / "runs")
+from support import errors, layouts, minidomain, opening, tables, weights
 
 
 def test_run_from_start_to_table(options: train.Options, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +156,7 @@ def test_bad_input_is_one_line_and_makes_nothing(
     changes: dict[str, object], message: str, options: train.Options, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
     monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
-    assert evaluation.exit_code(lambda: train.main(dataclasses.replace(options, **changes))) == 2
+    assert errors.exit_code(lambda: train.main(dataclasses.replace(options, **changes))) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not options.out.exists()
@@ -217,7 +166,7 @@ def test_existing_run_is_not_touched(options: train.Options, capsys) -> None:
     folder = options.out / "lipsum" / "seed-0"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text("precious")
-    assert evaluation.exit_code(lambda: train.main(options)) == 2
+    assert errors.exit_code(lambda: train.main(options)) == 2
     assert f"{folder} holds a run: give --resume, --overwrite or another --out" in capsys.readouterr().err
     assert (folder / "results.json").read_text() == "precious"
 
@@ -235,7 +184,7 @@ def test_broken_image_stops_before_training(options: train.Options, tmp_path: Pa
     os.rename(copy / "cut.png", copy / "ice_cream" / "cut.png")
     lines[7] = "ice_cream/cut.png 0"
     (copy / "real_train.txt").write_text("\n".join(lines))
-    assert evaluation.exit_code(lambda: train.main(dataclasses.replace(options, data_root=copy))) == 2
+    assert errors.exit_code(lambda: train.main(dataclasses.replace(options, data_root=copy))) == 2
     error = capsys.readouterr().err
     assert f"{copy / 'real_train.txt'} line 8" in error and "cut.png is no readable image" in error
     assert not options.out.exists()
@@ -311,7 +260,7 @@ def test_sweep_over_references_and_rates(options: train.Options, capsys: pytest.
     train.main(dataclasses.replace(sweep, resume=True))
     assert capsys.readouterr().out.count("is finished: kept") == 4
     other = dataclasses.replace(sweep, resume=True, warmup=0.5)
-    assert evaluation.exit_code(lambda: train.main(other)) == 2
+    assert errors.exit_code(lambda: train.main(other)) == 2
     assert "was made with other settings (--warmup 0.1, now 0.5)" in capsys.readouterr().err
 
 
@@ -329,7 +278,7 @@ def test_unseen_classes_are_reported_and_not_trained(options: train.Options, tmp
     assert results["settings"]["fixed_head"] and results["settings"]["unseen"] == ["guitar"]
 
     # Against brute force: the saved model over all three classes, image by image.
-    (run,), setup = evaluation.open_runs([folder], None)
+    (run,), setup = opening.open_runs([folder], None)
     assert setup.data.train.classes == ("ice cream", "dog") and set(setup.data.train.labels) == {0, 1}
     np.testing.assert_array_equal(run.classifier.head, setup.zero_shot.head)
     split = setup.data.reports["sketch"]
@@ -361,7 +310,7 @@ def test_harmonic_mean_by_hand() -> None:
     ],
 )
 def test_bad_unseen_classes(changes: dict[str, object], message: str, options: train.Options) -> None:
-    with pytest.raises(clip.InputError, match=message):
+    with pytest.raises(errors.InputError, match=message):
         train.main(dataclasses.replace(options, **changes))
 
 
@@ -385,7 +334,7 @@ def finished(model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def classifier_of(folder: Path) -> list[np.ndarray]:
-    run = evaluation.read_run(folder)
+    run = opening.read_run(folder)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(run.classifier)]
 
 
@@ -396,7 +345,7 @@ def test_methods_that_start_elsewhere(options: train.Options, tmp_path: Path) ->
         options, method=("scratch-ft", "lp", "lp-ft", "lipsum-exact"), fixed_head=True, guidance=tmp_path / "texts.txt"
     )
     train.main(options)
-    runs = {name: evaluation.read_run(options.out / name / "seed-0") for name in options.method}
+    runs = {name: opening.read_run(options.out / name / "seed-0") for name in options.method}
     zero_shot, _ = weights.load(options.model)
     np.testing.assert_array_equal(runs["scratch-ft"].classifier.head, 0)
     np.testing.assert_array_equal(runs["lp"].classifier.head, runs["lp-ft"].classifier.head)
@@ -443,18 +392,18 @@ def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_post_hoc_bad_input(finished: Path, tmp_path: Path) -> None:
     run = finished / "ft" / "seed-1"
-    with pytest.raises(clip.InputError, match=r"--alphas has 1\.5"):
+    with pytest.raises(errors.InputError, match=r"--alphas has 1\.5"):
         evaluation.wise_command((run,), alphas=(1.5,))
-    with pytest.raises(clip.InputError, match=r"has no config\.json"):
+    with pytest.raises(errors.InputError, match=r"has no config\.json"):
         evaluation.wise_command((tmp_path,))
-    with pytest.raises(clip.InputError, match="no run is given"):
+    with pytest.raises(errors.InputError, match="no run is given"):
         evaluation.soup_command(())
-    with pytest.raises(clip.InputError, match="has templates 'a photo of a"):
+    with pytest.raises(errors.InputError, match="has templates 'a photo of a"):
         evaluation.soup_command((run, finished / "other" / "ft" / "seed-0"))
-    with pytest.raises(clip.InputError, match="penalty has -1"):
+    with pytest.raises(errors.InputError, match="penalty has -1"):
         evaluation.tpgm_command((run,), penalty=(-1.0,))
     evaluation.wise_command((run,), alphas=(0.7,))
-    with pytest.raises(clip.InputError, match="give --overwrite"):
+    with pytest.raises(errors.InputError, match="give --overwrite"):
         evaluation.wise_command((run,), alphas=(0.7,))
     evaluation.wise_command((run,), alphas=(0.7,), overwrite=True)
 
@@ -469,7 +418,7 @@ def test_post_hoc_bad_input(finished: Path, tmp_path: Path) -> None:
 )
 def test_bad_guidance(options: train.Options, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "texts.txt").write_text(text)
-    with pytest.raises(clip.InputError, match=message):
+    with pytest.raises(errors.InputError, match=message):
         train.main(dataclasses.replace(options, guidance=tmp_path / "texts.txt"))
 
 
@@ -483,7 +432,7 @@ def test_predict(finished: Path, root: Path, capsys: pytest.CaptureFixture[str])
     evaluation.predict_command(images, run, top=2)
     lines = capsys.readouterr().out.splitlines()
     assert [lines[0], lines[3]] == [str(image) for image in images] and len(lines) == 6
-    classifier, model = evaluation.read_classifier(run / "best")
+    classifier, model = opening.read_classifier(run / "best")
     features = clip.image_features(
         classifier.vision, jnp.asarray(data.read_image(data.ListedFile(images[0], ""), 16))[None]
     )
@@ -496,9 +445,9 @@ def test_predict(finished: Path, root: Path, capsys: pytest.CaptureFixture[str])
     evaluation.ensemble_command((run, finished / "lipsum" / "seed-0"), overwrite=True)
     evaluation.predict_command(images[:1], finished / "ft,lipsum+ensemble" / "seed-0", top=1)
     assert len(capsys.readouterr().out.splitlines()[-2:]) == 2
-    with pytest.raises(clip.InputError, match=r"missing\.png does not exist"):
+    with pytest.raises(errors.InputError, match=r"missing\.png does not exist"):
         evaluation.predict_command((Path("missing.png"),), run)
-    with pytest.raises(clip.InputError, match=r"has no head\.safetensors"):
+    with pytest.raises(errors.InputError, match=r"has no head\.safetensors"):
         evaluation.predict_command(images, finished)
 
 
@@ -533,8 +482,9 @@ def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         with Image.open(tmp_path / f"{name}.png") as image:
             assert np.asarray(image.convert("L")).std() > 1, name
     assert "Pearson's correlation of relative accuracy with energy gap" in output
-    monkeypatch.setitem(sys.modules, "figures", None)
-    with pytest.raises(clip.InputError, match=r"pip install '\.\[plots\]'"):
+    monkeypatch.setitem(sys.modules, "support.figures", None)
+    monkeypatch.delattr("support.figures")
+    with pytest.raises(errors.InputError, match=r"pip install '\.\[plots\]'"):
         evaluation.figures_command(runs, tmp_path)
 
 
@@ -567,9 +517,9 @@ def test_broken_images_are_skipped_and_listed(options: train.Options, root: Path
     for path in broken:
         path.write_bytes(path.read_bytes()[:40])
     options = dataclasses.replace(options, data_root=tmp_path / "set", method=("ft",), steps=(2,))
-    with pytest.raises(clip.InputError, match="is no readable image"):
+    with pytest.raises(errors.InputError, match="is no readable image"):
         train.main(options)
-    with pytest.raises(clip.InputError, match="--skip-broken 1 are skipped"):
+    with pytest.raises(errors.InputError, match="--skip-broken 1 are skipped"):
         train.main(dataclasses.replace(options, skip_broken=1))
     train.main(dataclasses.replace(options, skip_broken=2))
     results = json.loads((options.out / "ft/seed-0/results.json").read_text())
@@ -581,20 +531,20 @@ def test_export_under_openai_names(model: Path, tmp_path: Path) -> None:
     _, tokenizer = weights.load(str(model))
     sizes = seeded.ARCHITECTURES["tiny"] | {"vision_heads": 1, "text_width": 64, "text_heads": 1}
     sizes |= {"vocabulary_size": tokenizer.get_vocab_size()}
-    original = weights.from_state_dict(
+    original = clip.from_state_dict(
         seeded.hugging_face_weights(sizes, seeded.SEED), config_of(sizes), "hugging_face", "seeded"
     )
     weights.save(tmp_path / "run/best", original, tokenizer)
     file = tmp_path / "model.safetensors"
     evaluation.export_command(tmp_path / "run", out=file)
     state = weights.read_safetensors(file)
-    restored = weights.from_state_dict(state, weights.openai_config(state, str(file)), "openai", str(file))
+    restored = clip.from_state_dict(state, weights.openai_config(state, str(file)), "openai", str(file))
     assert restored.config == original.config
     for one, other in zip(jax.tree.leaves(original), jax.tree.leaves(restored), strict=True):
         np.testing.assert_array_equal(one, other)
-    with pytest.raises(clip.InputError, match="exists already"):
+    with pytest.raises(errors.InputError, match="exists already"):
         evaluation.export_command(tmp_path / "run", out=file)
-    with pytest.raises(clip.InputError, match=r"heads 64 wide \(here 16 and 16\)"):
+    with pytest.raises(errors.InputError, match=r"heads 64 wide \(here 16 and 16\)"):
         evaluation.export_command(model, out=tmp_path / "other.safetensors")
 
 

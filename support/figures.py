@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
 import lipsum
-import tables
-from tables import Results
+from support import tables
+from support.tables import Results
 
 
 class Nothing(Exception):

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-import layouts
 import lipsum
-from clip import InputError, unknown
+from support import layouts
+from support.errors import InputError, unknown
 
 
 def _unsaid(metavar: str, default: str) -> Any:

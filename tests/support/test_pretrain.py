@@ -16,10 +16,9 @@ from conftest import REFERENCE
 from PIL import Image
 
 import clip
-import minidomain
-import pretrain
-import weights
-from clip import END_TEXT, START_TEXT, InputError
+from clip import END_TEXT, START_TEXT
+from support import minidomain, pretrain, weights
+from support.errors import InputError
 
 TINY_CLIP = REFERENCE.parents[1] / "assets" / "tiny-clip"
 SMALL = clip.Config(

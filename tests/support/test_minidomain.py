@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import minidomain
-from clip import InputError
-from minidomain import CLASSES, COLOURS, DOMAINS, TEMPLATES, captions, draw, load, load_web
+from support import minidomain
+from support.errors import InputError
+from support.minidomain import CLASSES, COLOURS, DOMAINS, TEMPLATES, captions, draw, load, load_web
 
 pytestmark = pytest.mark.filterwarnings("error")
 MODULE = Path(minidomain.__file__)
 SMALL = {"train": 40, "val": 20, "test": 20}
-FEW = "import minidomain; minidomain.SIZES = {'train': 40, 'val': 20, 'test': 20}; "
+FEW = "from support import minidomain; minidomain.SIZES = {'train': 40, 'val': 20, 'test': 20}; "
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def python(*arguments):
     """Starts Python where it finds the modules, warnings as errors."""
     return subprocess.Popen(
         [sys.executable, "-W", "error", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
+        env=os.environ | {"PYTHONPATH": str(MODULE.parents[1])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -62,7 +62,7 @@ def test_an_image_depends_on_its_arguments_only():
     again = [draw(*arguments) for arguments in reversed(wanted)][::-1]
     assert all(a[0].tobytes() == b[0].tobytes() and a[1] == b[1] for a, b in zip(first, again, strict=True))
     assert all(image.shape == (36, 36, 3) and image.dtype == np.uint8 for image, _ in first)
-    code = f"import hashlib, minidomain\nfor a in {wanted}: print(hashlib.sha256(minidomain.draw(*a)[0]).hexdigest())"
+    code = f"import hashlib\nfrom support import minidomain\nfor a in {wanted}: print(hashlib.sha256(minidomain.draw(*a)[0]).hexdigest())"
     status, output, errors = run("-c", code)
     assert (status, errors) == (0, "")
     assert output.split() == [digest(image) for image, _ in first]
@@ -319,7 +319,7 @@ def test_an_export_reads_back_as_loaded(cache, tmp_path):
 
 def test_an_export_mixes_with_nothing(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    status, output, errors = run(MODULE, "--export", tmp_path)
+    status, output, errors = run("-m", "support.minidomain", "--export", tmp_path)
     assert (status, output, errors.count("\n")) == (2, "", 1)
     assert str(tmp_path) in errors and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(InputError, match="not an empty folder"):
@@ -337,7 +337,7 @@ def test_the_command_line_refuses(options, tmp_path, monkeypatch):
 
 
 def test_the_contact_sheet(tmp_path):
-    status, output, errors = run(MODULE, "--show", tmp_path / "sheet.png")
+    status, output, errors = run("-m", "support.minidomain", "--show", tmp_path / "sheet.png")
     assert (status, output, errors) == (0, "", "")
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.size == (84 + 5 * 2 * 74, 20 + 20 * 74)

@@ -11,8 +11,8 @@ import pytest
 from conftest import EXAMPLES
 from mutations import with_mutations
 
-import files
-from clip import InputError
+from support import files
+from support.errors import InputError
 
 ARRAYS = files.by_name(
     {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lipsum
-from clip import InputError, read_json
+from support.errors import InputError, read_json
 
 Results = dict[str, Any]  # a results.json, with its `path`
 

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-import download
-import minidomain
-from clip import InputError, cache_folder, read_json, unknown
 from data import Data, Files, ListedFile, Split, hold_out, take
+from support import download, minidomain
+from support.errors import InputError, read_json, unknown
+from support.files import cache_folder
 
 
 def wrong_root(root: Path, lacking: str, layout: str, option: str = "--data-root") -> InputError:

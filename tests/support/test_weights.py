@@ -10,67 +10,44 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import seeded
 from conftest import EXAMPLES, shared
+from helpers import (
+    CONFIG,
+    MERGES,
+    TOKENIZER,
+    VOCABULARY,
+    Build,
+    Call,
+    Global,
+    New,
+    Stored,
+    archive,
+    described,
+    entries,
+    hugging_face_state,
+    module,
+    openai_state,
+    pickled,
+    rebuilt,
+    refused,
+    small_model,
+    state_dict,
+    vocabulary_file,
+    write,
+)
 from mutations import read_unless_refused, with_mutations
 from safetensors.numpy import load_file, save_file
-from test_clip import config_of
 from tokenizers import Tokenizer
 
 import clip
-import download
-import weights
-from clip import InputError
-
-# Widths are multiples of 64, as OpenAI's format asks; the vocabulary is that of `TOKENIZER`.
-SIZES = {
-    "image_size": 16,
-    "patch_size": 8,
-    "vision_width": 64,
-    "vision_layers": 2,
-    "vision_heads": 1,
-    "text_width": 128,
-    "text_layers": 1,
-    "text_heads": 2,
-    "context_length": 8,
-    "vocabulary_size": 516,
-    "embedding_size": 32,
-}
-CONFIG = config_of(SIZES)
-MERGES = [("d", "o"), ("do", "g</w>")]
-SYMBOLS = clip.byte_symbols()
-WORDS = [*SYMBOLS, *(f"{symbol}</w>" for symbol in SYMBOLS), *map("".join, MERGES), clip.START_TEXT, clip.END_TEXT]
-VOCABULARY = {word: index for index, word in enumerate(WORDS)}
-TOKENIZER = clip.bpe_tokenizer(VOCABULARY, MERGES)
-
-
-@functools.cache
-def hugging_face_state() -> Mapping[str, np.ndarray]:
-    """Seeded weights, with values in them that arithmetic would change."""
-    state = seeded.hugging_face_weights(SIZES, seeded.SEED)
-    special = np.array([0x80000000, 0x7FC00123, 0xFF800000, 0x00000001], np.uint32)  # -0, a NaN, -inf, the least float
-    state["text_model.embeddings.token_embedding.weight"][0, :4] = special.view(np.float32)
-    return state
-
-
-@functools.cache
-def model() -> clip.CLIP:
-    return weights.from_state_dict(hugging_face_state(), CONFIG, "hugging_face", "seeded")
-
-
-@functools.cache
-def openai_state() -> Mapping[str, np.ndarray]:
-    """In the dtypes of OpenAI's files: float16 but for the LayerNorms and embeddings."""
-    state = {name: np.asarray(array) for name, array in weights.to_state_dict(model(), "openai").items()}
-    kept = re.compile(r"ln_|embedding|logit_scale")
-    return {name: array if kept.search(name) else array.astype(np.float16) for name, array in state.items()}
+from support import download, weights
 
 
 def assert_same(actual: clip.CLIP, expected: clip.CLIP) -> None:
@@ -82,137 +59,13 @@ def assert_same(actual: clip.CLIP, expected: clip.CLIP) -> None:
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-def refused(call: Callable[[], Any], *words: object) -> None:
-    """An InputError of one line that holds `words` and says what to do."""
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert message.isprintable()
-    assert re.search("download|give|put|copy|save|restore|choose|do not trust|did you mean", message), message
-    for word in words:
-        assert str(word) in message
-
-
 # ------------------------------------------------------------------------------------------------- archives by hand
-
-
-class Global(NamedTuple):
-    name: str  # "module name"
-
-
-class Call(NamedTuple):
-    function: Global
-    arguments: tuple
-
-
-class Build(NamedTuple):
-    target: Any
-    state: Any
-
-
-class New(NamedTuple):
-    kind: Global
-
-
-class Stored(NamedTuple):
-    """A storage: its place under `data/` and what the archive says of it."""
-
-    key: str
-    type: str
-    length: int
-    device: str = "cpu"
-
-
-def pickled(value: Any) -> bytes:
-    """Protocol 2 opcodes, as PyTorch writes them. A pickler would import what it names."""
-    match value:
-        case Global(name):
-            return pickle.GLOBAL + "{}\n{}\n".format(*name.split()).encode()
-        case Call(function, arguments):
-            return pickled(function) + pickled(arguments) + pickle.REDUCE
-        case Build(target, state):
-            return pickled(target) + pickled(state) + pickle.BUILD
-        case New(kind):
-            return pickled(kind) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
-        case Stored(key, kind, length, device):
-            return pickled(("storage", Global(f"torch {kind}"), key, device, length)) + pickle.BINPERSID
-        case dict():
-            items = b"".join(pickled(key) + pickled(child) for key, child in value.items())
-            return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
-        case tuple():
-            return pickle.MARK + b"".join(map(pickled, value)) + pickle.TUPLE
-        case str():
-            return pickle.BINUNICODE + struct.pack("<I", len(value.encode())) + value.encode()
-        case _:  # numbers, booleans, None
-            return pickle.dumps(value, 2).removeprefix(b"\x80\x02").removesuffix(pickle.STOP)
-
-
-STORAGE_TYPES = {"f2": "HalfStorage", "f4": "FloatStorage", "f8": "DoubleStorage", "i8": "LongStorage"}
-
-
-def rebuilt(stored: Any, offset: Any, size: Any, stride: Any) -> Call:
-    hooks = Call(Global("collections OrderedDict"), ())
-    return Call(Global("torch._utils _rebuild_tensor_v2"), (stored, offset, size, stride, False, hooks))
-
-
-def described(key: str, array: np.ndarray, device: str = "cpu") -> Call:
-    """A whole contiguous array as the tensor on storage `key`."""
-    stored = Stored(key, STORAGE_TYPES[array.dtype.str[1:]], array.size, device)
-    return rebuilt(stored, 0, array.shape, tuple(step // array.itemsize for step in array.strides))
-
-
-def module(tensors: Mapping[str, Any]) -> Build:
-    """A TorchScript module with `tensors` at their dotted names, and what such a module holds besides."""
-    children: dict[str, Any] = {"training": True, "_is_full_backward_hook": None, "cast": 1.5}
-    nested: dict[str, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        first, _, rest = name.partition(".")
-        if rest:
-            nested.setdefault(first, {})[rest] = tensor
-        else:
-            children[name] = tensor
-    children |= {name: module(inner) for name, inner in nested.items()}
-    return Build(New(Global("__torch__.multimodal.___torch_mangle_9591 Multimodal")), children)
-
-
-def state_dict(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(tensors)
-
-
-def entries(tree: Any, storages: Mapping[str, bytes], prefix: str = "archive/") -> dict[str, bytes]:
-    """The files of an archive, with those beside the weights that PyTorch writes."""
-    content = pickle.PROTO + b"\x02" + pickled(tree) + pickle.STOP
-    return {f"{prefix}data/{key}": storage for key, storage in storages.items()} | {
-        f"{prefix}version": b"3\n",
-        f"{prefix}byteorder": b"little",
-        f"{prefix}data.pkl": content,
-        f"{prefix}constants.pkl": b"\x80\x02).",
-        f"{prefix}code/__torch__.py": b"class Multimodal(Module): ...",
-        f"{prefix}code/__torch__.py.debug_pkl": b"not read",
-        f"{prefix}code/data.pkl.debug_pkl": b"not read",
-    }
-
-
-def write(path: Path, files: Mapping[str, bytes], compressed: str = "") -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name == compressed else zipfile.ZIP_STORED)
-    return path
-
-
-def archive(
-    state: Mapping[str, np.ndarray], tree: Callable = state_dict, prefix: str = "archive/", device: str = "cpu"
-) -> dict[str, bytes]:
-    """An archive of `state`, each array on its own storage."""
-    tensors = {name: described(str(key), array, device) for key, (name, array) in enumerate(state.items())}
-    storages = {str(key): array.tobytes() for key, array in enumerate(state.values())}
-    return entries(tree(tensors), storages, prefix)
 
 
 def read(path: Path) -> clip.CLIP:
     """What `load` does with an archive, without the tokenizer."""
     state = weights.read_torch_archive(path)
-    return weights.from_state_dict(state, weights.openai_config(state, str(path)), "openai", str(path))
+    return clip.from_state_dict(state, weights.openai_config(state, str(path)), "openai", str(path))
 
 
 @pytest.mark.parametrize("tree", [state_dict, module])
@@ -222,7 +75,7 @@ def test_archive(tree: Callable, prefix: str, tmp_path: Path) -> None:
     integers = {name: np.array(8) for name in ("input_resolution", "context_length", "vocab_size")}
     actual = read(write(tmp_path / "clip.pt", archive(openai_state() | integers, tree, prefix, "cuda:0")))
     assert actual.config == CONFIG
-    for name, array in weights.to_state_dict(actual, "openai").items():
+    for name, array in clip.to_state_dict(actual, "openai").items():
         assert np.asarray(array).tobytes() == openai_state()[name].astype(np.float32).tobytes(), name
 
 
@@ -276,8 +129,8 @@ def test_strides_and_offsets(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32, np.float64])
 def test_other_precisions_become_float32(dtype: Any) -> None:
     state = {name: array.astype(dtype) for name, array in hugging_face_state().items()}
-    actual = weights.from_state_dict(state, CONFIG, "hugging_face", "seeded")
-    for name, array in weights.to_state_dict(actual, "hugging_face").items():
+    actual = clip.from_state_dict(state, CONFIG, "hugging_face", "seeded")
+    for name, array in clip.to_state_dict(actual, "hugging_face").items():
         assert array.dtype == jnp.float32
         np.testing.assert_array_equal(array, state[name].astype(np.float32))
 
@@ -290,23 +143,17 @@ def test_real_archive_and_folder_agree() -> None:
     assert tokenizer.get_vocab() == other.get_vocab()
 
 
-def vocabulary_file(folder: Path) -> None:
-    """As many merges as OpenAI's file holds, made up."""
-    merges = [f"{one} {other}" for one in SYMBOLS for other in SYMBOLS][: 49152 - 256 - 2]
-    (folder / clip.VOCABULARY_FILE).write_bytes(gzip.compress("\n".join(["header", *merges]).encode(), 1))
-
-
 # ------------------------------------------------------------------------------------------------------- round trips
 
 
 @pytest.mark.parametrize("style", ["hugging_face", "openai"])
 def test_round_trip(style: str) -> None:
-    state = {name: np.asarray(array) for name, array in weights.to_state_dict(model(), style).items()}
-    assert_same(weights.from_state_dict(state, CONFIG, style, "here"), model())
+    state = {name: np.asarray(array) for name, array in clip.to_state_dict(small_model(), style).items()}
+    assert_same(clip.from_state_dict(state, CONFIG, style, "here"), small_model())
 
 
 def test_hugging_face_names_and_layout() -> None:
-    state = weights.to_state_dict(model(), "hugging_face")
+    state = clip.to_state_dict(small_model(), "hugging_face")
     assert state.keys() == hugging_face_state().keys()
     for name, array in hugging_face_state().items():
         assert np.asarray(state[name]).tobytes() == array.tobytes(), name
@@ -314,7 +161,7 @@ def test_hugging_face_names_and_layout() -> None:
 
 def test_openai_names_and_layout() -> None:
     """Query, key and value in one entry, in that order; projections transposed; the rest as it is."""
-    source, state = hugging_face_state(), weights.to_state_dict(model(), "openai")
+    source, state = hugging_face_state(), clip.to_state_dict(small_model(), "openai")
     expected = {
         "visual.proj": source["visual_projection.weight"].T,
         "text_projection": source["text_projection.weight"].T,
@@ -344,7 +191,7 @@ def test_openai_names_and_layout() -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "not" / "yet"
-    weights.save(folder, model(), TOKENIZER)
+    weights.save(folder, small_model(), TOKENIZER)
     return folder
 
 
@@ -367,7 +214,7 @@ def shard(folder: Path) -> None:
 
 def test_save_then_load(folder: Path) -> None:
     loaded, tokenizer = weights.load(str(folder))
-    assert_same(loaded, model())
+    assert_same(loaded, small_model())
     assert tokenizer.to_str() == TOKENIZER.to_str()
     assert tokenizer.encode("a dog").ids == [514, VOCABULARY["a</w>"], VOCABULARY["dog</w>"], 515]
 
@@ -375,21 +222,21 @@ def test_save_then_load(folder: Path) -> None:
 def test_save_again_over_shards(folder: Path) -> None:
     """The single file counts, whatever index was left beside it."""
     shard(folder)
-    other = eqx.tree_at(lambda model: model.logit_scale, model(), jnp.float32(1.25))
+    other = eqx.tree_at(lambda model: model.logit_scale, small_model(), jnp.float32(1.25))
     weights.save(folder, other, TOKENIZER)
     assert_same(weights.load(str(folder))[0], other)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_save_in_half_precision(dtype: Any, tmp_path: Path) -> None:
-    weights.save(tmp_path, model(), TOKENIZER, dtype)
-    rounded = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype).astype(np.float32)), model())
+    weights.save(tmp_path, small_model(), TOKENIZER, dtype)
+    rounded = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype).astype(np.float32)), small_model())
     assert_same(weights.load(str(tmp_path))[0], rounded)
 
 
 def test_sharded_folder(folder: Path) -> None:
     shard(folder)
-    assert_same(weights.load(str(folder))[0], model())
+    assert_same(weights.load(str(folder))[0], small_model())
 
 
 def test_vocabulary_and_merges_files(folder: Path) -> None:
@@ -414,14 +261,14 @@ def edit(folder: Path, keys: tuple[str, ...], value: Any) -> None:
 def test_legacy_end_token_means_the_highest_id(folder: Path) -> None:
     edit(folder, ("text_config", "bos_token_id"), 0)
     edit(folder, ("text_config", "eos_token_id"), 2)
-    assert_same(weights.load(str(folder))[0], model())
+    assert_same(weights.load(str(folder))[0], small_model())
 
 
 def test_position_ids_are_ignored(folder: Path) -> None:
     """Older folders hold them as integers."""
     ids = {f"{tower}_model.embeddings.position_ids": np.arange(5)[None] for tower in ("text", "vision")}
     save_file(load_file(folder / "model.safetensors") | ids, folder / "model.safetensors")
-    assert_same(weights.load(str(folder))[0], model())
+    assert_same(weights.load(str(folder))[0], small_model())
 
 
 # ------------------------------------------------------------------------------------------------- archives refused
@@ -590,12 +437,12 @@ def test_malformed_pickle(opcodes: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("style", ["hugging_face", "openai"])
 def test_every_mismatch_is_reported_at_once(style: str) -> None:
-    state = {name: np.asarray(array) for name, array in weights.to_state_dict(model(), style).items()}
+    state = {name: np.asarray(array) for name, array in clip.to_state_dict(small_model(), style).items()}
     gone, short, integer, *_ = state
     del state[gone]
     state |= {"head.weight\n": state[short], short: state[short][:1, None], integer: np.ones_like(state[integer], int)}
     refused(
-        lambda: weights.from_state_dict(state, CONFIG, style, "FILE"),
+        lambda: clip.from_state_dict(state, CONFIG, style, "FILE"),
         "FILE",
         f"lacks {gone}",
         r"unexpected 'head.weight\n'",
@@ -798,7 +645,7 @@ def test_any_bytes_in_safetensors(examples: int, saved: Path) -> None:
     def check(content: bytes) -> None:
         path.write_bytes(content)
         read_unless_refused(
-            lambda: weights.from_state_dict(weights.read_safetensors(path), CONFIG, "hugging_face", str(path)), path
+            lambda: clip.from_state_dict(weights.read_safetensors(path), CONFIG, "hugging_face", str(path)), path
         )
 
     with_mutations(examples, content, check, range(8 + int.from_bytes(content[:8], "little")))

@@ -7,8 +7,8 @@ import re
 import pytest
 import scaling
 
-import bench
 import clip
+from support import bench, errors
 
 
 def test_decode(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,7 +17,7 @@ def test_decode(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"1 thread / bare Pillow: \d\.\d\d", output) and re.search(
         r"2 threads / 1 thread: \d\.\d\d", output
     )
-    with pytest.raises(clip.InputError, match=r"--count is 33 .*multiple of 32"):
+    with pytest.raises(errors.InputError, match=r"--count is 33 .*multiple of 32"):
         bench.decode_command(count=33)
 
 
@@ -43,5 +43,5 @@ def test_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bench, "GIB", 2**10)  # small figures would be rounded to nothing
     copied, changed = needed(), needed(fsdp=True, remat=True)
     assert changed[0] < copied[0] / 2 and changed[1] < copied[1] / 1.5
-    with pytest.raises(clip.InputError, match="unknown training method 'lp'"):
+    with pytest.raises(errors.InputError, match="unknown training method 'lp'"):
         bench.memory_command(method="lp")

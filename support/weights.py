@@ -1,7 +1,7 @@
 """Weights of a CLIP in and out: OpenAI's `.pt` archives (read without torch) and Hugging Face folders.
 
 Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model FILE_OR_FOLDER` uses it.
-Both formats are read and written through one table of names, `NAMES`.
+Both formats are read and written through one table of names, `clip.NAMES`.
 """
 
 import io
@@ -16,16 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from jaxtyping import Array
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-import download
 from clip import (
     ACTIVATIONS,
     CLIP,
@@ -36,137 +32,15 @@ from clip import (
     START_TEXT,
     VOCABULARY_FILE,
     Config,
-    InputError,
     Transformer,
-    cache_folder,
+    from_state_dict,
     hugging_face_tokenizer,
     openai_tokenizer,
-    read_json,
-    unknown,
+    to_state_dict,
 )
-
-# --------------------------------------------------------------------------------------------- table of names
-
-
-class Names(NamedTuple):
-    """One leaf of `CLIP` and its entry in both published formats; `{}` is the layer.
-
-    OpenAI stacks query, key and value in that order along the first axis of one entry, and transposes projections.
-    """
-
-    leaf: str
-    hugging_face: str
-    openai: str
-    transposed_in_openai: bool = False
-
-
-def _block_names(tower: str, hugging_face: str, openai: str) -> list[Names]:
-    return [
-        Names(
-            f"{tower}.blocks.{leaf}.{kind}", f"{hugging_face}.{hf_name}.{kind}", f"{openai}.{openai_name.format(kind)}"
-        )
-        for leaf, hf_name, openai_name in [
-            ("layer_norm1", "layer_norm1", "ln_1.{}"),
-            ("query", "self_attn.q_proj", "attn.in_proj_{}"),
-            ("key", "self_attn.k_proj", "attn.in_proj_{}"),
-            ("value", "self_attn.v_proj", "attn.in_proj_{}"),
-            ("out", "self_attn.out_proj", "attn.out_proj.{}"),
-            ("layer_norm2", "layer_norm2", "ln_2.{}"),
-            ("fc1", "mlp.fc1", "mlp.c_fc.{}"),
-            ("fc2", "mlp.fc2", "mlp.c_proj.{}"),
-        ]
-        for kind in ("weight", "bias")
-    ]
-
-
-NAMES = [
-    Names("logit_scale", "logit_scale", "logit_scale"),
-    Names("vision.class_embedding", "vision_model.embeddings.class_embedding", "visual.class_embedding"),
-    Names("vision.patch_embedding", "vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
-    Names(
-        "vision.position_embedding", "vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"
-    ),
-    Names("vision.layer_norm_pre.weight", "vision_model.pre_layrnorm.weight", "visual.ln_pre.weight"),
-    Names("vision.layer_norm_pre.bias", "vision_model.pre_layrnorm.bias", "visual.ln_pre.bias"),
-    *_block_names("vision", "vision_model.encoder.layers.{}", "visual.transformer.resblocks.{}"),
-    Names("vision.layer_norm_post.weight", "vision_model.post_layernorm.weight", "visual.ln_post.weight"),
-    Names("vision.layer_norm_post.bias", "vision_model.post_layernorm.bias", "visual.ln_post.bias"),
-    Names("vision.projection.weight", "visual_projection.weight", "visual.proj", transposed_in_openai=True),
-    Names("text.token_embedding", "text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
-    Names("text.position_embedding", "text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    *_block_names("text", "text_model.encoder.layers.{}", "transformer.resblocks.{}"),
-    Names("text.layer_norm_final.weight", "text_model.final_layer_norm.weight", "ln_final.weight"),
-    Names("text.layer_norm_final.bias", "text_model.final_layer_norm.bias", "ln_final.bias"),
-    Names("text.projection.weight", "text_projection.weight", "text_projection", transposed_in_openai=True),
-]
-# Entries that files carry beside the weights.
-_IGNORED = {
-    "hugging_face": {"vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"},
-    "openai": {"input_resolution", "context_length", "vocab_size"},
-}
-
-
-def _leaves(model: CLIP) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
-    }
-
-
-def to_state_dict(model: CLIP, style: str) -> dict[str, Array | np.ndarray]:
-    """The weights under the names of `style`, `hugging_face` or `openai`, in PyTorch's layout."""
-    leaves, pieces = _leaves(model), {}
-    for names in NAMES:
-        leaf, name = leaves[names.leaf], getattr(names, style)
-        for layer, array in enumerate(leaf) if ".blocks." in names.leaf else [("", leaf)]:
-            transposed = names.transposed_in_openai and style == "openai"
-            pieces.setdefault(name.format(layer), []).append(array.T if transposed else array)
-    return {name: jnp.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in pieces.items()}
-
-
-def from_state_dict(state: Mapping[str, np.ndarray], config: Config, style: str, source: str) -> CLIP:
-    """A CLIP in float32 from the weights that a file holds under the names of `style`.
-
-    Raises InputError that lists every missing, unexpected and misshapen entry of `source` together.
-    """
-    skeleton = eqx.filter_eval_shape(CLIP, config, jax.random.key(0))
-    expected = {name: leaf.shape for name, leaf in eqx.filter_eval_shape(to_state_dict, skeleton, style).items()}
-    state = {name: array for name, array in state.items() if name not in _IGNORED[style]}
-    problems = [f"lacks {name}" for name in expected if name not in state]
-    problems += [f"unexpected {name!r}" for name in state if name not in expected]
-    for name in expected.keys() & state.keys():
-        if state[name].shape != expected[name]:
-            problems.append(f"{name} has shape {state[name].shape}, not {expected[name]}")
-        elif not jnp.issubdtype(state[name].dtype, jnp.floating):
-            problems.append(f"{name} has dtype {state[name].dtype}, not a floating one")
-    if problems:
-        raise InputError(
-            f"weights {source} do not fit a CLIP of their size, download them and their configuration again: "
-            f"{'; '.join(sorted(problems))}"
-        )
-
-    taken: dict[str, int] = {}  # rows already read of an entry that several leaves share
-
-    def read(leaf: jax.ShapeDtypeStruct, name: str, transposed: bool) -> np.ndarray:
-        array = state[name].T if transposed else state[name]
-        if array.ndim == 0:
-            return array.astype(np.float32)
-        start = taken.get(name, 0)
-        taken[name] = start + leaf.shape[0]
-        return array[start : taken[name]].astype(np.float32)
-
-    leaves = _leaves(skeleton)
-    for names in NAMES:
-        leaf, name = leaves[names.leaf], getattr(names, style)
-        transposed = names.transposed_in_openai and style == "openai"
-        if ".blocks." in names.leaf:
-            one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-            array = np.stack([read(one, name.format(layer), transposed) for layer in range(leaf.shape[0])])
-        else:
-            array = read(leaf, name, transposed)
-        leaves[names.leaf] = jnp.asarray(array)
-    return jax.tree.unflatten(jax.tree.structure(skeleton), list(leaves.values()))
-
+from support import download
+from support.errors import InputError, read_json, unknown
+from support.files import cache_folder
 
 # ------------------------------------------------------------------------------------------- OpenAI's archives
 
@@ -506,7 +380,7 @@ def _vocabulary_file(folder: Path) -> Path:
     return beside if folder != cache_folder() and beside.exists() else download.published(VOCABULARY_FILE)
 
 
-TINY = Path(__file__).parent / "assets" / "tiny-clip"
+TINY = Path(__file__).parents[1] / "assets" / "tiny-clip"
 
 
 def load(name: str) -> tuple[CLIP, Tokenizer]:

@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 import clip
 import data
-import minidomain
-import weights
-from clip import END_TEXT, START_TEXT, InputError
+from clip import END_TEXT, START_TEXT
+from support import minidomain, weights
+from support.errors import InputError
 
 # The vocabulary's size and its two last tokens are the tokenizer's.
 TINY = clip.Config(

@@ -24,9 +24,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from clip import InputError
+from support.errors import InputError
 
 # -------------------------------------------------------------------------------------------------- files and folders
+
+
+def cache_folder() -> Path:
+    """Where downloaded files live: `LIPSUM_CACHE`, else `lipsum` under the user's cache folder."""
+    if folder := os.environ.get("LIPSUM_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lipsum"
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

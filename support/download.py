@@ -20,7 +20,9 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from clip import VOCABULARY_FILE, InputError, cache_folder
+from clip import VOCABULARY_FILE
+from support.errors import InputError
+from support.files import cache_folder
 
 
 class Published(NamedTuple):

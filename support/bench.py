@@ -1,8 +1,9 @@
 """Speed of the input pipeline, and the memory of a training step.
 
-`python bench.py decode` (against bare Pillow) and `python bench.py index` (a tree as large as ImageNet's) make what
-they measure and delete it afterwards. Ratios are of rounds that take turns; compare them, not the times of different
-machines. `python bench.py memory` asks the compiler what a step of a large model needs, and runs none.
+`python -m support.bench decode` (against bare Pillow) and `python -m support.bench index` (a tree as large as
+ImageNet's) make what they measure and delete it afterwards. Ratios are of rounds that take turns; compare them, not the
+times of different machines. `python -m support.bench memory` asks the compiler what a step of a large model needs, and
+runs none.
 """
 
 import os
@@ -25,11 +26,10 @@ from tqdm import tqdm
 
 import clip
 import data
-import layouts
 import lipsum
-from clip import InputError
-from eval import exit_code
-from train import keep_freed_memory
+from support import layouts
+from support.errors import InputError, exit_code, unknown
+from support.processes import keep_freed_memory
 
 RESOLUTION = 224
 BATCH_SIZE = 32
@@ -156,9 +156,9 @@ def memory_command(
         accumulate: Parts of a batch.
     """
     if model not in clip.PRESETS:
-        raise clip.unknown("model preset", model, clip.PRESETS)
+        raise unknown("model preset", model, clip.PRESETS)
     if method not in lipsum.METHODS or not lipsum.METHODS[method].loss:
-        raise clip.unknown("training method", method, [name for name, each in lipsum.METHODS.items() if each.loss])
+        raise unknown("training method", method, [name for name, each in lipsum.METHODS.items() if each.loss])
     if jax.config.jax_num_cpu_devices != cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     mesh = data.device_mesh(batch_size, accumulate)

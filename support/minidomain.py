@@ -4,8 +4,8 @@ It takes DomainNet's place in Lipsum-FT (https://openreview.net/forum?id=2JF8mJR
 five. `web` is the captioned corpus that the embedded tiny CLIP was trained on. Nothing is downloaded: an image is drawn
 from (split, domain, index, seed), and what was drawn is kept in the cache folder.
 
-    python minidomain.py --show sheet.png       # look at it
-    python minidomain.py --export DIR --web     # PNG files in DomainNet's layout, and the captioned corpus
+    python -m support.minidomain --show sheet.png       # look at it
+    python -m support.minidomain --export DIR --web     # PNG files in DomainNet's layout, and the captioned corpus
 """
 
 import functools
@@ -25,7 +25,8 @@ import tyro
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image, ImageDraw, ImageFilter
 
-from clip import InputError, cache_folder
+from support.errors import InputError
+from support.files import cache_folder
 
 RESOLUTION = 36
 SCALE = 3  # images are drawn this much larger, then reduced: Pillow's polygons and lines are not anti-aliased
@@ -805,7 +806,7 @@ def main(show: Path | None = None, export: Path | None = None, web: bool = False
 
 if __name__ == "__main__":
     try:
-        tyro.cli(main, prog="python minidomain.py")
+        tyro.cli(main, prog="python -m support.minidomain")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

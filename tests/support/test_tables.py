@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tables
-from clip import InputError
+from support import tables
+from support.errors import InputError
 
 
 def write_run(folder: Path, method: str, seed: int, accuracies: dict[str, float], **more: object) -> None:

@@ -17,12 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import shared
-from test_weights import SIZES, archive, openai_state, refused, vocabulary_file, write
+from helpers import SIZES, archive, openai_state, refused, vocabulary_file, write
 
 import clip
-import download
-import eval as evaluation
-import weights
+from support import download, errors, opening, weights
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -205,7 +203,7 @@ def test_server_that_falls_silent(server: Server, path: Path, monkeypatch: pytes
 
 def test_folder_that_cannot_be_used(server: Server, path: Path) -> None:
     path.parent.write_text("a file")
-    with pytest.raises(clip.InputError, match=f"{path} cannot be used .*: set LIPSUM_CACHE to a folder"):
+    with pytest.raises(errors.InputError, match=f"{path} cannot be used .*: set LIPSUM_CACHE to a folder"):
         download.fetch(server.address, SHA256, path)
 
 
@@ -293,7 +291,7 @@ def test_published_prompts(cache: Path) -> None:
         "toilet paper",
     ]
     assert (templates[0], templates[-1]) == ("a bad photo of a {}.", "a tattoo of the {}.")
-    assert evaluation.read_templates("openai") == templates
+    assert opening.read_templates("openai") == templates
 
 
 def test_lists_among_other_cells(cache: Path) -> None:
@@ -304,7 +302,7 @@ def test_lists_among_other_cells(cache: Path) -> None:
 
 def test_prompts_are_downloaded(cache: Path) -> None:
     refused(download.openai_prompts, download.FILES[download.NOTEBOOK].address, cache / download.NOTEBOOK)
-    refused(lambda: evaluation.read_templates("openai"), cache / download.NOTEBOOK)
+    refused(lambda: opening.read_templates("openai"), cache / download.NOTEBOOK)
 
 
 @pytest.mark.parametrize(

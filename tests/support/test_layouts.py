@@ -1,23 +1,33 @@
 """The layouts of layouts.py, on trees of small real image files: brute force tells what they hold."""
 
-import io
-import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import EXAMPLES
+from helpers import (
+    BY_ID,
+    IN_A,
+    IN_R,
+    NAMES,
+    WNIDS,
+    ZOO,
+    assert_batches_raise,
+    plant,
+    raises,
+    seeded_model,
+    smooth,
+    store,
+)
 from mutations import read_unless_refused, with_mutations
-from test_clip import seeded_model
-from test_data import assert_batches_raise, pixels, raises, smooth
 
 import data
 import eval as evaluation
-import layouts
 import lipsum
+from support import layouts
 
 CLASSES = ("The_Eiffel_Tower", "dog", "ice_cream")
 
@@ -239,24 +249,6 @@ def test_missing_files_are_found_at_once(root: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- CUB-200-2011
 
 
-@pytest.fixture
-def cub(tmp_path: Path) -> Path:
-    """CUB-200-2011's files: three birds, the ids in no order; of each six images, two are for testing."""
-    birds = {1: "001.Black_footed_Albatross", 2: "002.Laysan_Albatross", 3: "003.Chuck_will_Widow"}
-    lines = {"images.txt": [], "image_class_labels.txt": [], "train_test_split.txt": []}
-    for number, (bird, index) in enumerate(itertools.product(birds, range(6))):
-        image = (number * 7) % 18 + 1
-        path = f"{birds[bird]}/bird_{image:04}.jpg"
-        (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
-        smooth(24, 18, seed=image).save(tmp_path / "images" / path)
-        for name, value in zip(lines, (path, bird, int(index % 3 > 0)), strict=True):
-            lines[name].append(f"{image} {value}\n")
-    lines["classes.txt"] = [f"{bird} {name}\n" for bird, name in birds.items()]
-    for name, content in lines.items():
-        (tmp_path / name).write_text("".join(content))
-    return tmp_path
-
-
 def test_cub_layout(cub: Path) -> None:
     """Every image, its label and its part, as its folder and the raw lines tell."""
     part_of = dict(line.split() for line in (cub / "train_test_split.txt").read_text().splitlines())
@@ -322,27 +314,6 @@ def test_cub_without_images_to_train_on(cub: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- class folders
 
 
-def jpeg(seed: int = 0) -> bytes:
-    """A real JPEG of 8 x 8 pixels."""
-    stream = io.BytesIO()
-    smooth(8, 8, seed).save(stream, "JPEG")
-    return stream.getvalue()
-
-
-def plant(root: Path, images: Mapping[str, Sequence[str]]) -> Path:
-    """A tree of real JPEGs: file names by folder."""
-    for folder, names in images.items():
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for name in names:
-            (root / folder / name).write_bytes(jpeg())
-    return root
-
-
-def numbered(count: int) -> list[str]:
-    """Names whose order as numbers is another than as strings."""
-    return [f"{index}.jpg" for index in range(count)]
-
-
 def assert_holds(split: data.Split, root: Path, label_of: Mapping[str, int]) -> None:
     """Folder after folder in label order, all files of each in the order of their names, as the disk tells."""
     expected = [
@@ -354,23 +325,6 @@ def assert_holds(split: data.Split, root: Path, label_of: Mapping[str, int]) -> 
     assert len(split) == len(expected) > 0
     assert [(file.path, label) for file, label in zip(split.images, split.labels.tolist(), strict=True)] == expected
     data.check_images([split], workers=1)
-
-
-ZOO = {"ice_cream": 0, "zebra": 1, "Éléphant d'Asie": 2, "犬": 3}
-
-
-@pytest.fixture
-def zoo(tmp_path: Path) -> Path:
-    """Class folders with spaces and other letters: train, val and two shifts, of which one lacks a class."""
-    images = {f"train/{name}": numbered(12) for name in ZOO} | {f"val/{name}": numbered(2) for name in ZOO}
-    images |= {f"sketch/{name}": ["ä b.JPG", "a b.jpeg"] for name in ("zebra", "犬", "ice_cream")}
-    images |= {f"a painting/{name}": numbered(3) for name in ZOO}
-    plant(tmp_path, images)
-    (tmp_path / "train/zebra/notes.txt").write_text("no image")
-    (tmp_path / "train/zebra/.hidden.jpg").write_text("no image")
-    (tmp_path / "train/.cache").mkdir()
-    (tmp_path / "train/README").write_text("no folder")
-    return tmp_path
 
 
 def test_folder_layout(zoo: Path) -> None:
@@ -556,35 +510,6 @@ def test_cache_that_cannot_be_written(
 
 # ------------------------------------------------------------------------------------------------------------ ImageNet
 
-WNIDS = [f"n{1440764 + 37 * number:08}" for number in range(1000)]
-BY_ID = {wnid: label for label, wnid in enumerate(WNIDS)}
-NAMES = tuple(f"class {label}" for label in range(1000))
-IN_R, IN_A = (1, 500, 999), (0, 2, 10)
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A JPEG for each class in train and val; a few classes of V2 (in folders 0 to 999), R, A and Sketch."""
-    root = tmp_path_factory.mktemp("imagenet")
-    images = {f"imagenet/{part}/{wnid}": [f"{wnid}_1.JPEG"] for part in ("train", "val") for wnid in WNIDS}
-    images |= {f"imagenetv2-matched-frequency-format-val/{number}": ["a.jpeg"] for number in (0, 2, 10, 100, 999)}
-    images |= {f"imagenet-r/{WNIDS[label]}": numbered(3) for label in IN_R}
-    images |= {f"imagenet-a/{WNIDS[label]}": numbered(2) for label in IN_A}
-    images |= {f"sketch/{WNIDS[label]}": numbered(11) for label in (3, 7)}
-    return plant(root, images)
-
-
-@pytest.fixture
-def imagenet(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same, to be changed: a root of links to the folders."""
-    monkeypatch.setattr(layouts, "imagenet_classes", lambda: NAMES)
-    root = tmp_path / "root"
-    (root / "imagenet").mkdir(parents=True)
-    for path in (*planted.iterdir(), *(planted / "imagenet").iterdir()):
-        if path.name != "imagenet":
-            (root / path.relative_to(planted)).symlink_to(path)
-    return root
-
 
 def test_imagenet_layout(imagenet: Path, planted: Path) -> None:
     images = layouts.read_imagenet(imagenet, "imagenet", (), "test")
@@ -761,23 +686,6 @@ def test_classes_that_a_shift_lacks_are_not_compared(imagenet: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- arrays
-
-
-def store(folder: Path, part: str, images: np.ndarray, labels: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / f"{part}_images.npy", images)
-    np.save(folder / f"{part}_labels.npy", np.asarray(labels))
-
-
-@pytest.fixture
-def arrays(tmp_path: Path) -> Path:
-    """The authors' arrays: a reference with three parts, and a shift."""
-    for part, count in (("train", 20), ("val", 4), ("test", 6)):
-        images = pixels(12, 10 * count, seed=count).reshape(count, 10, 12, 3)
-        store(tmp_path / "DomainNet_Real_x224", part, images, np.arange(count) % 3)
-    store(tmp_path / "sketch", "test", pixels(12, 20).reshape(2, 10, 12, 3), np.array([2, 0], np.uint8))
-    (tmp_path / "classes.txt").write_text("ice_cream\ndog\n犬\n\n", encoding="utf-8")
-    return tmp_path
 
 
 def test_npy_layout(arrays: Path) -> None:

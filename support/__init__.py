@@ -1,0 +1,1 @@
+"""All that the method does not need: options, run folders, data sets on disk, tables, figures, benchmarks."""

@@ -1,0 +1,47 @@
+"""Wrong input: its error, and JSON files that are read or refused by it.
+
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. Every module uses it; `python train.py --method no-such` shows one.
+"""
+
+import difflib
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+class InputError(ValueError):
+    """Wrong input: one line that says what is wrong, where, and what to do. `train.py` ends with it and exit code 2.
+
+    What it quotes of a file may hold line ends and other controls: they are written as escapes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """An error for a name that is none of `known`, with the nearest ones."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return InputError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; InputError names the file where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): restore the file") from error
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Runs a command: 0, or 2 after one line on stderr where the user's input is wrong. Faults of ours raise (1)."""
+    try:
+        command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
