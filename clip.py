@@ -308,16 +308,19 @@ _IGNORED = {
 }
 
 
-def _leaves(model: CLIP) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
-    }
+def leaf_name(path: tuple) -> str:
+    """The dotted name of a leaf, from its path in a tree."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by name."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def to_state_dict(model: CLIP, style: str) -> dict[str, Array | np.ndarray]:
     """The weights under the names of `style`, `hugging_face` or `openai`, in PyTorch's layout."""
-    leaves, pieces = _leaves(model), {}
+    leaves, pieces = named_leaves(model), {}
     for names in NAMES:
         leaf, name = leaves[names.leaf], getattr(names, style)
         for layer, array in enumerate(leaf) if ".blocks." in names.leaf else [("", leaf)]:
@@ -357,7 +360,7 @@ def from_state_dict(state: Mapping[str, np.ndarray], config: Config, style: str,
         taken[name] = start + leaf.shape[0]
         return array[start : taken[name]].astype(np.float32)
 
-    leaves = _leaves(skeleton)
+    leaves = named_leaves(skeleton)
     for names in NAMES:
         leaf, name = leaves[names.leaf], getattr(names, style)
         transposed = names.transposed_in_openai and style == "openai"

@@ -446,7 +446,7 @@ def shardings(tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
     """Where each leaf lies: a copy on every device or, with `fsdp`, cut along its largest axis that divides evenly."""
 
     def of_leaf(leaf: Any) -> NamedSharding:
-        divisible = [axis for axis, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
+        divisible = [axis for axis, size in enumerate(np.shape(leaf)) if size and size % mesh.size == 0]
         if not fsdp or not divisible:
             return NamedSharding(mesh, PartitionSpec())
         largest = max(divisible, key=lambda axis: leaf.shape[axis])

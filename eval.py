@@ -27,7 +27,7 @@ import data
 import lipsum
 from support import files, opening, tables, weights
 from support.errors import InputError, exit_code, read_json
-from support.opening import Run, Setup, check_text_length, open_runs, read_classifier, save_classifier
+from support.opening import FinishedRun, Setup, check_text_length, open_runs, read_classifier, save_classifier
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
@@ -144,7 +144,7 @@ def metrics(predictions: Predictions) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluator:
     """Evaluates classifiers on the splits of one setup."""
 
@@ -152,12 +152,12 @@ class Evaluator:
 
     def predict(self, members: Sequence[lipsum.Classifier], split: data.Split) -> Predictions:
         """One pass over a split, in the precision of the command."""
-        sources = self.setup.sources
+        execution = self.setup.execution
         computing = [
-            lipsum.Classifier(clip.compute_in(member.vision, sources.precision), member.head) for member in members
+            lipsum.Classifier(clip.compute_in(member.vision, execution.precision), member.head) for member in members
         ]
-        batch_size = data.evaluation_batch_size(sources.batch_size, sources.accumulate)
-        return predict(computing, self.setup.tau, split, batch_size, sources.workers, self.setup.mesh)
+        batch_size = data.evaluation_batch_size(self.setup.batch_size, execution.accumulate)
+        return predict(computing, self.setup.tau, split, batch_size, execution.workers, self.setup.mesh)
 
     def selection_accuracy(self, members: Sequence[lipsum.Classifier]) -> float:
         """Accuracy on the selection data, of classifiers over the classes there."""
@@ -171,7 +171,7 @@ class Evaluator:
     def second_moment(self) -> Float[Array, "dim dim"]:
         """C2 over the 10,000 random texts of 8 tokens that the paper's energy gap is over."""
         length = min(8, self.setup.model.config.context_length - 2)
-        return lipsum.text_second_moment(self.setup.text, None, length)
+        return jnp.asarray(opening.second_moment(self.setup, length))
 
     @cached_property
     def zero_shot_results(self) -> dict[str, dict[str, Any]]:
@@ -209,7 +209,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
     print(tables.rendered(tables.table(results, "accuracy"), "text", bold=sys.stdout.isatty()))
 
 
-def new_folder(runs: Sequence[Run], method: str, overwrite: bool) -> Path:
+def new_folder(runs: Sequence[FinishedRun], method: str, overwrite: bool) -> Path:
     """Beside the runs: OUT/METHOD/seed-S, the seed the first run's. Raises InputError where it is taken."""
     folder = runs[0].folder.resolve().parents[1] / method / runs[0].folder.resolve().name
     if folder.exists() and not overwrite:
@@ -218,7 +218,7 @@ def new_folder(runs: Sequence[Run], method: str, overwrite: bool) -> Path:
 
 
 def write_post_hoc(
-    folder: Path, method: str, evaluator: Evaluator, runs: Sequence[Run], members: Sequence[lipsum.Classifier],
+    folder: Path, method: str, evaluator: Evaluator, runs: Sequence[FinishedRun], members: Sequence[lipsum.Classifier],
     how: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """What a post-hoc method made, as the files of a run; an ensemble has a `best/` for each member. Its results."""
@@ -259,7 +259,7 @@ def wise_command(
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise InputError(f"--alphas has {alpha}: give shares from 0 (zero-shot) to 1 (fine-tuned)")
-    opened, setup = open_runs(runs, None)
+    opened, setup = open_runs(runs)
     evaluator, results = Evaluator(setup), []
     for run in opened:
         for alpha in alphas:
@@ -284,7 +284,7 @@ def tpgm(
     gamma, bound, state = lipsum.tpgm_start(zero_shot, fine_tuned, norm)
     resolution = setup.zero_shot.vision.image_size
     batches = data.training_batches(
-        setup.data.selection, resolution, batch_size, seed, setup.sources.workers, augmentation="off"
+        setup.data.selection, resolution, batch_size, seed, setup.execution.workers, augmentation="off"
     )
     for _ in tqdm(range(steps), "TPGM", unit="step", leave=False):
         batch = data.shard_batch(next(batches), setup.mesh)
@@ -335,7 +335,7 @@ def tpgm_command(
 
 def greedy_command(kind: Literal["soup", "ensemble"], folders: tuple[Path, ...], overwrite: bool) -> None:
     """The greedy soup or ensemble of runs, chosen on the selection data."""
-    runs, setup = open_runs(folders, None)
+    runs, setup = open_runs(folders)
     evaluator = Evaluator(setup)
     bases = ",".join(dict.fromkeys(run.results["method"] for run in runs))
     method = f"{bases}+{kind}"
@@ -426,7 +426,7 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
     drawn = {name: lambda draw=draw: draw(results) for name, draw in figures.FROM_FILES.items()}
     if not files_only:
         first_of = {run["method"]: run["path"].parent for run in reversed(figures.main_settings(results))}
-        opened, setup = open_runs(list(reversed(first_of.values())), None)
+        opened, setup = open_runs(list(reversed(first_of.values())))
         drawn["energy_vectors"] = lambda: energy_vectors_of(opened, Evaluator(setup))
         drawn["contact_sheet"] = lambda: figures.contact_sheet(images_of_classes(setup))
     out.mkdir(parents=True, exist_ok=True)
@@ -446,7 +446,7 @@ def first_images(split: data.Split, count: int) -> data.Split:
     return dataclasses.replace(split, images=split.images[:count], labels=split.labels[:count])
 
 
-def energy_vectors_of(runs: Sequence[Run], evaluator: Evaluator) -> Any:
+def energy_vectors_of(runs: Sequence[FinishedRun], evaluator: Evaluator) -> Any:
     """Figure 15 for one run of each method: the first 100 images of every split."""
     from support import figures
 
@@ -487,7 +487,7 @@ def energy_gap_command(
     for name, value in (("num-texts", num_texts), ("text-length", text_length)):
         if value < 1:
             raise InputError(f"--{name} is {value}: give at least 1")
-    opened, setup = open_runs(runs, None)
+    opened, setup = open_runs(runs)
     evaluator = Evaluator(setup)
     check_text_length(text_length, setup.model.config)
     ids = lipsum.random_texts(setup.text, num_texts, text_length, jax.random.key(seed))

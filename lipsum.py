@@ -1,15 +1,16 @@
 """Lipsum-FT: robust fine-tuning of zero-shot models using random text guidance. One function per equation.
 
-Paper: Nam et al., ICLR 2024, https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --method lipsum` uses it.
+Paper: Nam et al., ICLR 2024, https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --method lipsum` runs it.
 
-Equations stand in the paper's order under the paper's numbers; equation 1's zero-shot head is `clip.zero_shot_head`.
-Images are [B, H, W, 3], features [B, D] and [M, D] of unit norm, K classes.
+Equations have the paper's numbers; equation 1's zero-shot head is `clip.zero_shot_head`. Shapes: images [B, H, W, 3],
+unit-norm features of images [B, D] and of texts [M, D], K classes.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import equinox as eqx
@@ -20,23 +21,52 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 import clip
 
+Scalar = Float[Array, ""]
+Number = float | Scalar  # an array in a compiled step, so that one compilation serves every value
+Features = Float[Array, "batch dim"]  # of unit norm
+
+
+class Settings(eqx.Module):
+    """How to train. The defaults are the paper's for DomainNet (section 5 and the authors' script)."""
+
+    steps: int = eqx.field(default=5_000, static=True)
+    """Updates to make."""
+    batch_size: int = eqx.field(default=256, static=True)
+    """Images per update, over all devices."""
+    learning_rate: Number = 1e-5
+    """Peak learning rate of Adam."""
+    warmup: float = eqx.field(default=0.1, static=True)
+    """Fraction of the steps over which the rate rises from 0. Then it falls to 0 as a half cosine."""
+    weight: Number = 1.0
+    """Lambda, the weight of the method's loss beside cross-entropy."""
+    num_texts: int = eqx.field(default=80, static=True)
+    """M, texts per step (lipsum, kld-random)."""
+    text_length: int = eqx.field(default=8, static=True)
+    """L, random tokens per text, without start and end token (lipsum, lipsum-exact, kld-random)."""
+    guidance: Path | None = eqx.field(default=None, static=True)
+    """File with one text per line, to draw the M texts from (lipsum, kld-random) or to average over (lipsum-exact)."""
+    temperature: Number = 1.0
+    """T of equation 20 (car-ft, kld-random)."""
+    decay: Number = 0.995
+    """d of equation 16, the share of the old average (ema). Not the paper's, see METHODS in lipsum.py."""
+    fixed_head: bool = eqx.field(default=False, static=True)
+    """Train the tower alone and keep the head as it is at the start."""
+    augmentation: Literal["crop", "off"] = eqx.field(default="crop", static=True)
+    """crop: random resized crops and mirroring."""
+    eval_every: int = eqx.field(default=1_000, static=True)
+    """Steps between evaluations on the selection data, with one at the end. The most accurate model is kept."""
+
 
 @dataclass(frozen=True)
-class Settings:
-    """What a training step is told; the defaults are the paper's for DomainNet (section 5 and the authors' script)."""
+class Computation:
+    """How a step is computed: its result is the same but for rounding."""
 
-    steps: int = 5_000
-    learning_rate: float = 1e-5  # the peak
-    warmup: float = 0.1  # fraction of the steps
-    weight: float = 1.0  # lambda
-    num_texts: int = 80  # M
-    text_length: int = 8  # L, without start and end token
-    temperature: float = 1.0  # T of equation 20
-    decay: float = 0.995  # d of equation 16: ours, as METHODS tells
-    fixed_head: bool = False
-    precision: str = "float32"  # of the towers' computations; weights, losses and optimiser are float32
-    accumulate: int = 1  # parts of a batch, one after the other
-    remat: bool = False  # blocks are computed again in the backward pass
+    precision: str = "float32"
+    """Type that the towers compute in. Weights, optimizer, LayerNorm, softmax and losses are float32."""
+    accumulate: int = 1
+    """Parts that a batch is split into, one after the other, to fit into memory."""
+    remat: bool = False
+    """Compute each block again in the backward pass instead of keeping its values: less memory, more time."""
 
 
 class Classifier(eqx.Module):
@@ -47,19 +77,20 @@ class Classifier(eqx.Module):
 
 
 class Frozen(eqx.Module):
-    """What fine-tuning never changes: `theta_0` with its head, `phi`, the context head, and `tau`."""
+    """What fine-tuning never changes: `theta_0` with its head, `phi`, the context head, `tau`, and the settings."""
 
     zero_shot: Classifier
     text: clip.TextTower
     context_head: Float[Array, "dim templates"]
-    tau: Float[Array, ""]
-    settings: Settings = eqx.field(static=True)
-    guidance: Int[Array, "pool tokens"] | None = None  # tokenized texts to draw from instead of random ones
-    second_moment: Float[Array, "dim dim"] | None = None  # C2, where the method wants it
+    tau: Scalar
+    settings: Settings = Settings()
+    computation: Computation = eqx.field(default=Computation(), static=True)
+    guidance: Int[Array, "pool tokens"] | None = None  # tokenized texts to draw from, instead of random ones
+    second_moment: Float[Array, "dim dim"] | None = None  # C2, for the method that reads it
 
 
 class State(eqx.Module):
-    """What one step maps to its successor. `average` is equation 16's, in the method that has it."""
+    """What a step maps to its successor. `average` is equation 16's, for the method that has one."""
 
     classifier: Classifier
     optimizer: optax.OptState
@@ -68,19 +99,17 @@ class State(eqx.Module):
 
     @property
     def evaluated(self) -> Classifier:
-        """What is evaluated, selected and saved."""
+        """The classifier to evaluate, select and save."""
         return self.classifier if self.average is None else self.average
 
 
 Batch = dict[str, UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"] | Int[Array, " batch"]]
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Scalar]
 
 # ----------------------------------------------------------------------------------------- zero-shot models, section 2
 
 
-def logits(
-    features: Float[Array, "batch dim"], head: Float[Array, "dim classes"], tau: Float[Array, ""]
-) -> Float[Array, "batch classes"]:
+def logits(features: Features, head: Float[Array, "dim classes"], tau: Scalar) -> Float[Array, "batch classes"]:
     """Equation 1: `u(x) = tau F_theta(x) W`."""
     return tau * (features @ head)
 
@@ -90,7 +119,7 @@ def class_probabilities(u: Float[Array, "batch classes"]) -> Float[Array, "batch
     return jax.nn.softmax(u)
 
 
-def cross_entropy(u: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Float[Array, ""]:
+def cross_entropy(u: Float[Array, "batch classes"], labels: Int[Array, " batch"]) -> Scalar:
     """Equation 3: the mean of `-log p(y | x)`, in nats."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(u, labels))
 
@@ -98,45 +127,36 @@ def cross_entropy(u: Float[Array, "batch classes"], labels: Int[Array, " batch"]
 # ----------------------------------------------------------------------------------------- the energy gap, section 4.1
 
 
-def text_probabilities(
-    images: Float[Array, "batch dim"], texts: Float[Array, "texts dim"]
-) -> Float[Array, "batch texts"]:
+def text_probabilities(images: Features, texts: Float[Array, "texts dim"]) -> Float[Array, "batch texts"]:
     """Equation 4: the discriminative model `p(t | x)` over the given texts."""
     return jax.nn.softmax(-energy(images, texts))
 
 
-def energy(images: Float[Array, "batch dim"], texts: Float[Array, "texts dim"]) -> Float[Array, "batch texts"]:
+def energy(images: Features, texts: Float[Array, "texts dim"]) -> Float[Array, "batch texts"]:
     """Equation 5: `E(x, t) = -<F_theta(x), G_phi(t)>`."""
     return -images @ texts.T
 
 
-def energy_gap(
-    images: Float[Array, "batch dim"], zero_shot_images: Float[Array, "batch dim"], texts: Float[Array, "texts dim"]
-) -> Float[Array, ""]:
-    """Equation 6: the mean square difference of the energies of two models, over images and texts."""
+def energy_gap(images: Features, zero_shot_images: Features, texts: Float[Array, "texts dim"]) -> Scalar:
+    """Equation 6: the mean squared difference between the energies of two models, over images and texts."""
     return jnp.mean((energy(images, texts) - energy(zero_shot_images, texts)) ** 2)
 
 
-def feature_distortion(
-    images: Float[Array, "batch dim"], zero_shot_images: Float[Array, "batch dim"]
-) -> Float[Array, ""]:
+def expected_energy_gap(images: Features, zero_shot_images: Features, second_moment: Float[Array, "dim dim"]) -> Scalar:
+    """Equation 6 over all texts of `second_moment`: `d^T C2 d`, `d = F_theta(x) - F_theta0(x)`. Ours, not the paper's.
+
+    One matrix, `C2 = E_t[G_phi(t) G_phi(t)^T]`, stands for all texts.
+    """
+    difference = images - zero_shot_images
+    return jnp.mean(jnp.sum(difference @ second_moment * difference, axis=1))
+
+
+def feature_distortion(images: Features, zero_shot_images: Features) -> Scalar:
     """Figures 3 and 9 to 12: the mean of `|F_theta(x) - F_theta0(x)|` over images."""
     return jnp.mean(jnp.linalg.norm(images - zero_shot_images, axis=1))
 
 
-# --------------------------------------------------------------------------------------------- Lipsum-FT, section 4.2
-
-
-def lipsum_regularizer(v: Float[Array, "batch texts"], zero_shot_v: Float[Array, "batch texts"]) -> Float[Array, ""]:
-    """Equation 7: `R(theta) = |v_theta(x) - v_theta0(x)|^2 / 2M`, the mean over the batch."""
-    return jnp.mean(jnp.sum((v - zero_shot_v) ** 2, axis=1)) / (2 * v.shape[1])
-
-
-def text_energies(
-    images: Float[Array, "batch dim"], texts: Float[Array, "texts dim"], tau: Float[Array, ""]
-) -> Float[Array, "batch texts"]:
-    """Equation 8: `v_theta(x)_m = tau <F_theta(x), G_phi(t_m)>`."""
-    return tau * (images @ texts.T)
+# ----------------------------------------------------------------------------------------- random texts, section 4.2
 
 
 def random_texts(text: clip.TextTower, num_texts: int, length: int, key: PRNGKeyArray) -> Int[Array, "texts tokens"]:
@@ -148,27 +168,11 @@ def random_texts(text: clip.TextTower, num_texts: int, length: int, key: PRNGKey
 
 
 def draw_texts(frozen: Frozen, key: PRNGKeyArray) -> Int[Array, "texts tokens"]:
-    """M texts for one step: random ones or, where the user gave texts, M different ones of those."""
+    """M texts for one step: random ones or, if the user gave texts, M different ones of those."""
     settings = frozen.settings
     if frozen.guidance is None:
         return random_texts(frozen.text, settings.num_texts, settings.text_length, key)
     return jax.random.choice(key, frozen.guidance, (settings.num_texts,), replace=False)
-
-
-# --------------------------------------------------------------------------------- a closed form of our own, no paper's
-
-
-@partial(jax.jit, static_argnames="length")
-def text_second_moment(
-    text: clip.TextTower, guidance: Int[Array, "pool tokens"] | None, length: int
-) -> Float[Array, "dim dim"]:
-    """`C2 = E_t[G_phi(t) G_phi(t)^T]` over 10,000 random texts, the same for every run, or over the user's texts.
-
-    One matrix stands for all of them, in equation 6 and in the expectation of equation 7.
-    """
-    ids = random_texts(text, 10_000, length, jax.random.key(0)) if guidance is None else guidance
-    features = features_of_many(text, ids)
-    return features.T @ features / len(ids)
 
 
 def features_of_many(text: clip.TextTower, ids: Int[Array, "texts tokens"]) -> Float[Array, "texts dim"]:
@@ -176,64 +180,202 @@ def features_of_many(text: clip.TextTower, ids: Int[Array, "texts tokens"]) -> F
     return jax.lax.map(lambda one: clip.normalize(text(one)), ids, batch_size=500)
 
 
-def expected_energy_gap(
-    images: Float[Array, "batch dim"],
-    zero_shot_images: Float[Array, "batch dim"],
-    second_moment: Float[Array, "dim dim"],
-) -> Float[Array, ""]:
-    """Equation 6 over all the texts of `second_moment`: `d^T C2 d` for `d = F_theta(x) - F_theta0(x)`."""
-    difference = images - zero_shot_images
-    return jnp.mean(jnp.sum(difference @ second_moment * difference, axis=1))
+@partial(jax.jit, static_argnames="length")
+def text_second_moment(
+    text: clip.TextTower, guidance: Int[Array, "pool tokens"] | None, length: int
+) -> Float[Array, "dim dim"]:
+    """`C2` over the user's texts or, without any, over 10,000 random texts that are the same for every run."""
+    ids = random_texts(text, 10_000, length, jax.random.key(0)) if guidance is None else guidance
+    features = features_of_many(text, ids)
+    return features.T @ features / len(ids)
 
 
-def expected_lipsum_regularizer(
-    images: Float[Array, "batch dim"],
-    zero_shot_images: Float[Array, "batch dim"],
-    second_moment: Float[Array, "dim dim"],
-    tau: Float[Array, ""],
-) -> Float[Array, ""]:
-    """Equation 7 averaged over all the texts of `second_moment`: `tau^2 / 2 d^T C2 d`, the mean over the batch."""
-    return tau**2 / 2 * expected_energy_gap(images, zero_shot_images, second_moment)
+# ------------------------------------------------------------------------ the methods' losses, section 4.2, appendix B
+#
+# The training loss is cross-entropy plus lambda times one of these. Each takes the features F_theta(x) and F_theta0(x)
+# of the same images.
 
 
-# ----------------------------------------------------------------------------------- the other regularisers, appendix B
+def lipsum_loss(
+    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+) -> Scalar:
+    """Lipsum-FT: MSE of the energies of random texts, which are drawn afresh at every step and shared by the batch."""
+    texts = text_features(frozen, draw_texts(frozen, key))  # G_phi(t_1), ..., G_phi(t_M)
+    v = frozen.tau * (features @ texts.T)  # equation 8
+    zero_shot_v = frozen.tau * (zero_shot_features @ texts.T)
+    return jnp.mean(jnp.sum((v - zero_shot_v) ** 2, axis=1)) / (2 * len(texts))  # equation 7
 
 
-def l2sp_regularizer(classifier: Classifier, zero_shot: Classifier) -> Float[Array, ""]:
-    """Equation 11: `|theta - theta_0|^2`, summed over every entry of tower, visual projection and head."""
-    squares = jax.tree.map(lambda leaf, start: jnp.sum((leaf - start) ** 2), classifier, zero_shot)
+def lipsum_exact_loss(
+    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+) -> Scalar:
+    """Equation 7 in expectation over 10,000 texts: `tau^2 / 2 d^T C2 d`. Ours, not the paper's.
+
+    The step needs no text tower, and its loss has no variance from sampled texts.
+    """
+    return frozen.tau**2 / 2 * expected_energy_gap(features, zero_shot_features, frozen.second_moment)
+
+
+def l2sp_loss(
+    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+) -> Scalar:
+    """L2SP, equation 11: `|theta - theta_0|^2`, summed over every entry of tower, visual projection and head."""
+    squares = jax.tree.map(lambda leaf, start: jnp.sum((leaf - start) ** 2), classifier, frozen.zero_shot)
     return jax.tree.reduce(jnp.add, squares)
 
 
-def kl_divergence(u: Float[Array, "batch n"], zero_shot_u: Float[Array, "batch n"]) -> Float[Array, ""]:
+def kl_divergence(u: Float[Array, "batch n"], zero_shot_u: Float[Array, "batch n"]) -> Scalar:
     """`KL(softmax(u_0) || softmax(u))` of equations 13 and 15, in nats, the mean over the batch."""
-    log_p, zero_shot_log_p = jax.nn.log_softmax(u), jax.nn.log_softmax(zero_shot_u)
+    log_p = jax.nn.log_softmax(u)
+    zero_shot_log_p = jax.nn.log_softmax(zero_shot_u)
     return jnp.mean(jnp.sum(jnp.exp(zero_shot_log_p) * (zero_shot_log_p - log_p), axis=1))
 
 
-def kld_regularizer(
-    v: Float[Array, "batch texts"], zero_shot_v: Float[Array, "batch texts"], temperature: float
-) -> Float[Array, ""]:
+def kld_with_temperature(
+    v: Float[Array, "batch texts"], zero_shot_v: Float[Array, "batch texts"], temperature: Number
+) -> Scalar:
     """Equation 20: `T^2 KL(softmax(v_0 / T) || softmax(v / T))`. For `T` to infinity it is equation 21."""
     return temperature**2 * kl_divergence(v / temperature, zero_shot_v / temperature)
 
 
-def feature_regularizer(
-    images: Float[Array, "batch dim"], zero_shot_images: Float[Array, "batch dim"]
-) -> Float[Array, ""]:
-    """FeatKD (appendix B.3): `|F_theta(x) - F_theta0(x)|^2`, the mean over the batch."""
-    return jnp.mean(jnp.sum((images - zero_shot_images) ** 2, axis=1))
+def kd_loss(
+    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+) -> Scalar:
+    """KD, equation 13: the zero-shot classifier teaches, over the K classes."""
+    u = logits(features, classifier.head, frozen.tau)
+    return kl_divergence(u, logits(zero_shot_features, frozen.zero_shot.head, frozen.tau))
 
 
-# ---------------------------------------------------------------------------------------------------------- the update
+def car_ft_loss(
+    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+) -> Scalar:
+    """CAR-FT, equations 14 and 15: KLD on the context head, a fixed text per template."""
+    v = frozen.tau * (features @ frozen.context_head)
+    zero_shot_v = frozen.tau * (zero_shot_features @ frozen.context_head)
+    return kld_with_temperature(v, zero_shot_v, frozen.settings.temperature)
+
+
+def kld_random_loss(
+    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+) -> Scalar:
+    """Tables 3 and 9: KLD on random texts."""
+    texts = text_features(frozen, draw_texts(frozen, key))
+    v = frozen.tau * (features @ texts.T)
+    zero_shot_v = frozen.tau * (zero_shot_features @ texts.T)
+    return kld_with_temperature(v, zero_shot_v, frozen.settings.temperature)
+
+
+def mse_fixed_loss(
+    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+) -> Scalar:
+    """Tables 3 and 9: MSE on the context head."""
+    v = frozen.tau * (features @ frozen.context_head)
+    zero_shot_v = frozen.tau * (zero_shot_features @ frozen.context_head)
+    return jnp.mean(jnp.sum((v - zero_shot_v) ** 2, axis=1)) / (2 * v.shape[1])
+
+
+def feat_kd_loss(
+    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+) -> Scalar:
+    """FeatKD, appendix B.3: `|F_theta(x) - F_theta0(x)|^2`, the mean over the batch."""
+    return jnp.mean(jnp.sum((features - zero_shot_features) ** 2, axis=1))
+
+
+MethodLoss = Callable[[Classifier, Features, Features, Frozen, PRNGKeyArray], Scalar]
+
+
+class Method(NamedTuple):
+    """A way to fine-tune: its name in tables, its loss beside cross-entropy, the default of lambda, and its start."""
+
+    label: str
+    loss: MethodLoss | None = None
+    weight: float = 0.0
+    start: Literal["zero-shot", "zeros", "probe"] = "zero-shot"  # the head at the start
+    trained: bool = True  # False: the start is the result
+    averaged: bool = False  # evaluated with averaged weights, equation 16
+    texts: Literal["", "drawn", "averaged"] = ""  # M random texts at every step, or C2
+
+
+# A method is a line. Lambda is the paper's for Lipsum-FT (1, in the authors' script), and 1 likewise for the ablations
+# that Tables 3 and 9 set beside it. For L2SP, KD, CAR-FT, and EMA's decay, the digits are lost in the paper's text:
+# these are ours, the strongest of a sweep that keep within two points of FT on the embedded benchmark's selection data
+# (docs/settings.md).
+METHODS = {
+    "ft": Method("FT"),
+    "scratch-ft": Method("Scratch-FT", start="zeros"),
+    "lp": Method("LP", start="probe", trained=False),
+    "lp-ft": Method("LP-FT", start="probe"),
+    "ema": Method("EMA", averaged=True),
+    "l2sp": Method("L2SP", l2sp_loss, weight=0.1),
+    "kd": Method("KD", kd_loss, weight=1.0),
+    "car-ft": Method("CAR-FT", car_ft_loss, weight=3.0),
+    "lipsum": Method("Lipsum-FT", lipsum_loss, weight=1.0, texts="drawn"),
+    "lipsum-exact": Method("Lipsum-FT, exact", lipsum_exact_loss, weight=1.0, texts="averaged"),
+    "kld-random": Method("KLD, random", kld_random_loss, weight=1.0, texts="drawn"),
+    "mse-fixed": Method("MSE, fixed", mse_fixed_loss, weight=1.0),
+    "feat-kd": Method("FeatKD", feat_kd_loss, weight=1.0),
+}
+
+# ------------------------------------------------------------------------------------------------------------ the step
+
+
+def image_features(vision: clip.VisionTower, frozen: Frozen, batch: Batch) -> Features:
+    """`F_theta(x)` of a batch."""
+    computation = frozen.computation
+    return clip.image_features(clip.compute_in(vision, computation.precision), batch["image"], computation.remat)
+
+
+def text_features(frozen: Frozen, ids: Int[Array, "texts tokens"]) -> Float[Array, "texts dim"]:
+    """`G_phi(t)` of tokenized texts."""
+    return clip.text_features(clip.compute_in(frozen.text, frozen.computation.precision), ids)
+
+
+def objective(
+    loss: MethodLoss | None, classifier: Classifier, frozen: Frozen, batch: Batch, key: PRNGKeyArray
+) -> tuple[Scalar, Metrics]:
+    """The training loss: cross-entropy (equation 3) plus lambda times the method's loss. Also returns its terms."""
+    features = image_features(classifier.vision, frozen, batch)
+    fit = cross_entropy(logits(features, classifier.head, frozen.tau), batch["label"])
+    if loss is None:
+        return fit, {}
+    penalty = loss(classifier, features, image_features(frozen.zero_shot.vision, frozen, batch), frozen, key)
+    return fit + frozen.settings.weight * penalty, {"cross_entropy": fit, "regularizer": penalty}
+
+
+def value_and_gradient(
+    loss: MethodLoss | None, classifier: Classifier, frozen: Frozen, batch: Batch, key: PRNGKeyArray
+) -> tuple[tuple[Scalar, Metrics], Classifier]:
+    """The objective, its terms and its gradient: the means over the batch's `accumulate` parts.
+
+    All parts share their random texts, and every term is a mean over images or does not depend on them. So the means
+    are those of the whole batch.
+    """
+    per_part = jax.value_and_grad(partial(objective, loss), has_aux=True)
+    parts = frozen.computation.accumulate
+    if parts == 1:
+        return per_part(classifier, frozen, batch, key)
+
+    def add(total: PyTree, part: Batch) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, per_part(classifier, frozen, part, key)), None
+
+    # Part j has the rows j, j + parts, ...: each device splits its own rows, and none moves to another.
+    split = {name: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for name, x in batch.items()}
+    shapes = jax.eval_shape(per_part, classifier, frozen, {name: x[0] for name, x in split.items()}, key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.tree.map(lambda total: total / parts, jax.lax.scan(add, zeros, split)[0])
+
+
+def warmup_cosine(peak: Number, steps: int, warmup: float, final: float = 0.0) -> optax.Schedule:
+    """Rate by step: linear from 0 to `peak` over the `warmup` fraction, then a half cosine to `final * peak`."""
+    warmup_steps = round(warmup * steps)
+    rise = optax.linear_schedule(0.0, peak, warmup_steps)
+    fall = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1), final)
+    return optax.join_schedules([rise, fall], [warmup_steps])
 
 
 def learning_rate(settings: Settings) -> optax.Schedule:
-    """The rate of equation 9: linear from 0 to the peak over the warm-up, then a half cosine to 0."""
-    warmup_steps = round(settings.warmup * settings.steps)
-    if warmup_steps == 0:
-        return optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
-    return optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup_steps, settings.steps)
+    """The rate `eta` of equation 9 by step."""
+    return warmup_cosine(settings.learning_rate, settings.steps, settings.warmup)
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
@@ -241,51 +383,27 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
     return optax.adam(learning_rate(settings), b1=0.9, b2=0.999, eps=1e-8)
 
 
+def moving_average(average: Classifier, classifier: Classifier, decay: Number) -> Classifier:
+    """Equation 16: `theta_ema <- d theta_ema + (1 - d) theta_t`."""
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, classifier)
+
+
 def initial_state(frozen: Frozen, classifier: Classifier | None = None, averaged: bool = False) -> State:
-    """The start of fine-tuning: the zero-shot classifier, or the one given. Copies: steps donate their state."""
+    """The state before the first step: of the zero-shot classifier, or the one given. Copies it: steps donate."""
     classifier = jax.tree.map(jnp.copy, frozen.zero_shot if classifier is None else classifier)
     average = jax.tree.map(jnp.copy, frozen.zero_shot) if averaged else None
     return State(classifier, optimizer(frozen.settings).init(classifier), jnp.int32(0), average)
 
 
-def moving_average(average: Classifier, classifier: Classifier, decay: float) -> Classifier:
-    """Equation 16: `theta_ema <- d theta_ema + (1 - d) theta_t`."""
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, classifier)
-
-
-Loss = Callable[[Classifier, Frozen, Batch, PRNGKeyArray], tuple[Float[Array, ""], Metrics]]
 Step = Callable[[State, Frozen, Batch, PRNGKeyArray], tuple[State, Metrics]]
 
 
-def value_and_gradient(
-    loss: Loss, classifier: Classifier, frozen: Frozen, batch: Batch, key: PRNGKeyArray
-) -> tuple[tuple[Float[Array, ""], Metrics], Classifier]:
-    """The loss with its terms, and its gradient: the means over the batch's `accumulate` parts, one after the other.
-
-    Every part has the same random texts, and every loss is a mean over images plus what does not depend on them, so
-    that the means are those of the whole batch.
-    """
-    of_part = jax.value_and_grad(loss, has_aux=True)
-    parts = frozen.settings.accumulate
-    if parts == 1:
-        return of_part(classifier, frozen, batch, key)
-
-    def add(total: PyTree, part: Batch) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, of_part(classifier, frozen, part, key)), None
-
-    # Part j has the rows j, j + parts, ...: each device splits its own rows, and none moves to another.
-    split = {name: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for name, x in batch.items()}
-    shapes = jax.eval_shape(of_part, classifier, frozen, {name: x[0] for name, x in split.items()}, key)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.tree.map(lambda total: total / parts, jax.lax.scan(add, zeros, split)[0])
-
-
 @functools.cache
-def training_step(loss: Loss, shardings: State | None = None) -> Step:
-    """The jitted step of the method that minimises `loss`: gradient, Adam, update. Donates its state.
+def training_step(loss: MethodLoss | None, shardings: State | None = None) -> Step:
+    """The jitted step of a method: gradient, Adam, update. Donates its state.
 
-    `key` is the run's; the step's own is folded from it, so that a resumed run draws what an unbroken one would.
-    `shardings` tell where the state that comes out lies; without them the compiler chooses.
+    `key` is the run's. The step's own key is folded from it, so a resumed run draws what an unbroken one would.
+    `shardings` are those of the returned state; without them the compiler chooses.
     """
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
@@ -309,168 +427,29 @@ def training_step(loss: Loss, shardings: State | None = None) -> Step:
     return step
 
 
-# --------------------------------------------------------------------------------------------------------- the methods
-
-Regularizer = Callable[[Classifier, Float[Array, "batch dim"], Frozen, Batch, PRNGKeyArray], Float[Array, ""]]
-
-
-def image_features(vision: clip.VisionTower, frozen: Frozen, batch: Batch) -> Float[Array, "batch dim"]:
-    """`F_theta(x)` of a batch, computed as the settings tell."""
-    settings = frozen.settings
-    return clip.image_features(clip.compute_in(vision, settings.precision), batch["image"], settings.remat)
-
-
-def ft_loss(
-    classifier: Classifier, frozen: Frozen, batch: Batch, key: PRNGKeyArray
-) -> tuple[Float[Array, ""], Metrics]:
-    """FT: cross-entropy alone (equation 3)."""
-    features = image_features(classifier.vision, frozen, batch)
-    return cross_entropy(logits(features, classifier.head, frozen.tau), batch["label"]), {}
-
-
-def regularized(regularizer: Regularizer) -> Loss:
-    """The loss of most methods: cross-entropy plus lambda times a regulariser of the features of the same images."""
-
-    def loss(
-        classifier: Classifier, frozen: Frozen, batch: Batch, key: PRNGKeyArray
-    ) -> tuple[Float[Array, ""], Metrics]:
-        features = image_features(classifier.vision, frozen, batch)
-        fit = cross_entropy(logits(features, classifier.head, frozen.tau), batch["label"])
-        penalty = regularizer(classifier, features, frozen, batch, key)
-        return fit + frozen.settings.weight * penalty, {"cross_entropy": fit, "regularizer": penalty}
-
-    return loss
-
-
-def zero_shot_features(frozen: Frozen, batch: Batch) -> Float[Array, "batch dim"]:
-    """`F_theta0(x)`."""
-    return image_features(frozen.zero_shot.vision, frozen, batch)
-
-
-def drawn_features(frozen: Frozen, key: PRNGKeyArray) -> Float[Array, "texts dim"]:
-    """`G_phi(t)` of a step's M texts."""
-    return clip.text_features(clip.compute_in(frozen.text, frozen.settings.precision), draw_texts(frozen, key))
-
-
-def energies_of(
-    features: Float[Array, "batch dim"], texts: Float[Array, "texts dim"], frozen: Frozen, batch: Batch
-) -> tuple[Float[Array, "batch texts"], Float[Array, "batch texts"]]:
-    """`v_theta(x)` and `v_theta0(x)` of equation 8."""
-    zero_shot = zero_shot_features(frozen, batch)
-    return text_energies(features, texts, frozen.tau), text_energies(zero_shot, texts, frozen.tau)
-
-
-@regularized
-def lipsum_loss(classifier, features, frozen, batch, key):
-    """Lipsum-FT: MSE on random texts, drawn afresh at every step and shared by the batch."""
-    texts = drawn_features(frozen, key)
-    return lipsum_regularizer(*energies_of(features, texts, frozen, batch))
-
-
-@regularized
-def kld_random_loss(classifier, features, frozen, batch, key):
-    """Table 3: KLD on random texts."""
-    texts = drawn_features(frozen, key)
-    return kld_regularizer(*energies_of(features, texts, frozen, batch), frozen.settings.temperature)
-
-
-@regularized
-def mse_fixed_loss(classifier, features, frozen, batch, key):
-    """Table 3: MSE on the context head, a fixed text for each template."""
-    return lipsum_regularizer(*energies_of(features, frozen.context_head.T, frozen, batch))
-
-
-@regularized
-def car_ft_loss(classifier, features, frozen, batch, key):
-    """CAR-FT: KLD on the context head (equations 14 and 15, and with a temperature 20)."""
-    energies = energies_of(features, frozen.context_head.T, frozen, batch)
-    return kld_regularizer(*energies, frozen.settings.temperature)
-
-
-@regularized
-def lipsum_exact_loss(classifier, features, frozen, batch, key):
-    """Not the paper's: Lipsum-FT in expectation over 10,000 texts, with neither text tower nor noise in the step."""
-    zero_shot = zero_shot_features(frozen, batch)
-    return expected_lipsum_regularizer(features, zero_shot, frozen.second_moment, frozen.tau)
-
-
-@regularized
-def l2sp_loss(classifier, features, frozen, batch, key):
-    """L2SP (equation 11)."""
-    return l2sp_regularizer(classifier, frozen.zero_shot)
-
-
-@regularized
-def kd_loss(classifier, features, frozen, batch, key):
-    """KD (equation 13): the zero-shot classifier teaches, over the K classes."""
-    teacher = logits(zero_shot_features(frozen, batch), frozen.zero_shot.head, frozen.tau)
-    return kl_divergence(logits(features, classifier.head, frozen.tau), teacher)
-
-
-@regularized
-def feat_kd_loss(classifier, features, frozen, batch, key):
-    """FeatKD (appendix B.3)."""
-    return feature_regularizer(features, zero_shot_features(frozen, batch))
-
-
-class Method(NamedTuple):
-    """A way to fine-tune: its name in tables, its loss, lambda, and where it starts."""
-
-    label: str
-    loss: Loss | None  # None: nothing is trained after the start
-    weight: float = 0.0  # lambda's default; 0 where the method has no regulariser
-    start: Literal["zero-shot", "zeros", "probe"] = "zero-shot"  # the head at the start
-    averaged: bool = False  # equation 16
-    texts: Literal["", "drawn", "averaged"] = ""  # random ones: none, M at every step, or C2
-
-
-# A line a method. Lambda is the paper's for Lipsum-FT (1, in the authors' script), and 1 likewise where Tables 3 and 9
-# set ablations beside it. For L2SP, KD, CAR-FT, and EMA's decay, the digits are lost in the paper's text: these are
-# ours, the strongest of a sweep that keeps within two points of FT on the embedded benchmark's selection data
-# (README, "Settings of the methods").
-METHODS = {
-    "ft": Method("FT", ft_loss),
-    "scratch-ft": Method("Scratch-FT", ft_loss, start="zeros"),
-    "lp": Method("LP", None, start="probe"),
-    "lp-ft": Method("LP-FT", ft_loss, start="probe"),
-    "ema": Method("EMA", ft_loss, averaged=True),
-    "l2sp": Method("L2SP", l2sp_loss, weight=0.1),
-    "kd": Method("KD", kd_loss, weight=1.0),
-    "car-ft": Method("CAR-FT", car_ft_loss, weight=3.0),
-    "lipsum": Method("Lipsum-FT", lipsum_loss, weight=1.0, texts="drawn"),
-    "lipsum-exact": Method("Lipsum-FT, exact", lipsum_exact_loss, weight=1.0, texts="averaged"),
-    "kld-random": Method("KLD, random", kld_random_loss, weight=1.0, texts="drawn"),
-    "mse-fixed": Method("MSE, fixed", mse_fixed_loss, weight=1.0),
-    "feat-kd": Method("FeatKD", feat_kd_loss, weight=1.0),
-}
-
 # ------------------------------------------------------------------------------------------------ linear probe, table 4
 
 
 @partial(jax.jit, static_argnames="maximal_steps")
 def linear_probe(
-    features: Float[Array, "images dim"],
-    labels: Int[Array, " images"],
-    head: Float[Array, "dim classes"],
-    tau: Float[Array, ""],
-    maximal_steps: int = 1_000,
-    tolerance: float = 1e-4,
-) -> tuple[Float[Array, "dim classes"], Int[Array, ""]]:
-    """The head that minimises equation 3 on fixed features, and the L-BFGS steps that it took.
+    features: Features, labels: Int[Array, " batch"], head: Float[Array, "dim classes"], tau: Scalar,
+    maximal_steps: int = 1_000, tolerance: float = 1e-4,
+) -> tuple[Float[Array, "dim classes"], Int[Array, ""]]:  # fmt: skip
+    """The head that minimises equation 3 on fixed features, and how many steps of L-BFGS it took.
 
     Full batches, until the gradient's norm is below `tolerance` (in nats per unit of `W tau`) or `maximal_steps`.
     """
 
-    def objective(scaled_head: Float[Array, "dim classes"]) -> Float[Array, ""]:
+    def mean_loss(scaled_head: Float[Array, "dim classes"]) -> Scalar:
         return cross_entropy(features @ scaled_head, labels)
 
     solver = optax.lbfgs()
-    value_and_gradient = optax.value_and_grad_from_state(objective)
+    value_and_gradient = optax.value_and_grad_from_state(mean_loss)
 
     def step(carry):
         scaled_head, state = carry
         value, gradient = value_and_gradient(scaled_head, state=state)
-        updates, state = solver.update(gradient, state, scaled_head, value=value, grad=gradient, value_fn=objective)
+        updates, state = solver.update(gradient, state, scaled_head, value=value, grad=gradient, value_fn=mean_loss)
         return optax.apply_updates(scaled_head, updates), state
 
     def goes_on(carry):
@@ -500,29 +479,33 @@ def soup(members: Sequence[Classifier]) -> Classifier:
 
 
 def greedy_members(accuracies: Sequence[float], accuracy_of: Callable[[list[int]], float], most: int) -> list[int]:
-    """The greedy choice of soups and ensembles (Wortsman et al. 2022a): candidates by falling selection accuracy, ties
-    in the order given; one stays only if `accuracy_of` the members with it is strictly higher. At most `most` members.
+    """The greedy choice of soups and ensembles (Wortsman et al. 2022a), as indices; at most `most` of them.
+
+    Candidates come by falling selection accuracy, ties in the order given. A candidate stays if `accuracy_of` the
+    members with it is strictly higher.
     """
     first, *others = sorted(range(len(accuracies)), key=lambda index: -accuracies[index])
-    members, best = [first], accuracies[first]
+    members = [first]
+    best = accuracies[first]
     for index in others:
         if len(members) < most and (accuracy := accuracy_of([*members, index])) > best:
-            members, best = [*members, index], accuracy
+            members = [*members, index]
+            best = accuracy
     return members
 
 
 Norm = Literal["frobenius", "mars"]
-Radii = Classifier  # TPGM's gamma: a classifier's tree, with a number for each parameter tensor of each layer
+Radii = Classifier  # TPGM's gamma: a classifier's tree with one number per parameter tensor and layer
 
 
 def _tensor_axes(path: tuple, leaf: Array) -> tuple[int, ...]:
     """The axes of one parameter tensor: the first axis of a tower's blocks counts the layers."""
-    in_blocks = "blocks" in jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    in_blocks = "blocks" in clip.leaf_name(path).split(".")
     return tuple(range(int(in_blocks), leaf.ndim))
 
 
 def distances(zero_shot: Classifier, fine_tuned: Classifier, norm: Norm) -> Radii:
-    """`|theta_T - theta_0|` of every parameter tensor: one number, or with `mars` the L1 norm of every row.
+    """`|theta_T - theta_0|` per parameter tensor: one number, or with `mars` the L1 norm per row.
 
     A vector counts as one row. Reduced axes are kept with length 1.
     """
@@ -541,17 +524,17 @@ def tpgm_projection(zero_shot: Classifier, fine_tuned: Classifier, gamma: Radii,
 
     def project(start: Array, end: Array, radius: Array, distance: Array) -> Array:
         ratio = jnp.minimum(1, radius / jnp.where(distance > 0, distance, 1))
-        return (1 - ratio) * start + ratio * end  # at 1 and 0 the very weights of either model
+        return (1 - ratio) * start + ratio * end  # exact at both ends
 
     with jax.numpy_rank_promotion("allow"):
         return jax.tree.map(project, zero_shot, fine_tuned, gamma, distances(zero_shot, fine_tuned, norm))
 
 
 def tpgm_loss(
-    gamma: Radii, zero_shot: Classifier, fine_tuned: Classifier, tau: Float[Array, ""], batch: Batch, norm: Norm,
-    penalty: float | Float[Array, ""],
-) -> Float[Array, ""]:  # fmt: skip
-    """Equation 19 on one batch; TPGM-C adds `penalty * |gamma|^2`, the form of the penalty being this project's."""
+    gamma: Radii, zero_shot: Classifier, fine_tuned: Classifier, tau: Scalar, batch: Batch, norm: Norm,
+    penalty: Number,
+) -> Scalar:  # fmt: skip
+    """Equation 19 on one batch. TPGM-C adds `penalty * |gamma|^2`; the form of the penalty is this project's."""
     projected = tpgm_projection(zero_shot, fine_tuned, gamma, norm)
     features = clip.image_features(projected.vision, batch["image"])
     fit = cross_entropy(logits(features, projected.head, tau), batch["label"])
@@ -563,12 +546,12 @@ _tpgm_optimizer = optax.adam(1e-2)
 
 @partial(jax.jit, static_argnames="norm")
 def tpgm_start(zero_shot: Classifier, fine_tuned: Classifier, norm: Norm) -> tuple[Radii, Radii, optax.OptState]:
-    """Gamma at half the tensor's smallest norm, its bound, the largest, and the optimiser's start."""
-    of_tensor = distances(zero_shot, fine_tuned, norm)
+    """Gamma at half the tensor's smallest norm; its bound, the tensor's largest norm; the optimizer's state."""
+    per_tensor = distances(zero_shot, fine_tuned, norm)
 
     def over_rows(reduce: Callable) -> Radii:
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: reduce(leaf, axis=_tensor_axes(path, leaf), keepdims=True), of_tensor
+            lambda path, leaf: reduce(leaf, axis=_tensor_axes(path, leaf), keepdims=True), per_tensor
         )
 
     gamma = jax.tree.map(lambda smallest: smallest / 2, over_rows(jnp.min))
@@ -578,10 +561,9 @@ def tpgm_start(zero_shot: Classifier, fine_tuned: Classifier, norm: Norm) -> tup
 @partial(jax.jit, static_argnames="norm")
 def tpgm_step(
     gamma: Radii, bound: Radii, state: optax.OptState, zero_shot: Classifier, fine_tuned: Classifier,
-    tau: Float[Array, ""], batch: Batch, norm: Norm,
-    penalty: float | Float[Array, ""],
-) -> tuple[Radii, optax.OptState, Float[Array, ""]]:  # fmt: skip
-    """One step of Adam on gamma, which stays in [1e-8, bound]."""
+    tau: Scalar, batch: Batch, norm: Norm, penalty: Number,
+) -> tuple[Radii, optax.OptState, Scalar]:  # fmt: skip
+    """One step of Adam on gamma, which is then clipped to [1e-8, bound]. Also returns the loss."""
     loss, gradient = jax.value_and_grad(tpgm_loss)(gamma, zero_shot, fine_tuned, tau, batch, norm, penalty)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count with floats
         updates, state = _tpgm_optimizer.update(gradient, state, gamma)

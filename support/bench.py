@@ -157,18 +157,19 @@ def memory_command(
     """
     if model not in clip.PRESETS:
         raise unknown("model preset", model, clip.PRESETS)
-    if method not in lipsum.METHODS or not lipsum.METHODS[method].loss:
-        raise unknown("training method", method, [name for name, each in lipsum.METHODS.items() if each.loss])
+    if method not in lipsum.METHODS or not lipsum.METHODS[method].trained:
+        raise unknown("training method", method, [name for name, each in lipsum.METHODS.items() if each.trained])
     if jax.config.jax_num_cpu_devices != cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     mesh = data.device_mesh(batch_size, accumulate)
-    config, settings = clip.PRESETS[model], lipsum.Settings(precision=precision, remat=remat, accumulate=accumulate)
+    config = clip.PRESETS[model]
+    computation = lipsum.Computation(precision, accumulate, remat)
 
     def start() -> tuple[lipsum.State, lipsum.Frozen]:
         clip_model, dim = clip.CLIP(config, jax.random.key(0)), config.embedding_size
         zero_shot = lipsum.Classifier(clip_model.vision, jnp.zeros((dim, 345)))
         frozen = lipsum.Frozen(
-            zero_shot, clip_model.text, jnp.zeros((dim, 80)), jnp.float32(100), settings,
+            zero_shot, clip_model.text, jnp.zeros((dim, 80)), jnp.float32(100), computation=computation,
             second_moment=jnp.zeros((dim, dim)),
         )  # fmt: skip
         return lipsum.initial_state(frozen, averaged=lipsum.METHODS[method].averaged), frozen

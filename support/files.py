@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
+from clip import leaf_name, named_leaves
 from support.errors import InputError
 
 # -------------------------------------------------------------------------------------------------- files and folders
@@ -138,11 +139,14 @@ class Checkpoint(NamedTuple):
 class Checkpoints:
     """A run's newest checkpoint and the one before, written by a thread of its own while training goes on.
 
+    With `writes` false, it reads alone.
+
     Methods raise the InputError of a write that failed. Leaving the block waits for what is being written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder = folder
+        self.writes = writes
         self._kept: list[Path] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -173,10 +177,11 @@ class Checkpoints:
             raise InputError(f"no checkpoint in {self.folder} is whole: give --overwrite to start anew")
         return None
 
-    def save(self, progress: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Has them written, once the one before is. `progress["step"]` names the file; the arrays must not change."""
+    def save(self, progress: dict[str, Any], tree: Any) -> None:
+        """Writes host arrays, which must not change, after those before. `progress["step"]` names the file."""
         self.wait()
-        self._writing = self._writer.submit(self._write, dict(progress), arrays)
+        if self.writes:
+            self._writing = self._writer.submit(self._write, dict(progress), by_name(tree))
 
     def wait(self) -> None:
         """Until everything is on the disk."""
@@ -225,10 +230,7 @@ def _digest(text: str, arrays: dict[str, np.ndarray]) -> str:
 
 def by_name(tree: Any) -> dict[str, np.ndarray]:
     """The leaves of a tree of host arrays under their names, as they go into a file."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf, order="C") for path, leaf in leaves
-    }
+    return {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(tree).items()}
 
 
 def from_names(arrays: dict[str, np.ndarray], like: Any) -> Any:
@@ -238,7 +240,7 @@ def from_names(arrays: dict[str, np.ndarray], like: Any) -> Any:
     """
 
     def of_leaf(path: tuple, leaf: Any) -> np.ndarray | None:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = leaf_name(path)
         found = arrays.get(name)
         if found is None or found.shape != leaf.shape or found.dtype != leaf.dtype:
             what = "none" if found is None else f"{found.dtype} {found.shape}"

@@ -25,6 +25,7 @@ from data import Data, Files, ListedFile, Split, hold_out, take
 from support import download, minidomain
 from support.errors import InputError, read_json, unknown
 from support.files import cache_folder
+from support.options import Sources
 
 
 def wrong_root(root: Path, lacking: str, layout: str, option: str = "--data-root") -> InputError:
@@ -665,18 +666,11 @@ DATASETS = {
 }
 
 
-def read(
-    name: str,
-    root: Path | None,
-    reference: str,
-    shifts: tuple[str, ...],
-    select_on: str,
-    keep_underscores: bool,
-    split_roots: tuple[str, ...],
-) -> Data:
-    """A data set by its name in `DATASETS`. Raises InputError as its reader does."""
-    if name == "imagenet":
-        return read_imagenet(root, reference, shifts, select_on, keep_underscores, split_roots)
-    if split_roots:
-        raise InputError(f"--split-roots is for --data imagenet: leave it out with --data {name}")
-    return DATASETS[name](root, reference, shifts, select_on, keep_underscores)
+def read(sources: Sources) -> Data:
+    """The data of a run. Raises InputError as the data set's reader does."""
+    chosen = (sources.data_root, sources.reference, sources.shifts, sources.select_on, sources.keep_underscores)
+    if sources.data == "imagenet":
+        return read_imagenet(*chosen, sources.split_roots)
+    if sources.split_roots:
+        raise InputError(f"--split-roots is for --data imagenet: leave it out with --data {sources.data}")
+    return DATASETS[sources.data](*chosen)

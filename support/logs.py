@@ -1,4 +1,4 @@
-"""What a run tells while it trains: the bar's figures, metrics.jsonl, TensorBoard.
+"""What training shows and writes while it runs: the progress bar, metrics.jsonl, TensorBoard, a profile.
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` uses it.
 """
@@ -13,94 +13,129 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 from tqdm import tqdm
 
-import lipsum
 from support import files
 from support.errors import InputError
+from support.options import PROFILED
 
 LOG_EVERY = 10  # steps
 
-# ------------------------------------------------------------------------------------------------------------- figures
-
 
 class Log:
-    """What a run tells while it trains: the bar's figures, lines of metrics.jsonl, and with a board TensorBoard's.
+    """Shows each step of a loop, writes some, and stops the loop if loss or gradient are not finite.
 
-    Figures are read a step late: waiting for the step just dispatched would leave the devices idle.
+    Metrics are read a step late: waiting for the step just dispatched would leave the devices idle. `folder` receives
+    metrics.jsonl and, if wanted, tensorboard/ and profile/. Without a folder nothing is written; without `shown` there
+    is no progress bar either.
     """
 
-    def __init__(self, path: Path, bar: tqdm, board: Any, batch_size: int) -> None:
-        self.path, self.bar, self.board, self.batch_size = path, bar, board, batch_size
-        self._pending: tuple[int, lipsum.Metrics, bool] | None = None
-        self.start_clock(bar.n)
+    def __init__(
+        self, label: str, first: int, last: int, batch_size: int, folder: Path | None = None, shown: bool = True,
+        tensorboard: bool = False, profile: bool = False,
+    ) -> None:  # fmt: skip
+        self.first = first
+        self.batch_size = batch_size
+        self.folder = folder
+        self.profile = profile and folder is not None
+        self.board = board(folder / "tensorboard", first) if tensorboard and folder else None
+        self.bar = tqdm(total=last, initial=first, desc=label, unit="step", disable=not shown)
+        self._pending: tuple[int, dict[str, Array], bool] | None = None
+        self._began = time.perf_counter()
+        if folder:
+            kept = "".join(lines_up_to(folder / "metrics.jsonl", first))
+            files.write_whole(folder / "metrics.jsonl", lambda new: new.write_text(kept, encoding="utf-8"))
+        self.start_clock(first)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+        if self.board:
+            self.board.close()
+
+    def seconds(self) -> float:
+        """Since the loop began."""
+        return time.perf_counter() - self._began
 
     def start_clock(self, step: int) -> None:
-        """What comes before, an evaluation say, does not count as time of the steps after `step`."""
-        self._timed_step, self._timed_at = step, time.perf_counter()
+        """Excludes what came before, such as an evaluation, from the time of the steps after `step`."""
+        self._timed_step = step
+        self._timed_at = time.perf_counter()
 
-    def add(self, step: int, metrics: lipsum.Metrics, logged: bool) -> None:
-        """A step just dispatched. Raises as `settle` does of the one before."""
+    def add(self, step: int, metrics: dict[str, Array], written: bool = False) -> None:
+        """Takes the metrics of a step just dispatched. Raises like `settle`, about the step before."""
         self.settle()
-        self._pending = step, metrics, logged
+        self._pending = step, metrics, written or step == 1 or step % LOG_EVERY == 0
+        if self.profile and step - self.first == PROFILED[0] - 1:
+            self.settle()
+            jax.profiler.start_trace(self.folder / "profile", create_perfetto_trace=True)
+        if self.profile and step - self.first == PROFILED[-1]:
+            self.settle()
+            jax.profiler.stop_trace()
 
     def settle(self) -> None:
-        """Waits for the last step added, and writes its line where it is logged.
+        """Waits for the last step added, and writes its metrics if they are to be written.
 
-        Raises InputError naming the step where loss or gradient are not finite, or where the line cannot be written.
+        Raises InputError naming the step if loss or gradient are not finite, or if the line cannot be written.
         """
         if self._pending is None:
             return
-        (step, metrics, logged), self._pending = self._pending, None
+        step, metrics, written = self._pending
+        self._pending = None
         values = {"loss": 0.0} | {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.bar.update()
         finite = np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])
-        if logged or not finite:
+        if written or not finite:
             seconds = (time.perf_counter() - self._timed_at) / max(step - self._timed_step, 1)
-            self._write(step, values, seconds)
+            speed = {"images_per_second": self.batch_size / seconds, "seconds_per_step": seconds}
+            self._write(step, values | {name: round(value, 4) for name, value in speed.items()})
             self.start_clock(step)
         if not finite:
+            kept = f" and another --out; {self.folder} keeps what was saved before" if self.folder else ""
             raise InputError(
                 f"at step {step} the loss is {values['loss']}, the gradient's norm {values['gradient_norm']}: give a "
-                f"lower --learning-rate and another --out; {self.path.parent} keeps what was saved before"
+                f"lower --learning-rate{kept}"
             )
 
-    def _write(self, step: int, values: dict[str, float], seconds_per_step: float) -> None:
-        speed = {"images_per_second": self.batch_size / seconds_per_step, "seconds_per_step": seconds_per_step}
-        values = values | {name: round(value, 4) for name, value in speed.items()}
+    def _write(self, step: int, values: dict[str, float]) -> None:
         self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s")
-        with files.reported(self.path):
-            with open(self.path, "a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step, **values}) + "\n")
-            self.show({name: value for name, value in values.items() if name != "step"}, step)
+        if self.folder:
+            path = self.folder / "metrics.jsonl"
+            with files.reported(path):
+                with open(path, "a", encoding="utf-8") as log:
+                    log.write(json.dumps({"step": step, **values}) + "\n")
+                self.show(step, values)
 
-    def show(self, values: dict[str, float], step: int) -> None:
-        """On the board, where there is one."""
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Writes values for TensorBoard, if it is wanted."""
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
             self.board.flush()
 
 
-def tensorboard(folder: Path, start: int) -> Any:
-    """A writer of TensorBoard's event files; what it wrote before, of steps after `start`, is dropped."""
+def board(folder: Path, first: int) -> Any:
+    """A writer of TensorBoard's event files, which drops what an earlier one wrote of steps after `first`."""
     from tensorboardX import SummaryWriter  # needs the extra; everything else does without
 
-    return SummaryWriter(str(folder), purge_step=start + 1)
+    return SummaryWriter(str(folder), purge_step=first + 1)
 
 
-def lines_up_to(path: Path, last_step: int) -> list[str]:
-    """The whole lines of a metrics.jsonl, where there is one, that a checkpoint of `last_step` has behind it."""
+def lines_up_to(path: Path, last: int) -> list[str]:
+    """The whole lines of a metrics.jsonl, if there is one, of steps up to `last`."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):  # a killed run may leave half a line
-            if json.loads(line)["step"] <= last_step:
+            if json.loads(line)["step"] <= last:
                 kept.append(line + "\n")
     return kept
 
 
-def seconds_per_step(log_path: Path) -> float | None:
-    """The median over the logged steps, without those that waited for the compiler; None where there are too few."""
-    lines = [json.loads(line) for line in lines_up_to(log_path, sys.maxsize)]
+def seconds_per_step(path: Path) -> float | None:
+    """The median over the lines of a metrics.jsonl, without the first, which waited for the compiler; None without."""
+    lines = [json.loads(line) for line in lines_up_to(path, sys.maxsize)]
     seconds = [line["seconds_per_step"] for line in lines if line["step"] > LOG_EVERY]
     return statistics.median(seconds) if seconds else None

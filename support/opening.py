@@ -1,10 +1,10 @@
-"""Opens what a run needs: the model, the data, the prompts; and finished runs with what they were made from.
+"""Opens what runs need, the model, the data and the prompts, and finished runs with what they were made from.
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` and `python eval.py` use it.
 """
 
 import dataclasses
-import os
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,45 +24,20 @@ import data
 import lipsum
 from support import download, files, layouts, minidomain, weights
 from support.errors import InputError, read_json, unknown
-
-# ------------------------------------------------------------------------------------------- what runs are made from
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The options, as `train.Options` has them, that decide what is evaluated and how."""
-
-    model: str
-    data: str
-    data_root: Path | None
-    reference: str
-    shifts: tuple[str, ...]
-    templates: str | None
-    keep_underscores: bool
-    select_on: str
-    unseen: tuple[str, ...]
-    split_roots: tuple[str, ...]
-    skip_broken: int
-    batch_size: int
-    workers: int
-    precision: str = "float32"
-    accumulate: int = 1
-    fsdp: bool = False
+from support.options import Execution, Sources, flat, read_lines, restored
 
 
-# These may differ between runs that go together.
-HOW_COMPUTED = ("batch_size", "workers", "precision", "accumulate", "fsdp")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setup:
-    """What every run of one command shares: the zero-shot model, its heads, the data, the devices.
+    """What every run on one reference shares: the zero-shot model, its heads, the data, the devices.
 
-    `classes` are all that are reported. Training and selection have those of `seen` (indices of `classes`): all of
-    them, but for generalised zero-shot.
+    `classes` are all that are reported. Training and selection have the classes `seen` (indices into `classes`), which
+    are all of them, except in generalised zero-shot.
     """
 
     sources: Sources
+    execution: Execution
+    batch_size: int  # the largest that is trained with
     model: clip.CLIP
     tokenizer: Tokenizer
     data: data.Data
@@ -80,15 +55,40 @@ class Setup:
         return lipsum.Classifier(classifier.vision, classifier.head[:, self.seen])
 
     def over_all(self, classifier: lipsum.Classifier) -> lipsum.Classifier:
-        """The classifier over all classes: where some are unseen, the head is the fixed zero-shot one."""
+        """The classifier over all classes: if some are unseen, its head is the fixed zero-shot one."""
         if len(self.seen) == len(self.classes):
             return classifier
         return lipsum.Classifier(classifier.vision, self.zero_shot.head)
 
     @cached_property
     def text(self) -> clip.TextTower:
-        """The text tower in the host's memory: what is computed once, one device of each process computes."""
+        """The text tower in host memory, for what one device of each process computes once."""
         return data.fetch(self.model.text)
+
+
+def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
+    """Loads and checks the model and the data. Raises InputError before any long work."""
+    mesh = data.device_mesh(data.evaluation_batch_size(batch_size, execution.accumulate))
+    images = layouts.read(sources)
+    images = data.with_skipped(images, sources.skip_broken)
+    # After the data, whose root may be wrong: these two may download.
+    templates = read_templates(sources.templates)
+    model, tokenizer = weights.load(sources.model)
+    classes = images.train.classes
+    seen = seen_classes(classes, sources.unseen)
+    if sources.unseen:
+        train, selection = (data.of_classes(split, seen) for split in (images.train, images.selection))
+        images = data.Data(train, selection, images.reports)
+    data.check_images([images.train, images.selection, *images.reports.values()], execution.workers)
+    features = clip.prompt_features(model, tokenizer, classes, templates)
+    head = clip.zero_shot_head(features)
+    context_head = clip.context_head(features[:, seen])  # training knows no unseen class
+    tau = jnp.exp(model.logit_scale)
+    model, head, context_head, tau = data.place((model, head, context_head, tau), mesh, execution.fsdp)
+    zero_shot = lipsum.Classifier(model.vision, head)
+    return Setup(
+        sources, execution, batch_size, model, tokenizer, images, classes, seen, zero_shot, context_head, tau, mesh,
+    )  # fmt: skip
 
 
 def read_templates(templates: str | None) -> list[str]:
@@ -117,8 +117,49 @@ def read_templates(templates: str | None) -> list[str]:
     return prompts
 
 
+@functools.cache
+def read_guidance(path: Path, setup: Setup) -> Int[np.ndarray, "pool tokens"]:
+    """The texts of a file, one a line, tokenized and cut to the longest.
+
+    Raises InputError naming the line that is empty or too long.
+    """
+    lines = read_lines("--guidance", path)
+    config = setup.model.config
+    for number, line in enumerate(lines, start=1):
+        if not clip.clean_text(line):
+            raise InputError(f"--guidance {path} line {number} is empty: write a text or delete the line")
+        try:
+            clip.tokenize(setup.tokenizer, [line], config)
+        except InputError as error:
+            raise InputError(f"--guidance {path} line {number}: {error}") from error
+    if not lines:
+        raise InputError(f"--guidance {path} is empty: write one text per line")
+    ids = clip.tokenize(setup.tokenizer, lines, config)
+    return ids[:, : 1 + np.max(np.argmax(ids == config.end_token, axis=1))]
+
+
+@functools.cache
+def second_moment(setup: Setup, length: int, guidance: Path | None = None) -> Float[np.ndarray, "dim dim"]:
+    """C2 over 10,000 random texts of `length` tokens, or over the texts of a file."""
+    ids = None if guidance is None else read_guidance(guidance, setup)
+    return data.fetch(lipsum.text_second_moment(setup.text, ids, length))
+
+
+def check_texts(settings: lipsum.Settings, texts: str, setup: Setup) -> None:
+    """Raises InputError if a method of the given kind of `texts` cannot have them from this model or this file."""
+    if texts and settings.guidance is None:
+        check_text_length(settings.text_length, setup.model.config)
+    elif texts:
+        found = len(read_guidance(settings.guidance, setup))
+        if texts == "drawn" and found < settings.num_texts:
+            raise InputError(
+                f"--guidance {settings.guidance} has {found} texts: give at least --num-texts {settings.num_texts} or "
+                "lower it"
+            )
+
+
 def check_text_length(length: int, config: clip.Config) -> None:
-    """Raises InputError where a random text of --text-length tokens does not fit the model."""
+    """Raises InputError if a random text of --text-length tokens does not fit the model."""
     if length + 2 > config.context_length:
         raise InputError(
             f"--text-length {length} with start and end token is over the model's context of "
@@ -129,7 +170,7 @@ def check_text_length(length: int, config: clip.Config) -> None:
 def seen_classes(classes: tuple[str, ...], unseen: tuple[str, ...]) -> Int[np.ndarray, " seen"]:
     """Indices of the classes that are not `unseen`.
 
-    Raises InputError for an unknown class, or where fewer than two stay.
+    Raises InputError for an unknown class, or if fewer than two are left.
     """
     known = {name.replace("_", " "): name for name in classes}
     for name in unseen:
@@ -144,36 +185,26 @@ def seen_classes(classes: tuple[str, ...], unseen: tuple[str, ...]) -> Int[np.nd
     return seen
 
 
-def prepare(sources: Sources) -> Setup:
-    """Loads and checks the model and the data. Raises InputError before any long work."""
-    mesh = data.device_mesh(data.evaluation_batch_size(sources.batch_size, sources.accumulate))
-    images = layouts.read(
-        sources.data, sources.data_root, sources.reference, sources.shifts, sources.select_on,
-        sources.keep_underscores, sources.split_roots,
-    )  # fmt: skip
-    images = data.with_skipped(images, sources.skip_broken)
-    # After the data, whose root may be wrong: these two may download.
-    templates = read_templates(sources.templates)
-    model, tokenizer = weights.load(sources.model)
-    classes = images.train.classes
-    seen = seen_classes(classes, sources.unseen)
-    if sources.unseen:
-        train, selection = (data.of_classes(split, seen) for split in (images.train, images.selection))
-        images = data.Data(train, selection, images.reports)
-    data.check_images([images.train, images.selection, *images.reports.values()], sources.workers)
-    features = clip.prompt_features(model, tokenizer, classes, templates)
-    head, context_head, tau = (
-        clip.zero_shot_head(features),
-        clip.context_head(features[:, seen]),  # training knows no unseen class
-        jnp.exp(model.logit_scale),
-    )
-    model, head, context_head, tau = data.place((model, head, context_head, tau), mesh, sources.fsdp)
-    zero_shot = lipsum.Classifier(model.vision, head)
-    return Setup(sources, model, tokenizer, images, classes, seen, zero_shot, context_head, tau, mesh)
+# ----------------------------------------------------------------------------------------------------- finished runs
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run: its folder, `config.json`, `results.json`, and its selected classifier."""
+
+    folder: Path
+    config: dict[str, Any]
+    results: dict[str, Any]
+    classifier: lipsum.Classifier
+
+    @cached_property
+    def sources(self) -> Sources:
+        """What it was made from."""
+        return restored(Sources, self.config["settings"])
 
 
 def save_classifier(folder: Path, setup: Setup, classifier: lipsum.Classifier) -> None:
-    """A classifier as a Hugging Face CLIP folder, with the head and the names of its columns. By one process."""
+    """Writes a Hugging Face CLIP folder, with the head and the names of its columns. Process 0 writes."""
     trained = eqx.tree_at(lambda model: model.vision, setup.model, classifier.vision)
     model, head = data.fetch((trained, classifier.head))
     if not data.writes_files():
@@ -187,28 +218,15 @@ def save_classifier(folder: Path, setup: Setup, classifier: lipsum.Classifier) -
     files.write_whole(folder, write)
 
 
-# ----------------------------------------------------------------------------------------------------- finished runs
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its folder, what `config.json` and `results.json` say, and its selected classifier."""
-
-    folder: Path
-    config: dict[str, Any]
-    results: dict[str, Any]
-    classifier: lipsum.Classifier
-
-
 def needs(folder: Path, names: Sequence[str]) -> None:
-    """Raises InputError where the folder lacks one of the files."""
+    """Raises InputError if the folder lacks one of the files."""
     for name in names:
         if not (folder / name).exists():
             raise InputError(f"{folder} has no {name}: give the folder of a finished run, such as runs/lipsum/seed-0")
 
 
 def read_classifier(best: Path) -> tuple[lipsum.Classifier, clip.CLIP]:
-    """What `save_classifier` saved. Raises InputError where something is missing or damaged."""
+    """What `save_classifier` saved. Raises InputError if something is missing or damaged."""
     needs(best, ("head.safetensors", "classes.json"))
     model, _ = weights.load(str(best))
     try:
@@ -224,37 +242,33 @@ def read_classifier(best: Path) -> tuple[lipsum.Classifier, clip.CLIP]:
     return lipsum.Classifier(model.vision, jnp.asarray(head)), model
 
 
-def read_run(folder: Path) -> Run:
-    """Raises InputError where the folder is no finished run with one classifier."""
+def read_run(folder: Path) -> FinishedRun:
+    """Raises InputError if the folder is no finished run with one classifier."""
     needs(folder, ("config.json", "results.json", "best/head.safetensors"))
     classifier, _ = read_classifier(folder / "best")
-    return Run(folder, read_json(folder / "config.json"), read_json(folder / "results.json"), classifier)
+    return FinishedRun(folder, read_json(folder / "config.json"), read_json(folder / "results.json"), classifier)
 
 
-def open_runs(folders: Sequence[Path], select_on: str | None) -> tuple[list[Run], Setup]:
-    """The runs, and the setup that all of them share. Raises InputError where they do not share one."""
+def open_runs(folders: Sequence[Path], select_on: str | None = None) -> tuple[list[FinishedRun], Setup]:
+    """The runs, and the setup that they share. Raises InputError if they do not share one."""
     if not folders:
         raise InputError("no run is given: give the folders of finished runs, such as runs/lipsum/seed-0")
     runs = [read_run(folder) for folder in folders]
     first = runs[0]
-    shared = [field.name for field in dataclasses.fields(Sources) if field.name not in HOW_COMPUTED]
     for run in runs[1:]:
         if run.config["classes"] != first.config["classes"]:
             raise InputError(f"{first.folder} and {run.folder} have different classes: give runs of the same data")
-        for name in shared:
-            one, other = first.config["settings"][name], run.config["settings"][name]
-            if one != other:
+        for name, value in flat(first.sources).items():
+            if (other := flat(run.sources)[name]) != value:
                 raise InputError(
-                    f"{first.folder} has {name} {one!r}, {run.folder} has {other!r}: give runs of the same one"
+                    f"{first.folder} has {name} {value!r}, {run.folder} has {other!r}: give runs of the same one"
                 )
+    sources = dataclasses.replace(first.sources, select_on=select_on or first.sources.select_on)
     settings = first.config["settings"]
-    recorded = settings | first.config.get("execution", {}) | {"workers": os.cpu_count() or 1}
-    said = {name: recorded[name] for name in (*shared, *HOW_COMPUTED) if name in recorded}
-    said |= {"data_root": settings["data_root"] and Path(settings["data_root"])}
-    said |= {name: tuple(settings[name]) for name in ("shifts", "unseen", "split_roots")}
-    if select_on:
-        said["select_on"] = select_on
-    setup = prepare(Sources(**said))
+    # Runs made before --precision became part of the execution have it among their settings.
+    execution = restored(Execution, settings | first.config.get("execution", {}))
+    execution = dataclasses.replace(execution, workers=Execution.workers)
+    setup = prepare(sources, execution, settings["batch_size"])
     if list(setup.classes) != first.config["classes"]:
-        raise InputError(f"the data of {first.folder} have other classes now: restore {settings['data_root']}")
+        raise InputError(f"the data of {first.folder} have other classes now: restore {sources.data_root}")
     return runs, setup

@@ -1,176 +1,303 @@
-"""The options of `python train.py`: what they are, their defaults, which of them make no sense, and the runs they make.
+"""The options of `python train.py` in boxes, their defaults and checks, and the runs that a command makes.
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --help` shows them.
+
+A run has `Sources` (what is read), `lipsum.Settings` (how to train) and `Execution` (how it is computed). The first two
+decide its numbers: `--resume` refuses a change to them. The third may change.
 """
 
+import argparse
 import dataclasses
 import importlib.util
 import itertools
 import json
 import os
-from dataclasses import dataclass
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import equinox as eqx
 import jax
 import tyro
 
 import lipsum
-from support import layouts
 from support.errors import InputError, unknown
 
 
-def _unsaid(metavar: str, default: str) -> Any:
-    """How --help shows an option whose default depends on the data set."""
+def shown(metavar: str, default: str) -> Any:
+    """Shows an option in --help with the given metavar and default."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 @dataclass(frozen=True)
-class Options:
-    """Fine-tune a zero-shot CLIP on one domain and show what that does to the others.
+class Sources:
+    """What is read: the model, the data, the prompts."""
 
-    Without --model and --data: the tiny CLIP and the benchmark that come with this project. Other defaults are the
-    paper's for DomainNet, where it gives them.
-    """
-
-    method: tuple[str, ...] = ("lipsum",)
-    """How to fine-tune, one run each, or all of them:
-    ft scratch-ft lp lp-ft ema l2sp kd car-ft
-    lipsum lipsum-exact kld-random mse-fixed feat-kd.
-    clip, alone: pre-train a tiny CLIP on captioned images."""
-    seed: tuple[int, ...] = (0,)
-    """One run each: order of the images, augmentation, random texts."""
     model: str = "tiny"
     """OpenAI's .pt file, a Hugging Face folder, a run's best/ folder, a preset (ViT-B/16 ..., downloaded), or tiny."""
     data: str = "minidomain"
-    """minidomain (drawn), domainnet (DOMAIN/CLASS/FILE, DOMAIN_train.txt, ...), imagenet (and V2, R, A, Sketch), cub
-    (images.txt, ...), folder (train/CLASS/FILE, val/CLASS/FILE, SHIFT/CLASS/FILE), npy (SPLIT/test_images.npy, ...), or
-    for clip captions (captions.tsv). The README has each layout."""
-    data_root: Annotated[Path | None, _unsaid("DIR", "none")] = None
-    """The folder that holds the data; minidomain has none."""
-    split_roots: tuple[str, ...] = ()
-    """NAME=DIR ...: folders of splits that lie elsewhere (imagenet)."""
+    """minidomain (drawn), domainnet, imagenet (with V2, R, A, Sketch), cub, folder, npy: see docs/data.md."""
+    data_root: Annotated[Path | None, shown("DIR", "none")] = None
+    """Folder with the data. minidomain has none."""
+    split_roots: Annotated[tuple[str, ...], shown("NAME=DIR ...", "none")] = ()
+    """Folders of splits that lie elsewhere (imagenet)."""
     skip_broken: int = 0
-    """So many broken images at most, over all splits, do not stop a run: the next of its class stands in for each, and
-    results.json lists them."""
-    reference: Annotated[
-        tuple[str, ...] | None, _unsaid("SPLIT ...", "real on minidomain, imagenet, cub, val of folder")
-    ] = None
-    """The split to train and select on, and the first column of the table; several: one run each."""
-    shifts: Annotated[tuple[str, ...], _unsaid("SPLIT ...", "all others, but quickdraw of domainnet")] = ()
-    """The splits that are only evaluated; of several references, a run leaves its own out."""
-    templates: Annotated[
-        str | None, _unsaid("FILE|PROMPT", "eight on minidomain, openai on imagenet, else 'a photo of a {}.'")
-    ] = None
-    """openai (its 80 for ImageNet), a file with one prompt a line, or one prompt; {} stands for the class."""
+    """Broken images, over all splits, that do not stop a run: the next of its class stands in for each."""
+    shifts: Annotated[tuple[str, ...], shown("SPLIT ...", "all others, but quickdraw of domainnet")] = ()
+    """Splits that are only evaluated. With several references, a run leaves its own out."""
+    templates: Annotated[str | None, shown("FILE|PROMPT", "eight on minidomain, openai on imagenet, else one")] = None
+    """openai (its 80 for ImageNet), a file with one prompt per line, or one prompt; {} stands for the class."""
     keep_underscores: bool = False
     """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
-    augmentation: Annotated[Literal["crop", "off"] | None, _unsaid("{crop,off}", "off on minidomain, else crop")] = None
-    """crop: random resized crops and mirroring."""
-    steps: Annotated[tuple[int, ...] | None, _unsaid("INT ...", "250 on minidomain, 50000 on imagenet, else 5000")] = (
-        None
-    )
-    """Updates to make; several: one run each."""
-    batch_size: Annotated[
-        tuple[int, ...] | None, _unsaid("INT ...", "64 on minidomain, else 256; clip has its own")
-    ] = None
-    """Images per update, over all devices; several: one run each."""
-    learning_rate: Annotated[
-        tuple[float, ...] | None, _unsaid("FLOAT ...", "1e-3 on minidomain, else 1e-5; clip has its own")
-    ] = None
-    """Peak rate of Adam; several: one run each."""
-    warmup: float = 0.1
-    """Fraction of the steps over which the rate rises from 0; it falls to 0 as a half cosine."""
-    weight: Annotated[float | None, _unsaid("FLOAT", "1; l2sp 0.1, car-ft 3")] = None
-    """Lambda, the weight of the regulariser, for the methods that have one."""
-    num_texts: tuple[int, ...] = (80,)
-    """M, texts per step (lipsum, kld-random); several: one run each."""
-    text_length: tuple[int, ...] = (8,)
-    """L, random tokens per text (lipsum, lipsum-exact, kld-random); several: one run each."""
-    guidance: Annotated[Path | None, _unsaid("FILE", "random texts")] = None
-    """A file with one text a line, to draw the M texts from (lipsum, kld-random), or to average over (lipsum-exact)."""
-    temperature: float = 1.0
-    """T of equation 20 (car-ft, kld-random)."""
-    decay: float = 0.995
-    """d of equation 16, the share of the old average (ema)."""
-    fixed_head: bool = False
-    """Keep the head as it is at the start."""
-    unseen: Annotated[tuple[str, ...], _unsaid("CLASS ...", "none")] = ()
-    """Generalised zero-shot: classes that are not trained on, but reported. The head is the fixed zero-shot one."""
-    unseen_file: Annotated[Path | None, _unsaid("FILE", "none")] = None
-    """The same, from a file with one class a line."""
-    eval_every: int = 1_000
-    """Steps between evaluations on the selection data; the most accurate model is kept. Always at the end."""
-    precision: Annotated[
-        Literal["float32", "bfloat16"] | None, _unsaid("{float32,bfloat16}", "bfloat16 on TPU and GPU, else float32")
-    ] = None
-    """What the towers compute in; weights, optimiser, LayerNorm, softmax and losses are float32."""
-    accumulate: int = 1
-    """Parts that a batch is split into, one after the other, to fit into memory: the same gradient."""
-    remat: bool = False
-    """Compute each block again in the backward pass instead of keeping its values: less memory, more time."""
-    fsdp: bool = False
-    """Spread weights, optimiser and frozen weights over the devices instead of copying them to each."""
-    coordinator: Annotated[str | None, _unsaid("HOST:PORT", "none; TPU pods and Slurm are found without")] = None
-    """Several processes, one run: where process 0 listens. All get the same command but for --process."""
-    processes: Annotated[int | None, _unsaid("INT", "none")] = None
-    """How many processes there are."""
-    process: Annotated[int | None, _unsaid("INT", "none")] = None
-    """The number of this one, from 0, which writes the files."""
+    unseen: Annotated[tuple[str, ...], shown("CLASS ...", "none")] = ()
+    """Generalised zero-shot: classes that are reported but not trained on. The head is the fixed zero-shot one."""
     select_on: Literal["val", "test"] = "val"
-    """val: the reference's validation images, where its layout has some apart from those reported, or a tenth of its
-    training images (imagenet: a hundredth), held out; test: those reported, as the paper did."""
-    checkpoint_every: int = 1_000
-    """Steps between checkpoints, of which the two newest are kept; there is one at every evaluation, too."""
+    """val: validation images, or a tenth of the training images, held out; test: the reported ones, as in the paper."""
+    reference: tyro.conf.Fixed[str] = ""  # one of the command's
+
+
+class Sweep(lipsum.Settings):
+    """How to train. Each option that takes several values makes a run per combination."""
+
+    steps: tuple[int, ...] = eqx.field(default=(lipsum.Settings.steps,), static=True)
+    batch_size: tuple[int, ...] = eqx.field(default=(lipsum.Settings.batch_size,), static=True)
+    learning_rate: tuple[float, ...] = (lipsum.Settings.learning_rate,)
+    weight: Annotated[tuple[float, ...], shown("FLOAT ...", "1; l2sp 0.1, car-ft 3")] = ()
+    num_texts: tuple[int, ...] = eqx.field(default=(lipsum.Settings.num_texts,), static=True)
+    text_length: tuple[int, ...] = eqx.field(default=(lipsum.Settings.text_length,), static=True)
+    guidance: Annotated[Path | None, shown("FILE", "random texts")] = eqx.field(default=None, static=True)
+    temperature: tuple[float, ...] = (lipsum.Settings.temperature,)
+    decay: tuple[float, ...] = (lipsum.Settings.decay,)
+
+
+@dataclass(frozen=True)
+class Execution(lipsum.Computation):
+    """How it is executed. The numbers are the same but for rounding, and --resume may change these."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type that the towers compute in; auto: bfloat16 on TPU and GPU, else float32. All else is float32."""
+    fsdp: bool = False
+    """Spread weights, optimizer and frozen weights over the devices instead of copying them to each."""
     workers: int = os.cpu_count() or 1
     """Threads that decode images."""
-    out: Path = Path("runs")
-    """Where the runs' folders go."""
+    checkpoint_every: int = 1_000
+    """Steps between checkpoints, of which the two newest are kept. Every evaluation also saves one."""
     tensorboard: bool = False
-    """Write the figures of metrics.jsonl for TensorBoard, too (needs pip install '.[tensorboard]')."""
+    """Also write the metrics for TensorBoard (needs pip install '.[tensorboard]')."""
     profile: bool = False
     """Write a trace of steps 11 to 20, for https://ui.perfetto.dev or XProf, to the run's profile/."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Several processes that share one run. All get the same command but for --process."""
+
+    coordinator: Annotated[str | None, shown("HOST:PORT", "none; TPU pods and Slurm are found without")] = None
+    """Address at which process 0 listens."""
+    processes: Annotated[int | None, shown("INT", "none")] = None
+    """Number of processes."""
+    process: Annotated[int | None, shown("INT", "none")] = None
+    """Number of this process, from 0. Process 0 writes the files."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Fine-tune a zero-shot CLIP on one domain and show what that does to the others.
+
+    Without --model and --data: the tiny CLIP and the benchmark that come with this project. Defaults depend on --data:
+    `--data imagenet --help` shows those of ImageNet. They are the paper's where it gives them.
+    """
+
+    method: tuple[str, ...] = ("lipsum",)
+    """A run each: ft scratch-ft lp lp-ft ema l2sp kd car-ft lipsum lipsum-exact kld-random mse-fixed feat-kd; all."""
+    seed: tuple[int, ...] = (0,)
+    """Seeds of the images' order, augmentation and random texts, a run each."""
+    reference: Annotated[tuple[str, ...], shown("SPLIT ...", "real, imagenet, cub, val; domainnet needs one")] = ()
+    """Split to train and select on, and the first column of the table; several: a run each."""
+    unseen_file: Annotated[Path | None, shown("FILE", "none")] = None
+    """--unseen from a file with one class per line."""
+    out: Path = Path("runs")
+    """Folder for the runs' folders, METHOD/seed-SEED."""
     resume: bool = False
     """Keep finished runs under --out, and continue unfinished ones from their checkpoints, on whatever devices."""
     overwrite: bool = False
-    """Replace runs that are under --out already."""
+    """Replace runs that are under --out."""
+    sources: Sources = Sources()
+    settings: Sweep = field(default_factory=Sweep)
+    execution: Execution = Execution()
+    cluster: Cluster = Cluster()
 
 
-# The paper's for DomainNet; on ImageNet it makes 50,000 steps.
-PAPER = {"augmentation": "crop", "steps": (5_000,), "batch_size": (256,), "learning_rate": (1e-5,)}
 PROMPT = "a photo of a {}."
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "minidomain": {
-        "reference": ("real",), "augmentation": "off", "steps": (250,), "batch_size": (64,), "learning_rate": (1e-3,),
-    },
-    "domainnet": {"reference": ("",), "templates": PROMPT, **PAPER},
-    "imagenet": {"reference": ("imagenet",), "templates": "openai", **PAPER, "steps": (50_000,)},
-    "cub": {"reference": ("cub",), "templates": "a photo of a {}, a type of bird.", **PAPER},
-    "folder": {"reference": ("val",), "templates": PROMPT, **PAPER},
-    "npy": {"reference": ("",), "templates": PROMPT, **PAPER},
-}  # fmt: skip
+DEFAULTS = {
+    "minidomain": Command(
+        reference=("real",),
+        settings=Sweep(steps=(250,), batch_size=(64,), learning_rate=(1e-3,), augmentation="off"),
+    ),
+    "domainnet": Command(sources=Sources(data="domainnet", templates=PROMPT)),
+    "imagenet": Command(
+        reference=("imagenet",),
+        sources=Sources(data="imagenet", templates="openai"),
+        settings=Sweep(steps=(50_000,)),
+    ),
+    "cub": Command(reference=("cub",), sources=Sources(data="cub", templates="a photo of a {}, a type of bird.")),
+    "folder": Command(reference=("val",), sources=Sources(data="folder", templates=PROMPT)),
+    "npy": Command(sources=Sources(data="npy", templates=PROMPT)),
+}
 
+
+def parse(arguments: Sequence[str]) -> Command:
+    """The command line, with the defaults of its data set. Raises InputError for an unknown data set."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--data", default="minidomain")
+    data_set = finder.parse_known_args(arguments)[0].data
+    if data_set not in DEFAULTS:
+        raise unknown("data set", data_set, DEFAULTS)
+    return tyro.cli(
+        Command, prog="python train.py", args=list(arguments), default=DEFAULTS[data_set],
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a command: one method, seed and reference, one value of every setting."""
+
+    method: str
+    seed: int
+    folder: Path
+    sources: Sources
+    settings: lipsum.Settings
+    execution: Execution
+
+
+def flat(*boxes: Any) -> dict[str, Any]:
+    """The options of the boxes by name, as JSON has them."""
+    return json.loads(json.dumps({name: value for box in boxes for name, value in vars(box).items()}, default=str))
+
+
+def restored(box: type, saved: dict[str, Any]) -> Any:
+    """A box from what `flat` made of it. Options that the file lacks have their defaults."""
+    hints = typing.get_type_hints(box)
+
+    def value(name: str) -> Any:
+        if isinstance(saved[name], list):
+            return tuple(saved[name])
+        return Path(saved[name]) if saved[name] and Path in typing.get_args(hints[name]) else saved[name]
+
+    return box(**{field.name: value(field.name) for field in dataclasses.fields(box) if field.name in saved})
+
+
+def changed_options(saved: dict[str, Any], run: Run) -> list[str]:
+    """What differs between the settings of a config.json and those of `run`, as messages show it."""
+    before = flat(restored(Sources, saved), restored(lipsum.Settings, saved))
+    now = flat(run.sources, run.settings)
+    return [f"{flag(name)} {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]
+
+
+def flag(name: str) -> str:
+    """An option as the command line has it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def completed(command: Command) -> Command:
+    """The command with `all`, --unseen-file and the precision spelt out. Raises InputError for an unreadable file."""
+    methods = [name for given in command.method for name in (lipsum.METHODS if given == "all" else [given])]
+    unseen = command.sources.unseen
+    if command.unseen_file:
+        unseen += tuple(line for line in read_lines("--unseen-file", command.unseen_file) if line.strip())
+    precision = command.execution.precision
+    if precision == "auto":
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return dataclasses.replace(
+        command,
+        method=tuple(dict.fromkeys(methods)),
+        unseen_file=None,
+        sources=dataclasses.replace(command.sources, unseen=unseen),
+        settings=dataclasses.replace(command.settings, fixed_head=command.settings.fixed_head or bool(unseen)),
+        execution=dataclasses.replace(command.execution, precision=precision),
+    )
+
+
+def unread_settings(method: str, guidance: Path | None) -> set[str]:
+    """The settings that the method does not read."""
+    chosen = lipsum.METHODS[method]
+    unread = set() if chosen.trained else {"steps", "batch_size", "learning_rate"}
+    unread |= set() if chosen.loss else {"weight"}
+    unread |= set() if chosen.averaged else {"decay"}
+    unread |= set() if chosen.loss in (lipsum.car_ft_loss, lipsum.kld_random_loss) else {"temperature"}
+    unread |= set() if chosen.texts == "drawn" else {"num_texts"}
+    return unread | (set() if chosen.texts and guidance is None else {"text_length"})
+
+
+def runs(command: Command) -> Iterator[Run]:
+    """Every run of the command. A method is not repeated for values of a setting that it does not read."""
+    swept = {name: value for name, value in vars(command.settings).items() if isinstance(value, tuple)}
+    references = dict.fromkeys(command.reference or ("",))
+    shifts = command.sources.shifts
+    for reference, method in itertools.product(references, command.method):
+        own_shifts = tuple(shift for shift in shifts if shift != reference) if len(references) > 1 else shifts
+        sources = dataclasses.replace(command.sources, reference=reference, shifts=own_shifts)
+        unread = unread_settings(method, command.settings.guidance)
+        values = {name: list(dict.fromkeys(given)) for name, given in swept.items()}
+        values["weight"] = values["weight"] or [lipsum.METHODS[method].weight]
+        for chosen in itertools.product(*(values[name][: 1 if name in unread else None] for name in swept)):
+            own = dict(zip(swept, chosen, strict=True))
+            settings = lipsum.Settings(**vars(command.settings) | own)
+            varied = {name: own[name] for name in swept if name not in unread and len(values[name]) > 1}
+            varied |= {"reference": reference} if len(references) > 1 else {}
+            suffix = "".join(f"{flag(name)[1:]}-{value}" for name, value in varied.items())
+            for seed in dict.fromkeys(command.seed):
+                folder = command.out / method / f"seed-{seed}{suffix}"
+                yield Run(method, seed, folder, sources, settings, command.execution)
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
 
 PROFILED = range(11, 21)  # steps from the start: the first ones wait for the compiler
+AT_LEAST = dict.fromkeys(("learning_rate", "weight", "skip_broken"), 0) | dict.fromkeys(
+    ("steps", "batch_size", "num_texts", "text_length", "eval_every", "accumulate", "workers", "checkpoint_every"), 1
+)
 
 
-def with_defaults(options: Options) -> Options:
-    """The options with `all` and --unseen-file spelt out, and with the data set's defaults where nothing was said.
-
-    Raises InputError for an unknown data set or a file that cannot be read.
-    """
-    if options.data not in layouts.DATASETS:
-        raise unknown("data set", options.data, layouts.DATASETS)
-    unsaid = {name: value for name, value in DEFAULTS[options.data].items() if getattr(options, name) is None}
-    named = [name for said in options.method for name in (lipsum.METHODS if said == "all" else [said])]
-    unseen = options.unseen
-    if options.unseen_file:
-        unseen += tuple(line for line in read_lines("--unseen-file", options.unseen_file) if line.strip())
-    fixed_head = options.fixed_head or bool(unseen)
-    if options.precision is None:
-        unsaid["precision"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    changes = {"method": tuple(dict.fromkeys(named)), "unseen": unseen, "unseen_file": None, "fixed_head": fixed_head}
-    return dataclasses.replace(options, **unsaid, **changes)
+def check(command: Command) -> None:
+    """Raises InputError for a value that makes no sense."""
+    for method in command.method:
+        if method not in lipsum.METHODS:
+            raise unknown("method", method, [*lipsum.METHODS, "all"])
+        if command.sources.unseen and lipsum.METHODS[method].start != "zero-shot":
+            raise InputError(f"--unseen keeps the zero-shot head, {method} starts from another: leave {method} out")
+    if command.sources.data not in DEFAULTS:
+        raise unknown("data set", command.sources.data, DEFAULTS)
+    if not command.method or not command.seed or min(command.seed) < 0 or max(command.seed) >= 2**32:
+        raise InputError("--method and --seed need at least one value, seeds from 0 to 2**32 - 1")
+    for name, value in vars(command.settings).items():
+        if value == () and name != "weight":
+            raise InputError(f"{flag(name)} has no value: give one or more")
+    options = vars(command.settings) | vars(command.sources) | vars(command.execution)
+    for name, value in options.items():
+        for each in value if isinstance(value, tuple) else (value,):
+            if name in AT_LEAST and not AT_LEAST[name] <= each < float("inf"):
+                raise InputError(f"{flag(name)} is {each}: give at least {AT_LEAST[name]}")
+            if name == "temperature" and not 0 < each < float("inf"):
+                raise InputError(f"--temperature is {each}: give a number above 0")
+            if name == "decay" and not 0 <= each < 1:
+                raise InputError(f"--decay is {each}: give a number from 0 up to, but not including, 1")
+            if name == "warmup" and not 0 <= each <= 1:
+                raise InputError(f"--warmup is {each}: give a fraction of the steps, from 0 to 1")
+    if command.execution.profile and min(command.settings.steps) < max(PROFILED):
+        raise InputError(
+            f"--profile traces up to step {max(PROFILED)}, --steps is {min(command.settings.steps)}: give more"
+        )
+    if command.execution.tensorboard and not importlib.util.find_spec("tensorboardX"):
+        raise InputError("--tensorboard needs tensorboardX: pip install '.[tensorboard]'")
+    if command.resume and command.overwrite:
+        raise InputError("--resume keeps what --overwrite deletes: give one of them")
 
 
 def read_lines(option: str, path: Path) -> list[str]:
@@ -179,118 +306,3 @@ def read_lines(option: str, path: Path) -> list[str]:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{option} {path} cannot be read ({error}): give a UTF-8 file, one entry a line") from error
-
-
-def check_options(options: Options) -> None:
-    """Raises InputError for a value that makes no sense."""
-    for method in options.method:
-        if method not in lipsum.METHODS:
-            raise unknown("method", method, [*lipsum.METHODS, "all", "clip"])
-    for name in SWEPT:
-        if not getattr(options, name):
-            raise InputError(f"{flag(name)} has no value: give one or more")
-    for name in (
-        "steps", "batch_size", "num_texts", "text_length", "eval_every", "checkpoint_every", "workers", "accumulate",
-    ):  # fmt: skip
-        value = getattr(options, name)
-        for each in value if isinstance(value, tuple) else (value,):
-            if each < 1:
-                raise InputError(f"{flag(name)} is {each}: give at least 1")
-    for name in ("learning_rate", "weight", "temperature"):
-        value = getattr(options, name)
-        for each in value if isinstance(value, tuple) else (value,):
-            if each is not None and not 0 <= each < float("inf"):
-                raise InputError(f"{flag(name)} is {each}: give a number, at least 0")
-    if options.skip_broken < 0:
-        raise InputError(f"--skip-broken is {options.skip_broken}: give at least 0")
-    if options.temperature == 0:
-        raise InputError("--temperature is 0: give a number above 0")
-    if not 0 <= options.decay < 1:
-        raise InputError(f"--decay is {options.decay}: give a number from 0 up to, but not including, 1")
-    if options.profile and min(options.steps) < max(PROFILED):
-        raise InputError(f"--profile traces up to step {max(PROFILED)}, --steps is {min(options.steps)}: give more")
-    if options.tensorboard and not importlib.util.find_spec("tensorboardX"):
-        raise InputError("--tensorboard needs tensorboardX: pip install '.[tensorboard]'")
-    if options.resume and options.overwrite:
-        raise InputError("--resume keeps what --overwrite deletes: give one of them")
-    if not 0 <= options.warmup <= 1:
-        raise InputError(f"--warmup is {options.warmup}: give a fraction of the steps, from 0 to 1")
-    if not options.method or not options.seed or min(options.seed) < 0 or max(options.seed) >= 2**32:
-        raise InputError("--method and --seed need at least one value, seeds from 0 to 2**32 - 1")
-    for method in options.method if options.unseen else ():
-        if lipsum.METHODS[method].start != "zero-shot":
-            raise InputError(f"--unseen keeps the zero-shot head, {method} starts from another: leave {method} out")
-
-
-# ------------------------------------------------------------------------------------------------- runs and their files
-
-# What takes several values, a run each, in the order in which they stand in folder names.
-SWEPT = ("steps", "batch_size", "learning_rate", "num_texts", "text_length", "reference")
-# What tells one process of a run from the others.
-PROCESSES = ("coordinator", "processes", "process")
-# What tells a run from others, or one call of the command from another.
-PLACE = ("method", "seed", "unseen_file", "out", "resume", "overwrite", *PROCESSES)
-# How the same numbers, but for rounding, come about.
-EXECUTION = ("accumulate", "remat", "fsdp", "checkpoint_every", "workers", "tensorboard", "profile")
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One run of the command, with its own value of each option that takes several."""
-
-    method: str
-    seed: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    num_texts: int
-    text_length: int
-    reference: str
-    folder: Path
-
-
-def plans(options: Options) -> list[Plan]:
-    """Every run of the command. A method that does not read an option is not repeated for its values."""
-    made = []
-    for reference, method in itertools.product(dict.fromkeys(options.reference), options.method):
-        reads = dict.fromkeys(SWEPT, True)
-        if lipsum.METHODS[method].loss is None:
-            reads |= dict.fromkeys(("steps", "batch_size", "learning_rate"), False)
-        reads["num_texts"] = lipsum.METHODS[method].texts == "drawn"
-        reads["text_length"] = lipsum.METHODS[method].texts != "" and options.guidance is None
-        values = {name: dict.fromkeys(getattr(options, name)) for name in SWEPT} | {"reference": [reference]}
-        for chosen in itertools.product(*(list(values[name])[: None if reads[name] else 1] for name in SWEPT)):
-            own = dict(zip(SWEPT, chosen, strict=True))
-            several = [name for name in SWEPT if reads[name] and len(set(getattr(options, name))) > 1]
-            suffix = "".join(f"{flag(name)[1:]}-{own[name]}" for name in several)
-            folder = options.out / method
-            made += [
-                Plan(method, seed, **own, folder=folder / f"seed-{seed}{suffix}")
-                for seed in dict.fromkeys(options.seed)
-            ]
-    return made
-
-
-def weight_of(options: Options, method: str) -> float:
-    """Lambda: what was said, else the method's own."""
-    return lipsum.METHODS[method].weight if options.weight is None else options.weight
-
-
-def settings_of(options: Options, plan: Plan) -> dict[str, Any]:
-    """Every setting that a run's numbers depend on, as config.json has them."""
-    settings = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(options)
-        if field.name not in (*PLACE, *EXECUTION)
-    }
-    settings |= {name: getattr(plan, name) for name in SWEPT} | {"weight": weight_of(options, plan.method)}
-    return json.loads(json.dumps(settings, default=str))
-
-
-def execution_of(options: Options) -> dict[str, Any]:
-    """How a run is executed, as config.json has it: what may change when it is resumed."""
-    return {name: getattr(options, name) for name in EXECUTION}

@@ -2,42 +2,47 @@
 
 Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. The command that made assets/tiny-clip:
 
-    python train.py --method clip --data minidomain --out assets/tiny-clip --seed 0
+    python -m support.pretrain --out assets/tiny-clip --seed 0
 
-`--data captions --data-root DIR` trains on a folder of images with `captions.tsv`, a line `path<TAB>text` for each
-caption. Batch number t is a pure function of the captions, the seed and t.
+`--data-root DIR` trains on a folder of images with `captions.tsv`, a line `path<TAB>text` per caption. Batch number t
+is a pure function of the captions, the seed and t.
 """
 
 import dataclasses
 import functools
 import json
 import math
-import time
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from jaxtyping import Array, Float, Int, Int32, PyTree, UInt8
 from tokenizers import Tokenizer, trainers
 from tqdm import tqdm
 
 import clip
 import data
+import eval as evaluation
+import lipsum
 from clip import END_TEXT, START_TEXT
 from support import minidomain, weights
-from support.errors import InputError
+from support.errors import InputError, exit_code
+from support.logs import Log
 
 # The vocabulary's size and its two last tokens are the tokenizer's.
-TINY = clip.Config(
+TINY_SIZES = clip.Config(
     image_size=36,
     patch_size=6,
     vision=clip.Transformer(width=96, layers=4, heads=3, mlp_width=384),
@@ -46,37 +51,43 @@ TINY = clip.Config(
     context_length=16,
 )
 MAXIMAL_SCALE = 100.0
-LOG_EVERY = 20  # steps
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What pre-training is told; the defaults are the embedded tiny model's."""
+class Recipe:
+    """How to pre-train. The defaults are the embedded tiny model's."""
 
     steps: int = 2_000
+    """Updates to make."""
     batch_size: int = 128
-    learning_rate: float = 2e-3  # AdamW's peak
-    matrix_learning_rate: float = 2e-2  # Muon's peak
-    weight_decay: float = 0.05  # of embeddings and projections
+    """Images per update, over all devices."""
+    learning_rate: float = 2e-3
+    """Peak rate of AdamW. Muon's is ten times as high."""
+    weight_decay: float = 0.05
+    """Weight decay of embeddings and projections."""
     matrix_weight_decay: float = 0.01
-    warmup: float = 0.05  # fraction of the steps
-    final_rate: float = 0.02  # fraction of the peak
-    shift: int = 2  # pixels, the augmentation
-    vocabulary_size: int = 49_408  # at most
+    """Weight decay of the blocks' matrices."""
+    warmup: float = 0.05
+    """Fraction of the steps over which the rates rise from 0."""
+    final_rate: float = 0.02
+    """Fraction of the peak at which the rates end."""
+    shift: int = 2
+    """The augmentation: images are shifted by up to so many pixels."""
+    vocabulary_size: int = 49_408
+    """Most tokens that the tokenizer learns."""
 
 
-class State(eqx.Module):
+class PretrainingState(eqx.Module):
     """What one step maps to its successor."""
 
     model: clip.CLIP
     optimizer: optax.OptState
     step: Int[Array, ""]
-    settings: Settings = eqx.field(static=True)
+    recipe: Recipe = eqx.field(static=True)
 
 
-Batch = dict[str, UInt8[Array, "batch height width 3"] | Int[Array, "batch tokens"]]
-HostBatch = dict[str, UInt8[np.ndarray, "batch height width 3"] | Int[np.ndarray, "batch tokens"]]
-Metrics = dict[str, Float[Array, ""]]
+CaptionedBatch = dict[str, UInt8[Array, "batch height width 3"] | Int[Array, "batch tokens"]]
+CaptionedHostBatch = dict[str, UInt8[np.ndarray, "batch height width 3"] | Int[np.ndarray, "batch tokens"]]
 
 # ------------------------------------------------------------------------------------------------------ loss and update
 
@@ -100,55 +111,49 @@ def contrastive_loss(
     return (jnp.mean(image_to_text) + jnp.mean(text_to_image)) / 2
 
 
-def schedule(peak: float, settings: Settings) -> optax.Schedule:
-    """Linear from 0 to the peak over the warm-up, then a half cosine to a small fraction of it."""
-    warmup_steps = round(settings.warmup * settings.steps)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, settings.steps, settings.final_rate * peak)
-
-
 def parameter_kinds(model: PyTree) -> PyTree[str]:
     """`matrix` for the blocks' matrices, `embedding` for all else of two axes or more, `vector` for the rest."""
 
     def kind(path: tuple, leaf: Array) -> str:
-        if "blocks" in jax.tree_util.keystr(path, simple=True, separator=".").split("."):
+        if "blocks" in clip.leaf_name(path).split("."):
             return "matrix" if leaf.ndim == 3 else "vector"  # the first axis is the layer
         return "embedding" if leaf.ndim >= 2 else "vector"
 
     return jax.tree_util.tree_map_with_path(kind, model)
 
 
-def optimizer(settings: Settings) -> optax.GradientTransformation:
+def muon_and_adamw(recipe: Recipe) -> optax.GradientTransformation:
     """Muon (https://kellerjordan.github.io/posts/muon) for the blocks' matrices, layer by layer, AdamW for the rest.
 
     AdamW alone stays on the plateau at log(batch) nats for most of a short run.
     """
-    rate = schedule(settings.learning_rate, settings)
-    adamw = partial(optax.adamw, rate, b1=0.9, b2=0.98, eps=1e-6)
+    rate = partial(lipsum.warmup_cosine, steps=recipe.steps, warmup=recipe.warmup, final=recipe.final_rate)
+    adamw = partial(optax.adamw, rate(recipe.learning_rate), b1=0.9, b2=0.98, eps=1e-6)
     muon = optax.contrib.muon(
-        schedule(settings.matrix_learning_rate, settings),
+        rate(10 * recipe.learning_rate),
         # One triple for each of the five iterations makes optax scan over them; it would unroll them otherwise, which
         # takes longer to compile than all the rest.
         ns_coeffs=((3.4445, -4.7750, 2.0315),) * 5,
         ns_steps=5,
         beta=0.95,
-        weight_decay=settings.matrix_weight_decay,
+        weight_decay=recipe.matrix_weight_decay,
         muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1),
     )
     by_kind = {
         "matrix": muon,
-        "embedding": adamw(weight_decay=settings.weight_decay),
+        "embedding": adamw(weight_decay=recipe.weight_decay),
         "vector": adamw(weight_decay=0.0),
     }
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(by_kind, parameter_kinds))
 
 
-@partial(jax.jit, static_argnames="settings")
-def initial_state(model: clip.CLIP, settings: Settings) -> State:
-    """A copy of the model, since steps donate their state, and the optimiser's start."""
-    return State(model, optimizer(settings).init(model), jnp.int32(0), settings)
+@partial(jax.jit, static_argnames="recipe")
+def pretraining_state(model: clip.CLIP, recipe: Recipe) -> PretrainingState:
+    """The state before the first step. Copies the model, since steps donate their state."""
+    return PretrainingState(model, muon_and_adamw(recipe).init(model), jnp.int32(0), recipe)
 
 
-def clip_loss(model: clip.CLIP, batch: Batch) -> Float[Array, ""]:
+def clip_loss(model: clip.CLIP, batch: CaptionedBatch) -> Float[Array, ""]:
     """`contrastive_loss` of a batch."""
     images = clip.image_features(model.vision, batch["image"])
     texts = clip.text_features(model.text, batch["ids"])
@@ -156,28 +161,22 @@ def clip_loss(model: clip.CLIP, batch: Batch) -> Float[Array, ""]:
 
 
 @partial(jax.jit, donate_argnums=0)
-def clip_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+def clip_step(state: PretrainingState, batch: CaptionedBatch) -> tuple[PretrainingState, lipsum.Metrics]:
     """Gradient, update, and the cap on the logits' scale. Donates its state."""
     loss, gradient = jax.value_and_grad(clip_loss)(state.model, batch)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count with floats
-        updates, optimizer_state = optimizer(state.settings).update(gradient, state.optimizer, state.model)
-        rate = schedule(state.settings.learning_rate, state.settings)(state.step)
+        updates, optimizer = muon_and_adamw(state.recipe).update(gradient, state.optimizer, state.model)
     model = optax.apply_updates(state.model, updates)
     capped = jnp.minimum(model.logit_scale, math.log(MAXIMAL_SCALE))
     model = eqx.tree_at(lambda model: model.logit_scale, model, capped)
-    metrics = {
-        "loss": loss,
-        "scale": jnp.exp(capped),
-        "learning_rate": rate,
-        "gradient_norm": optax.tree.norm(gradient),
-    }
-    return State(model, optimizer_state, state.step + 1, state.settings), metrics
+    metrics = {"loss": loss, "scale": jnp.exp(capped), "gradient_norm": optax.tree.norm(gradient)}
+    return PretrainingState(model, optimizer, state.step + 1, state.recipe), metrics
 
 
 # ------------------------------------------------------------------------------------------------------------ tokenizer
 
 
-def train_tokenizer(captions: Iterable[str], vocabulary_size: int = Settings.vocabulary_size) -> Tokenizer:
+def train_tokenizer(captions: Iterable[str], vocabulary_size: int = Recipe.vocabulary_size) -> Tokenizer:
     """Byte-pair encoding of CLIP's kind: the symbols that occur, merges up to whole words, start and end token last.
 
     CLIP's own vocabulary holds all 512 byte symbols. Those that never occur would stay untrained here, and Lipsum-FT
@@ -267,16 +266,16 @@ def epoch_order(number: int, seed: int, epoch: int) -> Int[np.ndarray, " number"
     return np.random.default_rng([seed, 0, epoch]).permutation(number)
 
 
-def draw_batch(corpus: Corpus, t: int, settings: Settings, seed: int) -> HostBatch:
+def draw_batch(corpus: Corpus, t: int, recipe: Recipe, seed: int) -> CaptionedHostBatch:
     """Batch number t: its part of the epoch's order, one caption of each image, images shifted by a few pixels."""
-    size, shift = settings.batch_size, settings.shift
+    size = recipe.batch_size
     epoch, place = divmod(t, len(corpus.images) // size)
     chosen = epoch_order(len(corpus.images), seed, epoch)[place * size :][:size]
     rng = np.random.default_rng([seed, 1, t])
     caption = rng.integers(corpus.first[chosen], corpus.first[chosen + 1])
     pixels = np.arange(corpus.images.shape[1])
     # Shifted indices, clipped to the image, repeat its edges.
-    rows, columns = np.clip(pixels + rng.integers(-shift, shift + 1, (2, size, 1)), 0, pixels[-1])
+    rows, columns = np.clip(pixels + rng.integers(-recipe.shift, recipe.shift + 1, (2, size, 1)), 0, pixels[-1])
     images = corpus.images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
     return {"image": images, "ids": corpus.ids[caption]}
 
@@ -288,73 +287,54 @@ def pretrain(
     images: UInt8[np.ndarray, "n side side 3"],
     captions: Sequence[Sequence[str]],
     config: clip.Config,
-    settings: Settings,
+    recipe: Recipe,
     seed: int,
-) -> tuple[clip.CLIP, Tokenizer]:
-    """A CLIP of the sizes of `config`, and the tokenizer of its captions, trained from random weights.
+) -> tuple[clip.CLIP, Tokenizer, float]:
+    """A CLIP of the sizes of `config` trained from random weights, the tokenizer of its captions, the seconds it took.
 
-    Captions that are too long are cut, as CLIP does. Raises InputError where images are fewer than a batch, the batch
+    Captions that are too long are cut, as CLIP does. Raises InputError if images are fewer than a batch, the batch
     does not divide among the devices, or the loss is not finite.
     """
-    if len(images) < settings.batch_size:
+    if len(images) < recipe.batch_size:
         raise InputError(f"{len(images)} images are less than a batch: give --batch-size {len(images)} or less")
-    mesh = data.device_mesh(settings.batch_size)
-    texts = [text for of_image in captions for text in of_image]
-    tokenizer = train_tokenizer(texts, settings.vocabulary_size)
+    mesh = data.device_mesh(recipe.batch_size)
+    texts = [text for per_image in captions for text in per_image]
+    tokenizer = train_tokenizer(texts, recipe.vocabulary_size)
     size = tokenizer.get_vocab_size()
     config = dataclasses.replace(config, vocabulary_size=size, start_token=size - 2, end_token=size - 1)
     ids = clip.tokenize(tokenizer, texts, config, truncate=True)
     corpus = Corpus(images, ids, np.cumsum([0, *map(len, captions)]))
-
     model = jax.jit(clip.CLIP, static_argnums=0)(config, jax.random.key(seed))
-    state = data.place(initial_state(model, settings), mesh)
+    state = data.place(pretraining_state(model, recipe), mesh)
     del model
-    with tqdm(range(settings.steps), f"clip seed {seed}", unit="step") as bar:
-        pending, timed_step, timed_at = None, 0, time.perf_counter()
-        for t in bar:
-            state, metrics = clip_step(state, data.shard_batch(draw_batch(corpus, t, settings, seed), mesh))
-            if t % LOG_EVERY == 0 or t == settings.steps - 1:
-                if pending:  # the last but one: waiting for the step just dispatched would stall the device
-                    step, values = pending[0], {name: float(value) for name, value in pending[1].items()}
-                    now = time.perf_counter()
-                    rate = (step - timed_step) * settings.batch_size / (now - timed_at)
-                    timed_step, timed_at = step, now
-                    bar.set_postfix_str(
-                        f"loss {values['loss']:.3f}, scale {values['scale']:.1f}, {rate:.0f} images/s", refresh=False
-                    )
-                    if not math.isfinite(values["loss"]):
-                        raise InputError(f"the loss is {values['loss']} at step {step}: lower --learning-rate")
-                pending = t, metrics
-    if not math.isfinite(float(metrics["loss"])):
-        raise InputError(f"the loss is {float(metrics['loss'])} at the end: lower --learning-rate")
-    return state.model, tokenizer
+    with Log(f"clip seed {seed}", 0, recipe.steps, recipe.batch_size) as log:
+        for t in range(recipe.steps):
+            state, metrics = clip_step(state, data.shard_batch(draw_batch(corpus, t, recipe, seed), mesh))
+            log.add(t + 1, metrics)
+        log.settle()
+        return state.model, tokenizer, log.seconds()
 
 
 # ----------------------------------------------------------------------------------------------- zero-shot, model card
 
 
-@jax.jit
-def predict(
-    vision: clip.VisionTower, head: Float[Array, "dim classes"], images: UInt8[Array, "batch side side 3"]
-) -> Int[Array, " batch"]:
-    return jnp.argmax(clip.image_features(vision, images) @ head, axis=1)
-
-
-def zero_shot_accuracies(model: clip.CLIP, tokenizer: Tokenizer, split: str, batch_size: int = 500) -> dict[str, float]:
+def zero_shot_accuracies(model: clip.CLIP, tokenizer: Tokenizer, split: str) -> dict[str, float]:
     """Accuracy, a fraction, on each domain of the embedded benchmark's `val` or `test`, with its own templates."""
     features = clip.prompt_features(model, tokenizer, minidomain.CLASSES, minidomain.TEMPLATES)
-    head = clip.zero_shot_head(features)
+    classifier = lipsum.Classifier(model.vision, clip.zero_shot_head(features))
+    batch_size = data.evaluation_batch_size(512)
     accuracies = {}
     for domain in minidomain.DOMAINS:
-        images, labels = minidomain.load(domain, split)
-        starts = range(0, len(images), batch_size)
-        predictions = [predict(model.vision, head, images[start : start + batch_size]) for start in starts]
-        accuracies[domain] = float(np.mean(np.concatenate(predictions) == labels))
+        images = data.Split(domain, minidomain.CLASSES, *minidomain.load(domain, split))
+        found = evaluation.predict(
+            [classifier], jnp.exp(model.logit_scale), images, batch_size, 1, data.device_mesh(batch_size)
+        )
+        accuracies[domain] = float(np.mean(found.correct))
     return accuracies
 
 
 def write_model_card(
-    folder: Path, command: str, settings: Settings, seed: int, seconds: float, accuracies: dict[str, dict[str, float]]
+    folder: Path, command: str, recipe: Recipe, seed: int, seconds: float, accuracies: dict[str, dict[str, float]]
 ) -> None:
     """README.md: the command, settings, seed, time, and zero-shot accuracies by split and domain, where there are."""
     lines = [
@@ -363,7 +343,7 @@ def write_model_card(
         f"Made by `{command}` in {seconds / 60:.0f} minutes on {jax.device_count()} {jax.devices()[0].device_kind} "
         f"device(s), seed {seed}. Weights are stored in float16.",
         "",
-        "Settings: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items()) + ".",
+        "Settings: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(recipe).items()) + ".",
     ]
     if accuracies:
         domains = list(next(iter(accuracies.values())))
@@ -374,69 +354,60 @@ def write_model_card(
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------- --method clip
+# -------------------------------------------------------------------------------------------------------- command line
 
 
-@dataclass(frozen=True)
-class Options:
-    """Pre-train a tiny CLIP on images with captions."""
-
-    out: Path
-    """New folder for the model: a Hugging Face CLIP folder in float16, with README.md."""
-    data: Literal["minidomain", "captions"] = "minidomain"
-    """minidomain: the embedded captioned corpus; captions: a folder of images with captions.tsv."""
-    data_root: Path | None = None
-    """The folder that holds captions.tsv."""
-    steps: int = Settings.steps
-    """Updates to make."""
-    batch_size: int = Settings.batch_size
-    """Images per update, over all devices."""
-    learning_rate: float = Settings.learning_rate
-    """AdamW's peak rate; Muon's is ten times as high."""
-    seed: int = 0
-    """Initial weights, order of the images, choice of captions, shifts."""
-    overwrite: bool = False
-    """Write into --out although it holds files already."""
-
-
-def check_options(options: Options) -> None:
+def check(out: Path, seed: int, overwrite: bool, recipe: Recipe) -> None:
     """Raises InputError for a value that makes no sense."""
     for name in ("steps", "batch_size"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}: give at least 1")
-    if not 0 <= options.learning_rate < math.inf:
-        raise InputError(f"--learning-rate is {options.learning_rate}: give a number, at least 0")
-    if not 0 <= options.seed < 2**32:
-        raise InputError(f"--seed is {options.seed}: give one from 0 to 2**32 - 1")
-    if (options.data == "captions") != (options.data_root is not None):
-        raise InputError("--data-root goes with --data captions: give both, or neither for the embedded corpus")
-    if options.out.is_file():
-        raise InputError(f"--out {options.out} is a file: give a folder")
-    if options.out.exists() and any(options.out.iterdir()) and not options.overwrite:
-        raise InputError(f"{options.out} is not empty: give --overwrite or another --out")
+        if getattr(recipe, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}: give at least 1")
+    if not 0 <= recipe.learning_rate < math.inf:
+        raise InputError(f"--learning-rate is {recipe.learning_rate}: give a number, at least 0")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed is {seed}: give one from 0 to 2**32 - 1")
+    if out.is_file():
+        raise InputError(f"--out {out} is a file: give a folder")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise InputError(f"{out} is not empty: give --overwrite or another --out")
 
 
-def main(options: Options, command: str) -> None:
-    """Trains, saves, evaluates what was saved, and writes the model card. `command` is what the card says made it."""
-    check_options(options)
-    settings = Settings(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        matrix_learning_rate=options.learning_rate * Settings.matrix_learning_rate / Settings.learning_rate,
-    )
-    if options.data_root is not None:
-        files, captions = read_captions(options.data_root)
-        images = load_images(files, TINY.image_size)
+def main(
+    out: Path,
+    data_root: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: none)")] = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    recipe: Recipe = Recipe(),
+    command: tyro.conf.Fixed[str] = "",
+) -> None:
+    """Pre-train a tiny CLIP on images with captions: saves it, evaluates what was saved, writes a model card.
+
+    Args:
+        out: New folder for the model: a Hugging Face CLIP folder in float16, with README.md.
+        data_root: A folder of images with captions.tsv. Without it: the embedded captioned corpus.
+        seed: Seed of the initial weights, the images' order, the choice of captions and the shifts.
+        overwrite: Write into --out although it holds files.
+        recipe: How to pre-train. The defaults are the embedded tiny model's.
+        command: What the model card says made it.
+    """
+    check(out, seed, overwrite, recipe)
+    if data_root is not None:
+        files, captions = read_captions(data_root)
+        images = load_images(files, TINY_SIZES.image_size)
     else:
         images, captions = minidomain.load_web()
-    began = time.perf_counter()
-    model, tokenizer = pretrain(images, captions, TINY, settings, options.seed)
-    seconds = time.perf_counter() - began
-    weights.save(options.out, model, tokenizer, np.float16)
+    model, tokenizer, seconds = pretrain(images, captions, TINY_SIZES, recipe, seed)
+    weights.save(out, model, tokenizer, np.float16)
     accuracies = {}
-    if options.data == "minidomain":
-        stored = weights.load(str(options.out))
+    if data_root is None:
+        stored = weights.load(str(out))
         accuracies = {split: zero_shot_accuracies(*stored, split) for split in ("val", "test")}
-    write_model_card(options.out, command, settings, options.seed, seconds, accuracies)
-    print((options.out / "README.md").read_text(encoding="utf-8"))
+    write_model_card(out, command, recipe, seed, seconds, accuracies)
+    print((out / "README.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run = partial(main, command=shlex.join(["python", "-m", "support.pretrain", *sys.argv[1:]]))
+    sys.exit(exit_code(lambda: tyro.cli(
+        run, prog="python -m support.pretrain", config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    )))  # fmt: skip

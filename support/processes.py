@@ -6,6 +6,7 @@ uses it.
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import signal
@@ -22,33 +23,33 @@ from jaxtyping import Array, Int
 
 from data import shard_batch, writes_files
 from support.errors import InputError
-from support.options import PROCESSES, Options, Plan, execution_of, flag, settings_of
+from support.options import Cluster, Command, flag
 
 
-def connect(options: Options) -> None:
-    """Joins the processes of one run: those that the flags tell, else those of a TPU pod or a Slurm job.
+def connect(cluster: Cluster) -> None:
+    """Joins the processes of one run: those of the flags, else those of a TPU pod or a Slurm job.
 
-    Comes before anything else touches the devices. All but process 0 print nothing. Raises InputError for wrong flags.
+    Comes before anything else touches the devices. Only process 0 prints. Raises InputError for wrong flags.
     """
-    told = [name for name in PROCESSES if getattr(options, name) is not None]
-    if told:
-        for name in PROCESSES:
-            if name not in told:
-                raise InputError(f"{flag(told[0])} needs {flag(name)}: give --coordinator, --processes and --process")
-        if options.processes < 1 or not 0 <= options.process < options.processes:
+    given = [name for name, value in vars(cluster).items() if value is not None]
+    if given:
+        for name in vars(cluster):
+            if name not in given:
+                raise InputError(f"{flag(given[0])} needs {flag(name)}: give --coordinator, --processes and --process")
+        if cluster.processes < 1 or not 0 <= cluster.process < cluster.processes:
             raise InputError(
-                f"--process is {options.process} of --processes {options.processes}: number them from 0 to "
-                f"{max(options.processes, 1) - 1}"
+                f"--process is {cluster.process} of --processes {cluster.processes}: number them from 0 to "
+                f"{max(cluster.processes, 1) - 1}"
             )
-        host, _, port = options.coordinator.rpartition(":")
+        host, _, port = cluster.coordinator.rpartition(":")
         if not host or not port.isdecimal():
-            raise InputError(f"--coordinator is {options.coordinator!r}: give HOST:PORT, such as 10.0.0.1:1234")
+            raise InputError(f"--coordinator is {cluster.coordinator!r}: give HOST:PORT, such as 10.0.0.1:1234")
         print(
-            f"process {options.process} of {options.processes}: waits up to five minutes for all to meet at "
-            f"{options.coordinator}",
+            f"process {cluster.process} of {cluster.processes}: waits up to five minutes for all to meet at "
+            f"{cluster.coordinator}",
             flush=True,
         )
-        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+        jax.distributed.initialize(cluster.coordinator, cluster.processes, cluster.process)
     elif os.environ.get("SLURM_NTASKS") != "1":  # of a single task, JAX would take the first GPU alone
         with contextlib.suppress(ValueError):  # no cluster that JAX knows: one process
             jax.distributed.initialize()
@@ -56,11 +57,11 @@ def connect(options: Options) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what libraries print, too
 
 
-def check_processes(options: Options, runs: list[Plan]) -> None:
-    """Raises InputError where processes of one run were given different options."""
-    said = [*options.method, *options.seed, *(settings_of(options, plan) for plan in runs)]
-    said += [options.resume, options.overwrite, execution_of(options) | {"workers": 0}]
-    if any(other != said for other in gathered(said)):
+def check_processes(command: Command) -> None:
+    """Raises InputError if the processes of one run were given different options."""
+    execution = dataclasses.replace(command.execution, workers=0)
+    own = repr(dataclasses.replace(command, execution=execution, cluster=Cluster()))
+    if any(other != own for other in gathered(own)):
         raise InputError("the processes have different options: give each the same command but for --process")
 
 

@@ -1,5 +1,6 @@
 """What several test files share: models, trees of images, archives written by hand, and the errors expected."""
 
+import dataclasses
 import functools
 import gzip
 import io
@@ -21,8 +22,7 @@ from PIL import Image
 
 import clip
 import data
-import train
-from support import layouts, weights
+from support import layouts, options, weights
 from support.errors import InputError
 
 # ------------------------------------------------------------------------------------------------ images and errors
@@ -423,14 +423,27 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_images(tmp_path_factory.mktemp("data"))
 
 
-def tiny_options(model: Path, root: Path, out: Path) -> train.Options:
-    return train.Options(
-        model=str(model), data="domainnet", data_root=root, reference=("real",), steps=(6,), batch_size=(8,),
-        learning_rate=(1e-3,), num_texts=(4,), text_length=(3,), eval_every=2, checkpoint_every=100, workers=1,
-        out=out,
+def changed(command: options.Command, **changes: Any) -> options.Command:
+    """The command with other values of some options, in whichever box each stands."""
+    for name, value in changes.items():
+        if name in vars(command):
+            command = dataclasses.replace(command, **{name: value})
+            continue
+        box = next(
+            box for box in ("sources", "settings", "execution", "cluster") if name in vars(getattr(command, box))
+        )
+        command = dataclasses.replace(command, **{box: dataclasses.replace(getattr(command, box), **{name: value})})
+    return command
+
+
+def tiny_command(model: Path, root: Path, out: Path) -> options.Command:
+    return changed(
+        options.DEFAULTS["domainnet"], model=str(model), data_root=root, reference=("real",), steps=(6,),
+        batch_size=(8,), learning_rate=(1e-3,), num_texts=(4,), text_length=(3,), eval_every=2, checkpoint_every=100,
+        workers=1, out=out,
     )  # fmt: skip
 
 
 @pytest.fixture
-def options(model: Path, root: Path, tmp_path: Path) -> train.Options:
-    return tiny_options(model, root, tmp_path / "runs")
+def command(model: Path, root: Path, tmp_path: Path) -> options.Command:
+    return tiny_command(model, root, tmp_path / "runs")

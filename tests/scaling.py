@@ -28,7 +28,7 @@ SIZES = clip.Config(
     start_token=98, end_token=99,
 )  # fmt: skip
 # FT's step is those of Scratch-FT and LP-FT.
-METHODS = [name for name, method in lipsum.METHODS.items() if method.loss and name not in ("scratch-ft", "lp-ft")]
+METHODS = [name for name, method in lipsum.METHODS.items() if method.trained and name not in ("scratch-ft", "lp-ft")]
 
 
 def mesh_of(devices: int) -> Mesh:
@@ -40,7 +40,7 @@ def random_model() -> clip.CLIP:
     return jax.jit(clip.CLIP, static_argnums=0)(SIZES, jax.random.key(0))
 
 
-def inputs(**settings: Any) -> tuple[lipsum.Frozen, data.HostBatch]:
+def inputs(weight: float = 1.0, **computation: Any) -> tuple[lipsum.Frozen, data.HostBatch]:
     """A random model and a batch, the same in every process."""
     model = random_model()
     random = np.random.default_rng(0)
@@ -49,16 +49,17 @@ def inputs(**settings: Any) -> tuple[lipsum.Frozen, data.HostBatch]:
     )
     frozen = lipsum.Frozen(
         lipsum.Classifier(model.vision, head), model.text, context_head, jnp.float32(20),
-        lipsum.Settings(steps=20, learning_rate=1e-3, num_texts=9, **settings), second_moment=jnp.eye(8) / 8,
+        lipsum.Settings(steps=20, learning_rate=1e-3, num_texts=9, weight=weight), lipsum.Computation(**computation),
+        second_moment=jnp.eye(8) / 8,
     )  # fmt: skip
     images = seeded.images(seeded.ARCHITECTURES["nano"], 1, BATCH)
     return frozen, {"image": images, "label": np.arange(BATCH, dtype=np.int32) % 5}
 
 
 def start(
-    method: str, mesh: Mesh, fsdp: bool, **settings: Any
+    method: str, mesh: Mesh, fsdp: bool, **computation: Any
 ) -> tuple[lipsum.State, lipsum.Frozen, dict[str, jax.Array]]:
-    frozen, batch = inputs(weight=lipsum.METHODS[method].weight, **settings)
+    frozen, batch = inputs(weight=lipsum.METHODS[method].weight, **computation)
     part = data.own_part()
     rows = slice(part.index * BATCH // part.count, (part.index + 1) * BATCH // part.count)
     placed = data.place(frozen, mesh, fsdp)
@@ -66,8 +67,8 @@ def start(
     return state, placed, data.shard_batch({name: array[rows] for name, array in batch.items()}, mesh)
 
 
-def losses(method: str, mesh: Mesh, fsdp: bool = False, **settings: Any) -> list[float]:
-    state, frozen, batch = start(method, mesh, fsdp, **settings)
+def losses(method: str, mesh: Mesh, fsdp: bool = False, **computation: Any) -> list[float]:
+    state, frozen, batch = start(method, mesh, fsdp, **computation)
     step = lipsum.training_step(lipsum.METHODS[method].loss, data.shardings(state, mesh, fsdp))
     found = []
     for _ in range(10):

@@ -1,5 +1,6 @@
 """The equations of lipsum.py by hand, and its steps against what the authors' own script computes."""
 
+import dataclasses
 import functools
 import math
 
@@ -56,9 +57,17 @@ def test_equations_6_to_8() -> None:
     gaps = [(sum(t * x) - sum(t * y)) ** 2 for x, y in zip(IMAGES, OTHER, strict=True) for t in TEXTS]
     gap = lipsum.energy_gap(IMAGES, OTHER, TEXTS)
     np.testing.assert_allclose(gap, sum(gaps) / 12, rtol=1e-5)
-    v, zero_shot_v = (lipsum.text_energies(features, TEXTS, TAU) for features in (IMAGES, OTHER))
-    np.testing.assert_allclose(v[2, 1], 20 * sum(IMAGES[2] * TEXTS[1]), rtol=1e-5)
-    np.testing.assert_allclose(lipsum.lipsum_regularizer(v, zero_shot_v), 20**2 / 2 * gap, rtol=1e-5)
+    model = seeded_model("tiny")
+    texts = clip.text_features(model.text, jnp.asarray(seeded.token_ids(seeded.ARCHITECTURES["tiny"], 0, 4)))
+    images, other = unit_rows(3, 40, 0), unit_rows(3, 40, 1)
+    frozen = lipsum.Frozen(
+        lipsum.Classifier(model.vision, jnp.zeros((40, 2))), model.text, jnp.zeros((40, 2)), TAU,
+        lipsum.Settings(num_texts=4), guidance=jnp.asarray(seeded.token_ids(seeded.ARCHITECTURES["tiny"], 0, 4)),
+    )  # fmt: skip
+    terms = [(20 * sum(t * x) - 20 * sum(t * y)) ** 2 for x, y in zip(images, other, strict=True) for t in texts]
+    loss = lipsum.lipsum_loss(frozen.zero_shot, images, other, frozen, jax.random.key(0))  # draws all four texts
+    np.testing.assert_allclose(loss, sum(terms) / (3 * 2 * 4), rtol=1e-5)
+    np.testing.assert_allclose(loss, 20**2 / 2 * lipsum.energy_gap(images, other, texts), rtol=1e-5)
 
 
 def test_energy_gap_by_one_matrix_and_by_every_pair() -> None:
@@ -166,19 +175,19 @@ def test_original_stages() -> None:
         (zero_shot_features, "priors"),
         (texts, "text_features"),
         (lipsum.logits(features, classifier.head, frozen.tau), "logits"),
-        (lipsum.text_energies(features, texts, frozen.tau), "lipsum_source"),
-        (lipsum.text_energies(zero_shot_features, texts, frozen.tau), "lipsum_target"),
+        (frozen.tau * (features @ texts.T), "lipsum_source"),
+        (frozen.tau * (zero_shot_features @ texts.T), "lipsum_target"),
     ]:
         np.testing.assert_allclose(
             actual, values[name], rtol=1e-5, atol=1e-5 * np.abs(values[name]).max(), err_msg=name
         )
 
 
-@pytest.mark.parametrize(("loss", "prefix"), [(lipsum.ft_loss, "ft/"), (lipsum.lipsum_loss, "")])
-def test_original_losses_and_gradients(loss: lipsum.Loss, prefix: str) -> None:
+@pytest.mark.parametrize(("loss", "prefix"), [(None, "ft/"), (lipsum.lipsum_loss, "")])
+def test_original_losses_and_gradients(loss: lipsum.MethodLoss | None, prefix: str) -> None:
     zero_shot, frozen, classifier = original_models()
     values = original()
-    gradient_of = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    gradient_of = jax.jit(jax.value_and_grad(functools.partial(lipsum.objective, loss), has_aux=True))
     (value, terms), gradient = gradient_of(classifier, with_texts(frozen, 0), original_batch(), jax.random.key(0))
     np.testing.assert_allclose(value, values[f"{prefix}loss"], rtol=1e-5)
     if terms:
@@ -218,7 +227,7 @@ def test_original_three_steps() -> None:
 
 # ------------------------------------------------------------------------------------------ every method, in PyTorch
 
-TRAINED = [name for name, method in lipsum.METHODS.items() if method.loss]
+TRAINED = [name for name, method in lipsum.METHODS.items() if method.trained]
 
 
 @functools.cache
@@ -254,7 +263,9 @@ def test_losses_and_gradients_equal_pytorch(method: str) -> None:
     if lipsum.METHODS[method].start == "zeros":
         classifier = lipsum.Classifier(classifier.vision, 0 * classifier.head)
     loss = lipsum.METHODS[method].loss
-    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(classifier, frozen, batch, jax.random.key(0))
+    (value, _), gradient = jax.jit(jax.value_and_grad(functools.partial(lipsum.objective, loss), has_aux=True))(
+        classifier, frozen, batch, jax.random.key(0)
+    )
     expected = methods_reference()
     np.testing.assert_allclose(value, expected[f"{method}/loss"], rtol=1e-5)
     model = eqx.tree_at(lambda model: model.vision, zero_shot, gradient.vision)
@@ -288,11 +299,11 @@ def test_gradients_are_those_of_finite_differences() -> None:
     _, frozen, classifier, batch = nano_setup(np.float64)
     random = np.random.default_rng(0)
     direction = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape)), classifier)
-    for name in (name for name in TRAINED if lipsum.METHODS[name].loss is not lipsum.ft_loss or name == "ft"):
+    for name in (name for name in TRAINED if lipsum.METHODS[name].loss or name == "ft"):
 
         def along(t, loss=lipsum.METHODS[name].loss):
             moved = jax.tree.map(lambda leaf, way: leaf + t * way, classifier, direction)
-            return loss(moved, frozen, batch, jax.random.key(0))[0]
+            return lipsum.objective(loss, moved, frozen, batch, jax.random.key(0))[0]
 
         # One compilation gives both: values beside the point and the slope in it.
         values, slopes = jax.jit(jax.vmap(jax.value_and_grad(along)))(jnp.array([-1e-5, 0.0, 1e-5]))
@@ -300,13 +311,13 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 
 def test_kld_tends_to_equation_21() -> None:
-    v, zero_shot_v = (lipsum.text_energies(features, TEXTS, TAU) for features in (IMAGES, OTHER))
+    v, zero_shot_v = (TAU * (features @ TEXTS.T) for features in (IMAGES, OTHER))
     difference = np.asarray(v, np.float64) - np.asarray(zero_shot_v, np.float64)
     texts = len(TEXTS)
     limit = np.mean((difference**2).sum(1) / (2 * texts) - difference.sum(1) ** 2 / (2 * texts**2))
     with jax.enable_x64(True):  # the divergence is 1e-8 of its terms there
         v, zero_shot_v = jnp.asarray(np.asarray(v), jnp.float64), jnp.asarray(np.asarray(zero_shot_v), jnp.float64)
-        np.testing.assert_allclose(lipsum.kld_regularizer(v, zero_shot_v, 1e4), limit, rtol=1e-3)
+        np.testing.assert_allclose(lipsum.kld_with_temperature(v, zero_shot_v, 1e4), limit, rtol=1e-3)
 
 
 def test_exact_lipsum_is_the_average_over_all_texts() -> None:
@@ -316,14 +327,17 @@ def test_exact_lipsum_is_the_average_over_all_texts() -> None:
     ids = lipsum.random_texts(frozen.text, 10_000, 8, jax.random.key(0))
     features = clip.image_features(classifier.vision, batch["image"])
     zero_shot = clip.image_features(frozen.zero_shot.vision, batch["image"])
-    exact = lipsum.expected_lipsum_regularizer(features, zero_shot, second_moment, frozen.tau)
+    frozen = eqx.tree_at(lambda frozen: frozen.second_moment, frozen, second_moment)
+    exact = lipsum.lipsum_exact_loss(classifier, features, zero_shot, frozen, jax.random.key(0))
     texts = jax.jit(clip.text_features)(frozen.text, ids)
-    sampled = [
-        lipsum.lipsum_regularizer(
-            *(lipsum.text_energies(x, texts[start : start + 80], frozen.tau) for x in (features, zero_shot))
-        )
-        for start in range(0, 10_000, 80)
-    ]
+    object.__setattr__(frozen, "settings", lipsum.Settings(num_texts=80))
+
+    @jax.jit
+    def loss(guidance: jax.Array) -> jax.Array:  # draws all of the texts given
+        guided = eqx.tree_at(lambda frozen: frozen.guidance, frozen, guidance)
+        return lipsum.lipsum_loss(classifier, features, zero_shot, guided, jax.random.key(0))
+
+    sampled = [loss(ids[start : start + 80]) for start in range(0, 10_000, 80)]
     np.testing.assert_allclose(exact, np.mean(sampled), rtol=1e-5)
     np.testing.assert_allclose(exact, 20**2 / 2 * lipsum.energy_gap(features, zero_shot, texts), rtol=1e-5)
 
@@ -349,7 +363,7 @@ def test_average_is_equation_16_and_fixed_head_keeps_its_bits() -> None:
     state = lipsum.initial_state(frozen, classifier, averaged=True)
     average = jax.tree.map(lambda leaf: np.array(leaf, np.float64), frozen.zero_shot)
     for _ in range(3):
-        state, _ = lipsum.training_step(lipsum.ft_loss)(state, frozen, batch, jax.random.key(0))
+        state, _ = lipsum.training_step(None)(state, frozen, batch, jax.random.key(0))
         average = jax.tree.map(
             lambda old, new: 0.75 * old + 0.25 * np.asarray(new, np.float64), average, state.classifier
         )
@@ -525,5 +539,22 @@ def test_texts_are_fresh_at_every_step_and_the_zero_shot_model_stays() -> None:
 
 def test_regulariser_is_zero_at_the_start() -> None:
     frozen, batch = tiny_setup()
-    _, terms = lipsum.lipsum_loss(frozen.zero_shot, frozen, batch, jax.random.key(0))
+    _, terms = lipsum.objective(lipsum.lipsum_loss, frozen.zero_shot, frozen, batch, jax.random.key(0))
     assert terms["regularizer"] == 0
+
+
+@pytest.mark.parametrize("method", ["lipsum", "car-ft", "ema"])
+def test_a_sweep_compiles_once(method: str) -> None:
+    """Rate, lambda, temperature and decay are data: other values give other numbers by the same program."""
+    frozen, batch = tiny_setup()
+    step = lipsum.training_step(lipsum.METHODS[method].loss)
+    compiled = step._cache_size()
+    ends = set()
+    for changes in ({}, {"learning_rate": 1e-3}, {"weight": 3.0}, {"temperature": 2.0}, {"decay": 0.5}):
+        object.__setattr__(frozen, "settings", dataclasses.replace(lipsum.Settings(steps=21, warmup=0.0), **changes))
+        state = lipsum.initial_state(frozen, averaged=lipsum.METHODS[method].averaged)
+        for _ in range(2):
+            state, metrics = step(state, frozen, batch, jax.random.key(0))
+        ends.add((float(metrics["loss"]), float(jnp.sum(jnp.abs(state.evaluated.head)))))
+    assert step._cache_size() == compiled + 1
+    assert len(ends) == {"lipsum": 3, "car-ft": 4, "ema": 3}[method]

@@ -1,6 +1,5 @@
 """Runs that are stopped, killed, out of space or in each other's way, and how they go on."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -18,27 +17,28 @@ import pytest
 import scaling
 import seeded
 from conftest import REFERENCE
-from helpers import draw_images, save_model, tiny_options
+from helpers import changed, draw_images, save_model, tiny_command
 
 import data
 import eval as evaluation
 import lipsum
 import train
 from support import errors, files
+from support.options import Command
 
 
 @pytest.fixture(scope="module")
 def unbroken(model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of `options` that nothing disturbed."""
+    """The folder of a run of `command` that nothing disturbed."""
     out = tmp_path_factory.mktemp("unbroken")
-    train.main(tiny_options(model, root, out))
+    train.main(tiny_command(model, root, out))
     return out / "lipsum" / "seed-0"
 
 
 @pytest.fixture
-def folder(options: train.Options) -> Path:
-    """Of the run of `options`."""
-    return options.out / "lipsum" / "seed-0"
+def folder(command: Command) -> Path:
+    """Of the run of `command`."""
+    return command.out / "lipsum" / "seed-0"
 
 
 def best_of(folder: Path) -> bytes:
@@ -46,7 +46,7 @@ def best_of(folder: Path) -> bytes:
 
 
 def test_interrupted_run_resumes_to_the_same_bits(
-    options: train.Options, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = lipsum.training_step(lipsum.lipsum_loss)
 
@@ -57,11 +57,11 @@ def test_interrupted_run_resumes_to_the_same_bits(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(lipsum, "training_step", lambda *_: breaks)
-        train.main(options)
+        train.main(command)
     with open(folder / "metrics.jsonl", "a") as log:
         log.write('{"step": 5, "lo')  # what a kill may leave
     assert not (folder / "results.json").exists()
-    train.main(dataclasses.replace(options, resume=True))
+    train.main(changed(command, resume=True))
     contents = []
     for each in (unbroken, folder):
         losses = [json.loads(line)["loss"] for line in (each / "metrics.jsonl").read_text().splitlines()]
@@ -71,26 +71,26 @@ def test_interrupted_run_resumes_to_the_same_bits(
 
 
 def test_resume_keeps_finished_runs_and_refuses_other_settings(
-    options: train.Options, folder: Path, unbroken: Path, capsys
+    command: Command, folder: Path, unbroken: Path, capsys
 ) -> None:
     shutil.copytree(unbroken, folder)
     before = (folder / "results.json").stat().st_mtime_ns
-    train.main(dataclasses.replace(options, resume=True))
+    train.main(changed(command, resume=True))
     assert "is finished: kept" in capsys.readouterr().out
     assert (folder / "results.json").stat().st_mtime_ns == before
     (folder / "results.json").unlink()
-    assert errors.exit_code(lambda: train.main(dataclasses.replace(options, resume=True, weight=2.0))) == 2
+    assert errors.exit_code(lambda: train.main(changed(command, resume=True, weight=2.0))) == 2
     assert "made with other settings (--weight 1.0, now 2.0)" in capsys.readouterr().err
     for path in (folder / "checkpoint").iterdir():
         path.write_bytes(b"{}\n")
-    assert errors.exit_code(lambda: train.main(dataclasses.replace(options, resume=True))) == 2
+    assert errors.exit_code(lambda: train.main(changed(command, resume=True))) == 2
     assert "no checkpoint in" in capsys.readouterr().err
-    train.main(dataclasses.replace(options, overwrite=True))
+    train.main(changed(command, overwrite=True))
     assert (folder / "results.json").exists()
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    options: train.Options, folder: Path, unbroken: Path, capsys
+    command: Command, folder: Path, unbroken: Path, capsys
 ) -> None:
     """Of the two that are kept: the run ends with the same bits."""
     shutil.copytree(unbroken, folder)
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     shutil.rmtree(folder / "best")
     newest = folder / "checkpoint" / "step-6.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100] + bytes(100))  # of the right size, with a right header
-    train.main(dataclasses.replace(options, resume=True))
+    train.main(changed(command, resume=True))
     told = capsys.readouterr()
     assert f"checkpoint {newest} is damaged (its content has changed" in told.err and "from step 4" in told.out
     assert best_of(folder) == best_of(unbroken)
@@ -109,16 +109,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 
 
 def test_earlier_runs_open_and_resume(
-    options: train.Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """Of commit e2f2ed0: a finished run; one of EMA, stopped after step 4, with what it would have become."""
     shutil.copytree(REFERENCE / "earlier", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)  # where the model and the data lie is in their config.json, as it was typed
     save_model(tmp_path / "model", **seeded.ARCHITECTURES["nano"])
     draw_images(tmp_path / "data")
-    options = dataclasses.replace(options, model="model", data_root=Path("data"), out=Path("runs"), resume=True)
-    train.main(options)
-    train.main(dataclasses.replace(options, method=("ema",), decay=0.5))
+    command = changed(command, model="model", data_root=Path("data"), out=Path("runs"), resume=True)
+    train.main(command)
+    train.main(changed(command, method=("ema",), decay=0.5))
     output = capsys.readouterr().out
     assert "runs/lipsum/seed-0 is finished: kept" in output and "going on from step 4" in output
     found, expected = (
@@ -138,7 +138,7 @@ def test_earlier_runs_open_and_resume(
 
 
 def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(
-    options: train.Options, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    command: Command, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     step = lipsum.training_step(lipsum.lipsum_loss)
 
@@ -150,18 +150,18 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(
     monkeypatch.setattr(sys, "argv", ["train.py", "--overwrite", "--model", "a b"])
     with monkeypatch.context() as patched:
         patched.setattr(lipsum, "training_step", lambda *_: signalled)
-        assert train.run(dataclasses.replace(options, overwrite=True)) == 130
+        assert train.exit_code_of(changed(command, overwrite=True)) == 130
     output = capsys.readouterr().out
     assert "stopped by SIGINT; to go on:\n  python train.py --model 'a b' --resume\n" in output
     assert files.read_checkpoint(folder / "checkpoint/step-3.safetensors").progress["step"] == 3
-    train.main(dataclasses.replace(options, resume=True))
+    train.main(changed(command, resume=True))
     assert "going on from step 3" in capsys.readouterr().out
     assert best_of(folder) == best_of(unbroken)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_signal_in_an_evaluation_acts_at_once(
-    options: train.Options, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was saved just before it goes on with that evaluation; the second signal does not wait for a step."""
     accuracy = evaluation.Evaluator.selection_accuracy
@@ -172,7 +172,7 @@ def test_a_signal_in_an_evaluation_acts_at_once(
 
     with monkeypatch.context() as patched:
         patched.setattr(evaluation.Evaluator, "selection_accuracy", interrupted)
-        assert train.run(options) == 143
+        assert train.exit_code_of(command) == 143
     evaluated = []
 
     def recorded(*arguments):
@@ -180,7 +180,7 @@ def test_a_signal_in_an_evaluation_acts_at_once(
         return evaluated[-1]
 
     monkeypatch.setattr(evaluation.Evaluator, "selection_accuracy", recorded)
-    train.main(dataclasses.replace(options, resume=True))
+    train.main(changed(command, resume=True))
     assert len(evaluated) == 3
     one, other = (json.loads((each / "results.json").read_text()) for each in (unbroken, folder))
     assert one["selection"] == other["selection"] and one["splits"] == other["splits"]
@@ -194,7 +194,7 @@ def test_a_signal_in_an_evaluation_acts_at_once(
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_was_saved(
-    options: train.Options, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     step = lipsum.training_step(lipsum.lipsum_loss)
 
@@ -204,49 +204,49 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_was_saved(
         return state, metrics | ({"gradient_norm": jnp.float32(jnp.inf)} if broken else {})
 
     monkeypatch.setattr(lipsum, "training_step", lambda *_: breaks)
-    assert errors.exit_code(lambda: train.main(options)) == 2
+    assert errors.exit_code(lambda: train.main(command)) == 2
     error = capsys.readouterr().err
     assert "at step 5 the loss is" in error and "the gradient's norm inf" in error and "lower --learning-rate" in error
     assert f"{folder} keeps what was saved before" in error
     assert files.read_checkpoint(folder / "checkpoint/step-4.safetensors").progress["step"] == 4
 
 
-def test_two_runs_on_one_folder(options: train.Options, folder: Path, capsys) -> None:
+def test_two_runs_on_one_folder(command: Command, folder: Path, capsys) -> None:
     """The second is refused before it loads anything; no lock stays behind."""
     with files.locked(folder):
-        assert errors.exit_code(lambda: train.main(dataclasses.replace(options, model="missing.pt"))) == 2
+        assert errors.exit_code(lambda: train.main(changed(command, model="missing.pt"))) == 2
         assert f"another process writes to {folder}: wait until it ends" in capsys.readouterr().err
-    train.main(options)
-    assert [path.name for path in options.out.rglob(".*")] == []
+    train.main(command)
+    assert [path.name for path in command.out.rglob(".*")] == []
 
 
-def test_a_full_disk_is_named_and_the_run_goes_on(options: train.Options, folder: Path, unbroken: Path, capsys) -> None:
+def test_a_full_disk_is_named_and_the_run_goes_on(command: Command, folder: Path, unbroken: Path, capsys) -> None:
     """A limit on the size of files stands for it: no half file stays, and later the run goes on."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        assert errors.exit_code(lambda: train.main(options)) == 2
+        assert errors.exit_code(lambda: train.main(command)) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
     assert f"error: {folder / 'checkpoint/step-2.safetensors'} cannot be written" in error and "too large" in error
     assert not list(folder.rglob("*.new"))
-    train.main(dataclasses.replace(options, resume=True))
+    train.main(changed(command, resume=True))
     assert best_of(folder) == best_of(unbroken)
 
 
 # ------------------------------------------------------------------------------------------------------------ watching
 
 
-def test_tensorboard_and_profile(options: train.Options) -> None:
+def test_tensorboard_and_profile(command: Command) -> None:
     """TensorBoard's files hold the figures of metrics.jsonl, also of a run that went on; a trace is written."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    options = dataclasses.replace(options, method=("ft",), tensorboard=True, profile=True, steps=(20,), eval_every=20)
-    train.main(options)
-    folder = options.out / "ft" / "seed-0"
+    command = changed(command, method=("ft",), tensorboard=True, profile=True, steps=(20,), eval_every=20)
+    train.main(command)
+    folder = command.out / "ft" / "seed-0"
     (folder / "results.json").unlink()
     (folder / "checkpoint/step-20.safetensors").unlink()
-    train.main(dataclasses.replace(options, resume=True, profile=False))
+    train.main(changed(command, resume=True, profile=False))
     logged = {line["step"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
     for path in sorted((folder / "tensorboard").iterdir()):
         content, shown = path.read_bytes(), {}
@@ -275,31 +275,31 @@ def test_tensorboard_and_profile(options: train.Options) -> None:
         ({"checkpoint_every": 0}, "--checkpoint-every is 0"),
     ],
 )
-def test_bad_input(changes: dict[str, object], message: str, options: train.Options) -> None:
+def test_bad_input(changes: dict[str, object], message: str, command: Command) -> None:
     with pytest.raises(errors.InputError, match=message):
-        train.main(dataclasses.replace(options, **changes))
-    assert not options.out.exists()
+        train.main(changed(command, **changes))
+    assert not command.out.exists()
 
 
-def test_tensorboard_needs_its_extra(options: train.Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_needs_its_extra(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(errors.InputError, match=r"pip install '\.\[tensorboard\]'"):
-        train.main(dataclasses.replace(options, tensorboard=True))
+        train.main(changed(command, tensorboard=True))
 
 
 # --------------------------------------------------------------------------------------------------- several processes
 
 
-def test_a_run_of_two_processes_goes_on_in_one(options: train.Options, tmp_path: Path) -> None:
+def test_a_run_of_two_processes_goes_on_in_one(command: Command, tmp_path: Path) -> None:
     """One process of two gets a signal: both end after the same step, and one alone continues, to the same figures."""
     said = [
         *(
             "--model",
-            options.model,
+            command.sources.model,
             "--data",
             "domainnet",
             "--data-root",
-            str(options.data_root),
+            str(command.sources.data_root),
             "--reference",
             "real",
         ),
@@ -328,9 +328,9 @@ def test_a_run_of_two_processes_goes_on_in_one(options: train.Options, tmp_path:
     (checkpoint,) = (folder / "checkpoint").iterdir()
     assert 1 < files.read_checkpoint(checkpoint).progress["step"] < 150
 
-    one = dataclasses.replace(options, steps=(150,), eval_every=150, learning_rate=(1e-4,))
-    train.main(dataclasses.replace(one, out=tmp_path / "two", resume=True))
-    train.main(dataclasses.replace(one, out=tmp_path / "one"))
+    one = changed(command, steps=(150,), eval_every=150, learning_rate=(1e-4,))
+    train.main(changed(one, out=tmp_path / "two", resume=True))
+    train.main(changed(one, out=tmp_path / "one"))
     found = []
     for name in ("two", "one"):
         lines = (tmp_path / name / "lipsum/seed-0/metrics.jsonl").read_text().splitlines()
@@ -340,7 +340,7 @@ def test_a_run_of_two_processes_goes_on_in_one(options: train.Options, tmp_path:
         np.testing.assert_allclose(two["loss"], alone["loss"], rtol=1e-5 if two["step"] <= 10 else 1e-3)
 
 
-def test_processes_are_checked(options: train.Options) -> None:
+def test_processes_are_checked(command: Command) -> None:
     """Wrong flags are refused before any process is waited for."""
     for changes, message in (
         ({"processes": 2}, "--processes needs --coordinator"),
@@ -352,4 +352,4 @@ def test_processes_are_checked(options: train.Options) -> None:
         ({"coordinator": "a", "processes": 2, "process": 1}, "--coordinator is 'a': give HOST:PORT"),
     ):
         with pytest.raises(errors.InputError, match=message):
-            train.connect(dataclasses.replace(options, **changes))
+            train.connect(changed(command, **changes).cluster)

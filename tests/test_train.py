@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import seeded
-from helpers import config_of
+from helpers import changed, config_of, tiny_command
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -22,18 +22,19 @@ import data
 import eval as evaluation
 import lipsum
 import train
-from support import errors, layouts, minidomain, opening, tables, weights
+from support import errors, layouts, minidomain, opening, options, tables, weights
+from support.options import Command
 
 
-def test_run_from_start_to_table(options: train.Options, capsys: pytest.CaptureFixture[str]) -> None:
-    options = dataclasses.replace(options, method=("ft", "lipsum"), seed=(0, 1), steps=(12,))
-    train.main(options)
+def test_run_from_start_to_table(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    command = changed(command, method=("ft", "lipsum"), seed=(0, 1), steps=(12,))
+    train.main(command)
     table = capsys.readouterr().out.splitlines()[-5:]
     assert table[0].split() == ["accuracy,", "%", "real", "sketch", "mean", "of", "shifts"]
     assert [line.split()[0] for line in table[2:]] == ["zero-shot", "FT", "Lipsum-FT"] and "±" in table[4]
-    assert "\n".join(table) == tables.rendered(tables.table(tables.read_results([options.out]), "accuracy"), "text")
+    assert "\n".join(table) == tables.rendered(tables.table(tables.read_results([command.out]), "accuracy"), "text")
 
-    folder = options.out / "lipsum" / "seed-1"
+    folder = command.out / "lipsum" / "seed-1"
     assert sorted(path.name for path in folder.iterdir()) == [
         "best", "checkpoint", "config.json", "metrics.jsonl", "results.json",
     ]  # fmt: skip
@@ -57,26 +58,26 @@ def test_run_from_start_to_table(options: train.Options, capsys: pytest.CaptureF
     best, _ = weights.load(str(folder / "best"))
     head = load_file(folder / "best" / "head.safetensors")["head"]
     assert json.loads((folder / "best" / "classes.json").read_text()) == config["classes"]
-    split = layouts.read_domainnet(options.data_root, "real", ("sketch",), "val").reports["sketch"]
+    split = layouts.read_domainnet(command.sources.data_root, "real", ("sketch",), "val").reports["sketch"]
     tau = jnp.exp(best.logit_scale)
     classifier = lipsum.Classifier(best.vision, jnp.asarray(head))
     again = evaluation.metrics(evaluation.predict([classifier], tau, split, 8, 1, data.device_mesh(8)))
     assert again["accuracy"] == results["splits"]["sketch"]["accuracy"]
     np.testing.assert_allclose(again["nll"], results["splits"]["sketch"]["nll"], rtol=1e-6)
-    zero_shot, _ = weights.load(options.model)
+    zero_shot, _ = weights.load(command.sources.model)
     assert not np.array_equal(zero_shot.vision.projection.weight, best.vision.projection.weight)
     for old, new in zip(jax.tree.leaves(zero_shot.text), jax.tree.leaves(best.text), strict=True):
         np.testing.assert_array_equal(old, new)
 
 
-def test_same_seed_same_bits(options: train.Options) -> None:
+def test_same_seed_same_bits(command: Command) -> None:
     for name in ("a", "b"):
-        train.main(dataclasses.replace(options, out=options.out / name))
-    first, second = (options.out / name / "lipsum/seed-0/best/model.safetensors" for name in ("a", "b"))
+        train.main(changed(command, out=command.out / name))
+    first, second = (command.out / name / "lipsum/seed-0/best/model.safetensors" for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_most_accurate_model_is_kept(options: train.Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_most_accurate_model_is_kept(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Selection accuracies 0.2, 0.6, 0.6 after steps 2, 4 and 6: the first of the best wins."""
     kept = []
     selection = iter([1, 3, 3])
@@ -89,33 +90,33 @@ def test_the_most_accurate_model_is_kept(options: train.Options, monkeypatch: py
         return predict(members, tau, split, *rest)._replace(correct=np.arange(5) < next(selection))
 
     monkeypatch.setattr(evaluation, "predict", predicts)
-    train.main(options)
-    folder = options.out / "lipsum" / "seed-0"
+    train.main(command)
+    folder = command.out / "lipsum" / "seed-0"
     assert json.loads((folder / "results.json").read_text())["selection"] == {"accuracy": 0.6, "step": 4}
     np.testing.assert_array_equal(load_file(folder / "best" / "head.safetensors")["head"], kept[1])
 
 
 def test_exported_benchmark_gives_the_same_numbers(
-    options: train.Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`--data minidomain`, and `--data domainnet` on what `minidomain.py --export` wrote."""
     monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(minidomain, "SIZES", {"train": 40, "val": 20, "test": 20})
     minidomain.main(export=tmp_path / "export")
-    drawn = dataclasses.replace(
-        options,
+    drawn = changed(
+        command,
         data="minidomain",
         data_root=None,
-        reference=None,
+        reference=("real",),
         templates="a {}.",
         augmentation="off",
         method=("ft",),
     )
-    read = dataclasses.replace(drawn, data="domainnet", data_root=tmp_path / "export", reference=("real",))
+    read = changed(drawn, data="domainnet", data_root=tmp_path / "export", reference=("real",))
     results = []
     for name, variant in (("drawn", drawn), ("read", read)):
-        train.main(dataclasses.replace(variant, out=options.out / name))
-        results.append(json.loads((options.out / name / "ft" / "seed-0" / "results.json").read_text()))
+        train.main(changed(variant, out=command.out / name))
+        results.append(json.loads((command.out / name / "ft" / "seed-0" / "results.json").read_text()))
     assert list(results[0]["splits"]) == list(minidomain.DOMAINS)
     for key in ("zero_shot", "selection"):
         assert results[0][key] == results[1][key]
@@ -133,7 +134,7 @@ def test_exported_benchmark_gives_the_same_numbers(
         ({"model": "ViT-B16"}, "unknown model preset 'ViT-B16': did you mean ViT-B/16"),
         ({"model": "missing.pt"}, "missing.pt do not exist"),
         ({"reference": ("reel",)}, "unknown split 'reel': did you mean real"),
-        ({"reference": None}, "--reference is needed with --data domainnet: one of real, sketch"),
+        ({"reference": ()}, "--reference is needed with --data domainnet: one of real, sketch"),
         ({"shifts": ("sketsh",)}, "unknown split 'sketsh': did you mean sketch"),
         ({"shifts": ("real",)}, "'real' is the reference and a shift at once"),
         ({"data_root": None}, "--data-root is needed with --data domainnet"),
@@ -147,31 +148,31 @@ def test_exported_benchmark_gives_the_same_numbers(
         ({"templates": "a photo"}, "--templates 'a photo' is neither openai, a prompt with {} nor a readable file"),
         ({"templates": "a {} " + "x" * 60}, "tokens, the model takes 38: shorten it"),
         ({"seed": (-1,)}, "--seed"),
-        ({"method": ("ft", "clip")}, "--method clip trains one model: give it alone"),
-        ({"method": ("clip",)}, "unknown captioned data set 'domainnet'"),
+        ({"method": ("clip",)}, "unknown method 'clip'"),
+        ({"steps": ()}, "--steps has no value: give one or more"),
         ({"data": "captions"}, "unknown data set 'captions'"),
     ],
 )
 def test_bad_input_is_one_line_and_makes_nothing(
-    changes: dict[str, object], message: str, options: train.Options, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path
+    changes: dict[str, object], message: str, command: Command, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
     monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
-    assert errors.exit_code(lambda: train.main(dataclasses.replace(options, **changes))) == 2
+    assert errors.exit_code(lambda: train.main(changed(command, **changes))) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
-    assert not options.out.exists()
+    assert not command.out.exists()
 
 
-def test_existing_run_is_not_touched(options: train.Options, capsys) -> None:
-    folder = options.out / "lipsum" / "seed-0"
+def test_existing_run_is_not_touched(command: Command, capsys) -> None:
+    folder = command.out / "lipsum" / "seed-0"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text("precious")
-    assert errors.exit_code(lambda: train.main(options)) == 2
+    assert errors.exit_code(lambda: train.main(command)) == 2
     assert f"{folder} holds a run: give --resume, --overwrite or another --out" in capsys.readouterr().err
     assert (folder / "results.json").read_text() == "precious"
 
 
-def test_broken_image_stops_before_training(options: train.Options, tmp_path: Path, root: Path, capsys) -> None:
+def test_broken_image_stops_before_training(command: Command, tmp_path: Path, root: Path, capsys) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in root.iterdir():
@@ -184,10 +185,10 @@ def test_broken_image_stops_before_training(options: train.Options, tmp_path: Pa
     os.rename(copy / "cut.png", copy / "ice_cream" / "cut.png")
     lines[7] = "ice_cream/cut.png 0"
     (copy / "real_train.txt").write_text("\n".join(lines))
-    assert errors.exit_code(lambda: train.main(dataclasses.replace(options, data_root=copy))) == 2
+    assert errors.exit_code(lambda: train.main(changed(command, data_root=copy))) == 2
     error = capsys.readouterr().err
     assert f"{copy / 'real_train.txt'} line 8" in error and "cut.png is no readable image" in error
-    assert not options.out.exists()
+    assert not command.out.exists()
 
 
 def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
@@ -201,8 +202,13 @@ def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
 
     shown = run("train.py", "--help")
     assert shown.returncode == 0
-    for field in dataclasses.fields(train.Options):
-        assert f"--{field.name.replace('_', '-')}" in shown.stdout
+    assert shown.stderr == "" and "(default: )" not in shown.stdout
+    boxes = (options.Command, options.Sources, options.Sweep, options.Execution, options.Cluster)
+    named = {field.name for box in boxes for field in dataclasses.fields(box)}
+    for name in named - {"sources", "settings", "execution", "cluster"}:
+        assert options.flag(name) in shown.stdout
+    for title in ("sources", "settings", "execution", "cluster"):
+        assert f"─ {title} options ─" in shown.stdout
     common = (
         "--model",
         str(model),
@@ -229,37 +235,38 @@ def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- sweeps
 
 
-def test_plans_of_a_sweep(options: train.Options) -> None:
+def test_runs_of_a_sweep(command: Command) -> None:
     """A run for each value that the method reads, no two in one folder; a value said twice is one."""
-    options = dataclasses.replace(
-        options, method=("lp", "ft", "lipsum", "lipsum-exact"), seed=(0, 1), learning_rate=(1e-3, 3e-4, 0.001),
+    command = changed(
+        command, method=("lp", "ft", "lipsum", "lipsum-exact"), seed=(0, 1), learning_rate=(1e-3, 3e-4, 0.001),
         num_texts=(4, 8), text_length=(3, 5),
     )  # fmt: skip
-    folders = [str(plan.folder.relative_to(options.out)) for plan in train.plans(options)]
+    folders = [str(plan.folder.relative_to(command.out)) for plan in options.runs(command)]
     assert len(set(folders)) == len(folders) == 2 * (1 + 2 + 2 * 2 * 2 + 2 * 2)
     assert folders[:4] == [
         "lp/seed-0", "lp/seed-1", "ft/seed-0-learning-rate-0.001", "ft/seed-1-learning-rate-0.001",
     ]  # fmt: skip
     assert "lipsum/seed-1-learning-rate-0.0003-num-texts-8-text-length-5" in folders
-    plan = next(plan for plan in train.plans(options) if "0.0003-num-texts-8-text-length-5" in str(plan.folder))
-    assert (plan.learning_rate, plan.num_texts, plan.text_length, plan.seed) == (3e-4, 8, 5, 0)
-    one = dataclasses.replace(options, learning_rate=(1e-3,), num_texts=(4,), text_length=(3,))
-    assert str(train.plans(one)[-1].folder) == str(options.out / "lipsum-exact" / "seed-1")
+    plan = next(plan for plan in options.runs(command) if "0.0003-num-texts-8-text-length-5" in str(plan.folder))
+    own = plan.settings
+    assert (own.learning_rate, own.num_texts, own.text_length, plan.seed) == (3e-4, 8, 5, 0)
+    one = changed(command, learning_rate=(1e-3,), num_texts=(4,), text_length=(3,))
+    assert str(list(options.runs(one))[-1].folder) == str(command.out / "lipsum-exact" / "seed-1")
 
 
-def test_sweep_over_references_and_rates(options: train.Options, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_over_references_and_rates(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     """Each reference has its own data and table; finished runs are kept, with their settings or not at all."""
-    sweep = dataclasses.replace(options, method=("ft",), reference=("real", "sketch"), learning_rate=(1e-3, 1e-2))
+    sweep = changed(command, method=("ft",), reference=("real", "sketch"), learning_rate=(1e-3, 1e-2))
     train.main(sweep)
     output = capsys.readouterr().out
     first, second = output[output.index("accuracy") :].split("accuracy, %")[1:]
     assert first.split()[:2] == ["real", "sketch"] and second.split()[:2] == ["sketch", "real"]
     assert "FT (learning rate 0.001)" in first and "FT (learning rate 0.01)" in second
-    results = json.loads((options.out / "ft/seed-0-learning-rate-0.01-reference-sketch/results.json").read_text())
+    results = json.loads((command.out / "ft/seed-0-learning-rate-0.01-reference-sketch/results.json").read_text())
     assert results["splits"]["sketch"]["role"] == "reference" and results["settings"]["learning_rate"] == 0.01
-    train.main(dataclasses.replace(sweep, resume=True))
+    train.main(changed(sweep, resume=True))
     assert capsys.readouterr().out.count("is finished: kept") == 4
-    other = dataclasses.replace(sweep, resume=True, warmup=0.5)
+    other = changed(sweep, resume=True, warmup=0.5)
     assert errors.exit_code(lambda: train.main(other)) == 2
     assert "was made with other settings (--warmup 0.1, now 0.5)" in capsys.readouterr().err
 
@@ -267,13 +274,13 @@ def test_sweep_over_references_and_rates(options: train.Options, capsys: pytest.
 # ------------------------------------------------------------------------------------------------ generalised zero-shot
 
 
-def test_unseen_classes_are_reported_and_not_trained(options: train.Options, tmp_path: Path, capsys) -> None:
+def test_unseen_classes_are_reported_and_not_trained(command: Command, tmp_path: Path, capsys) -> None:
     (tmp_path / "unseen.txt").write_text("guitar\n")
-    options = dataclasses.replace(options, method=("ft",), unseen_file=tmp_path / "unseen.txt")
-    train.main(options)
+    command = changed(command, method=("ft",), unseen_file=tmp_path / "unseen.txt")
+    train.main(command)
     output = capsys.readouterr().out
     assert "3 classes (2 seen), 18 images to train on, 2 to select on" in output
-    folder = options.out / "ft" / "seed-0"
+    folder = command.out / "ft" / "seed-0"
     results = json.loads((folder / "results.json").read_text())
     assert results["settings"]["fixed_head"] and results["settings"]["unseen"] == ["guitar"]
 
@@ -291,7 +298,7 @@ def test_unseen_classes_are_reported_and_not_trained(options: train.Options, tmp
     assert results["splits"]["sketch"]["seen"] == seen and results["splits"]["sketch"]["unseen"] == unseen
     evaluation.wise_command((folder,), alphas=(0.5,))
     evaluation.tpgm_command((folder,), steps=2, batch_size=8)
-    evaluation.table_command((options.out,), metric="harmonic-mean")
+    evaluation.table_command((command.out,), metric="harmonic-mean")
     assert "harmonic mean of seen and unseen" in capsys.readouterr().out
 
 
@@ -309,9 +316,9 @@ def test_harmonic_mean_by_hand() -> None:
         ({"unseen_file": Path("nowhere.txt")}, "--unseen-file nowhere.txt cannot be read"),
     ],
 )
-def test_bad_unseen_classes(changes: dict[str, object], message: str, options: train.Options) -> None:
+def test_bad_unseen_classes(changes: dict[str, object], message: str, command: Command) -> None:
     with pytest.raises(errors.InputError, match=message):
-        train.main(dataclasses.replace(options, **changes))
+        train.main(changed(command, **changes))
 
 
 # ----------------------------------------------------------------------------------------------- all methods, post-hoc
@@ -321,15 +328,9 @@ def test_bad_unseen_classes(changes: dict[str, object], message: str, options: t
 def finished(model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of FT and Lipsum-FT with two seeds each; `other` holds a run on two prompts."""
     out = tmp_path_factory.mktemp("runs")
-    options = train.Options(
-        method=("ft", "lipsum"), seed=(0, 1), model=str(model), data="domainnet", data_root=root,
-        reference=("real",), steps=(4,), batch_size=(8,), learning_rate=(1e-3,), num_texts=(4,),
-        text_length=(3,), workers=1, out=out,
-    )  # fmt: skip
-    train.main(options)
-    train.main(
-        dataclasses.replace(options, method=("ft",), seed=(0,), templates="a sketch of a {}.", out=out / "other")
-    )
+    command = changed(tiny_command(model, root, out), method=("ft", "lipsum"), seed=(0, 1), steps=(4,), eval_every=1000)
+    train.main(command)
+    train.main(changed(command, method=("ft",), seed=(0,), templates="a sketch of a {}.", out=out / "other"))
     return out
 
 
@@ -338,15 +339,15 @@ def classifier_of(folder: Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(run.classifier)]
 
 
-def test_methods_that_start_elsewhere(options: train.Options, tmp_path: Path) -> None:
+def test_methods_that_start_elsewhere(command: Command, tmp_path: Path) -> None:
     """LP trains the head alone; LP-FT starts there, Scratch-FT at zeros; a fixed head stays; guidance is read."""
     (tmp_path / "texts.txt").write_text("red\nblue paint\na dog\nthe guitar\n")
-    options = dataclasses.replace(
-        options, method=("scratch-ft", "lp", "lp-ft", "lipsum-exact"), fixed_head=True, guidance=tmp_path / "texts.txt"
+    command = changed(
+        command, method=("scratch-ft", "lp", "lp-ft", "lipsum-exact"), fixed_head=True, guidance=tmp_path / "texts.txt"
     )
-    train.main(options)
-    runs = {name: opening.read_run(options.out / name / "seed-0") for name in options.method}
-    zero_shot, _ = weights.load(options.model)
+    train.main(command)
+    runs = {name: opening.read_run(command.out / name / "seed-0") for name in command.method}
+    zero_shot, _ = weights.load(command.sources.model)
     np.testing.assert_array_equal(runs["scratch-ft"].classifier.head, 0)
     np.testing.assert_array_equal(runs["lp"].classifier.head, runs["lp-ft"].classifier.head)
     for old, new in zip(jax.tree.leaves(zero_shot.vision), jax.tree.leaves(runs["lp"].classifier.vision), strict=True):
@@ -416,10 +417,10 @@ def test_post_hoc_bad_input(finished: Path, tmp_path: Path) -> None:
         ("a\nb\n", "has 2 texts: give at least --num-texts 4"),
     ],
 )
-def test_bad_guidance(options: train.Options, tmp_path: Path, text: str, message: str) -> None:
+def test_bad_guidance(command: Command, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "texts.txt").write_text(text)
     with pytest.raises(errors.InputError, match=message):
-        train.main(dataclasses.replace(options, guidance=tmp_path / "texts.txt"))
+        train.main(changed(command, guidance=tmp_path / "texts.txt"))
 
 
 # ------------------------------------------------------------------------------------------- analysis of finished runs
@@ -496,33 +497,33 @@ def test_every_layout_trains_and_evaluates(
     data_set: str,
     tree: str,
     reference: str,
-    options: train.Options,
+    command: Command,
     request: pytest.FixtureRequest,
     capsys,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """From the command line's options to a table; domainnet has its own tests above."""
+    """From the command line's command to a table; domainnet has its own tests above."""
     root = request.getfixturevalue(tree)
     said = {"data": data_set, "data_root": root, "templates": "{}", "steps": (2,), "method": ("lipsum",)}
-    options = dataclasses.replace(options, out=tmp_path_factory.mktemp("runs"))  # not where the images are
-    train.main(dataclasses.replace(options, reference=(reference,) if data_set == "npy" else None, **said))
+    command = changed(command, out=tmp_path_factory.mktemp("runs"))  # not where the images are
+    train.main(changed(command, reference=(reference,), **said))
     assert "Lipsum-FT" in capsys.readouterr().out
-    results = json.loads((options.out / "lipsum/seed-0/results.json").read_text())
+    results = json.loads((command.out / "lipsum/seed-0/results.json").read_text())
     assert next(iter(results["splits"])) == reference and results["steps"] == 2 and results["skipped"] == []
 
 
-def test_broken_images_are_skipped_and_listed(options: train.Options, root: Path, tmp_path: Path) -> None:
+def test_broken_images_are_skipped_and_listed(command: Command, root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path / "set")
     broken = sorted((tmp_path / "set").glob("real/*/*"))[:2]
     for path in broken:
         path.write_bytes(path.read_bytes()[:40])
-    options = dataclasses.replace(options, data_root=tmp_path / "set", method=("ft",), steps=(2,))
+    command = changed(command, data_root=tmp_path / "set", method=("ft",), steps=(2,))
     with pytest.raises(errors.InputError, match="is no readable image"):
-        train.main(options)
+        train.main(command)
     with pytest.raises(errors.InputError, match="--skip-broken 1 are skipped"):
-        train.main(dataclasses.replace(options, skip_broken=1))
-    train.main(dataclasses.replace(options, skip_broken=2))
-    results = json.loads((options.out / "ft/seed-0/results.json").read_text())
+        train.main(changed(command, skip_broken=1))
+    train.main(changed(command, skip_broken=2))
+    results = json.loads((command.out / "ft/seed-0/results.json").read_text())
     assert results["skipped"] == sorted(map(str, broken))
 
 

@@ -62,7 +62,8 @@ def test_an_image_depends_on_its_arguments_only():
     again = [draw(*arguments) for arguments in reversed(wanted)][::-1]
     assert all(a[0].tobytes() == b[0].tobytes() and a[1] == b[1] for a, b in zip(first, again, strict=True))
     assert all(image.shape == (36, 36, 3) and image.dtype == np.uint8 for image, _ in first)
-    code = f"import hashlib\nfrom support import minidomain\nfor a in {wanted}: print(hashlib.sha256(minidomain.draw(*a)[0]).hexdigest())"
+    code = "import hashlib\nfrom support import minidomain\n"
+    code += f"for a in {wanted}: print(hashlib.sha256(minidomain.draw(*a)[0]).hexdigest())"
     status, output, errors = run("-c", code)
     assert (status, errors) == (0, "")
     assert output.split() == [digest(image) for image, _ in first]
