@@ -8,14 +8,10 @@ Equation numbers are those of the Lipsum-FT paper. Towers are written for ONE im
 """
 
 import html
-import json
 import math
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from gzip import open as open_gzip
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -468,7 +464,6 @@ def context_head(features: Float[np.ndarray, "templates classes dim"]) -> Float[
 _WORD = Regex("'[s\u017f]|'t|'re|'ve|'m|'ll|'d|\\p{L}+|\\p{N}|[^\\s\\p{L}\\p{N}\u0345]+")
 _SPACE = r"[^\S\x1c-\x1f]+"  # white space as `regex` has it: without the ASCII separators
 START_TEXT, END_TEXT = "<|startoftext|>", "<|endoftext|>"
-VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def bpe_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
@@ -496,53 +491,6 @@ def byte_symbols() -> list[str]:
     """The 256 printable symbols that stand for bytes, in the vocabulary's order (as in GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
-
-
-def openai_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer that OpenAI's vocabulary file describes: line 0 is a header, then 48,894 merges.
-
-    Raises InputError where the file is missing or is none.
-    """
-    count = 49152 - 256 - 2
-    try:
-        with open_gzip(path, "rt", encoding="utf-8") as file:
-            merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 1 + count]]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"vocabulary {path} cannot be read ({error}): put OpenAI's {VOCABULARY_FILE} there") from error
-    symbols = byte_symbols()
-    words = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), START_TEXT, END_TEXT]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    known = all(len(merge) == 2 and vocabulary.keys() >= set(merge) for merge in merges)
-    if len(vocabulary) < 256 + 256 + count + 2 or not known:
-        raise InputError(f"vocabulary {path} does not hold {count} merges: put OpenAI's {VOCABULARY_FILE} there")
-    return bpe_tokenizer(vocabulary, merges)
-
-
-def hugging_face_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder: `tokenizer.json`, else `vocab.json` and `merges.txt`.
-
-    Raises InputError where neither can be read.
-    """
-    path = folder / "tokenizer.json"
-    try:
-        if path.exists():
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            path = folder / "merges.txt"
-            lines = path.read_text(encoding="utf-8").split("\n")[1:]
-            merges = [(first, second) for first, second in (line.split() for line in lines if line)]
-            path = folder / "vocab.json"
-            vocabulary = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(vocabulary, dict) or not all(type(index) is int for index in vocabulary.values()):
-                raise ValueError("it is no table of tokens and their numbers")
-            tokenizer = bpe_tokenizer(vocabulary, merges)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(
-            f"tokenizer {path} cannot be read ({error!s:.200}): copy the model's tokenizer files there"
-        ) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def clean_text(text: str) -> str:

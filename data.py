@@ -1,18 +1,16 @@
 """Images: what names them, preprocessing, augmentation, batches, and their placement on devices.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` uses it; `layouts.py` finds the images on disk.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` uses it; `support/layouts.py` finds the images.
 
 Batch number t is a pure function of the split, the seed and t, whatever the number of threads or processes. Images
 leave here as uint8; `clip.standardize` turns them into floats on the device.
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import grain
@@ -38,56 +36,18 @@ class ListedFile(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Files(Sequence[ListedFile]):
-    """Image files of many folders, kept as bytes: a million `ListedFile`s would take half a gigabyte."""
+    """Image files under one folder, kept as names: a million `ListedFile`s would take half a gigabyte."""
 
     root: Path
-    folders: tuple[str, ...]
-    starts: Int[np.ndarray, " folders"]  # number of each folder's first file
-    names: UInt8[np.ndarray, " bytes"]  # all file names, one after the other
-    ends: Int[np.ndarray, " files"]  # of each name in `names`
+    names: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.names)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return tuple(self[each] for each in range(*index.indices(len(self))))
-        index = range(len(self))[index]  # counts from the end, and raises, as a list does
-        name = self.names[self.ends[index - 1] if index else 0 : self.ends[index]].tobytes()
-        folder = self.folders[np.searchsorted(self.starts, index, side="right") - 1]
-        return ListedFile(self.root / folder / os.fsdecode(name))
-
-
-@dataclass(frozen=True, eq=False)
-class Chosen(Sequence[Any]):
-    """Some of many images: memory-mapped pixels stay on the disk."""
-
-    images: Sequence[Any] | np.ndarray
-    indices: Int[np.ndarray, " chosen"]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return tuple(self[each] for each in range(*index.indices(len(self))))
-        return self.images[self.indices[index]]
-
-
-class Skipped:
-    """Broken images that others of their class stand in for, `limit` at most."""
-
-    def __init__(self, limit: int = 0) -> None:
-        self.limit = limit
-        self.paths: set[str] = set()
-        self._lock = Lock()
-
-    def add(self, file: ListedFile, error: InputError) -> None:
-        """Raises `error` where the image would be one too many."""
-        with self._lock:
-            if str(file.path) not in self.paths and len(self.paths) >= self.limit:
-                raise InputError(f"{error}; --skip-broken {self.limit} are skipped" if self.limit else str(error))
-            self.paths.add(str(file.path))
+            return tuple(ListedFile(self.root / name) for name in self.names[index])
+        return ListedFile(self.root / self.names[index])
 
 
 @dataclass(frozen=True)
@@ -102,7 +62,6 @@ class Split:
     images: Sequence[ListedFile | UInt8[np.ndarray, "height width 3"]] | UInt8[np.ndarray, "images height width 3"]
     labels: Int[np.ndarray, " images"]
     compared: Bool[np.ndarray, " classes"] | None = None
-    skipped: Skipped = field(default_factory=Skipped)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -120,12 +79,12 @@ class Data:
 def take(split: Split, indices: Int[np.ndarray, " taken"], name: str) -> Split:
     """Some of the images, in the order given."""
     images = split.images
-    if isinstance(images, Chosen):
-        images = Chosen(images.images, images.indices[indices])
-    elif isinstance(images, tuple):
-        images = tuple(images[index] for index in indices)
+    if isinstance(images, np.ndarray):
+        images = images[indices]
+    elif isinstance(images, Files):
+        images = replace(images, names=tuple(images.names[index] for index in indices))
     else:
-        images = Chosen(images, indices)
+        images = tuple(images[index] for index in indices)
     return replace(split, name=name, images=images, labels=split.labels[indices])
 
 
@@ -150,13 +109,6 @@ def of_classes(split: Split, kept: Int[np.ndarray, " kept"]) -> Split:
         labels=np.searchsorted(kept, some.labels).astype(np.int32),
         compared=None if split.compared is None else split.compared[kept],
     )
-
-
-def with_skipped(images: Data, limit: int) -> Data:
-    """The same data, of which up to `limit` broken images, over all splits, are skipped."""
-    skipped = Skipped(limit)
-    reports = {name: replace(split, skipped=skipped) for name, split in images.reports.items()}
-    return Data(replace(images.train, skipped=skipped), replace(images.selection, skipped=skipped), reports)
 
 
 # -------------------------------------------------------------------------------------------------------- image files
@@ -208,32 +160,19 @@ CHECK_OF_MORE = 10_000
 def check_images(splits: Sequence[Split], workers: int) -> None:
     """Checks the files of the splits before any long work begins; of a huge split, a sample evenly spread.
 
-    Raises InputError for the first broken one that is not to be skipped. What the sample misses is found where it is
-    decoded.
+    Raises InputError for the first broken one. What the sample misses is found where it is decoded.
     """
-    skipped_of = {
-        file: split.skipped
+    files = dict.fromkeys(
+        split.images[index]
         for split in splits
         for index in np.unique(np.linspace(0, len(split) - 1, _files_to_check(split)).round().astype(np.int64))
-        for file in [split.images[index]]
-        if isinstance(file, ListedFile)
-    }
-
-    def error_of(file: ListedFile) -> InputError | None:
-        try:
-            check_image(file)
-        except InputError as error:
-            return error
-        return None
-
+    )
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        errors = pool.map(error_of, skipped_of)
-        bar = tqdm(
-            errors, "checking images", len(skipped_of), unit="image", leave=False, delay=2, disable=not writes_files()
-        )
-        for (file, skipped), error in zip(skipped_of.items(), bar, strict=True):
-            if error:
-                skipped.add(file, error)
+        checks = pool.map(check_image, files)
+        for _ in tqdm(
+            checks, "checking images", len(files), unit="image", leave=False, delay=2, disable=not writes_files()
+        ):
+            pass
 
 
 def _files_to_check(split: Split) -> int:
@@ -336,18 +275,8 @@ def read_image(
 
 
 def _example(split: Split, index: int, *preparation: Any) -> dict[str, np.ndarray]:
-    """An image and its label. For a broken image that is to be skipped: the next of its class, so the label stays."""
-    try:
-        return {"image": read_image(split.images[index], *preparation), "label": split.labels[index]}
-    except InputError as error:
-        split.skipped.add(split.images[index], error)
-    of_class = np.flatnonzero(split.labels == split.labels[index])
-    for other in np.roll(of_class, -1 - np.searchsorted(of_class, index))[:-1]:
-        try:
-            return {"image": read_image(split.images[other], *preparation), "label": split.labels[index]}
-        except InputError as error:
-            split.skipped.add(split.images[other], error)
-    raise InputError(f"{split.name}: no image of class {split.classes[split.labels[index]]!r} is readable: restore one")
+    """An image and its label."""
+    return {"image": read_image(split.images[index], *preparation), "label": split.labels[index]}
 
 
 def _read_options(workers: int) -> grain.ReadOptions:

@@ -35,7 +35,6 @@ from support.processes import (
     check_processes,
     connect,
     from_writer,
-    gathered,
     keep_freed_memory,
 )
 
@@ -136,7 +135,8 @@ def freeze(run: Run, setup: opening.Setup) -> lipsum.Frozen:
     if texts == "averaged":
         second_moment = opening.second_moment(setup, settings.text_length, settings.guidance)
     zero_shot = setup.over_seen(setup.zero_shot)
-    settings, guidance, second_moment = data.place((settings, guidance, second_moment), setup.mesh)
+    arrays = jax.tree.map(np.float32, settings), guidance, second_moment
+    settings, guidance, second_moment = data.place(arrays, setup.mesh)
     return lipsum.Frozen(
         zero_shot, setup.model.text, setup.context_head, setup.tau, settings, run.execution, guidance, second_moment
     )
@@ -262,6 +262,7 @@ def fine_tune(run: Run, evaluator: evaluation.Evaluator, signals: Signals, resum
     opening.save_classifier(run.folder / "best", setup, best)
     results = {
         "method": run.method,
+        **tables.names(run.method),
         "model": run.sources.model,
         "data": run.sources.data,
         "seed": run.seed,
@@ -272,7 +273,6 @@ def fine_tune(run: Run, evaluator: evaluation.Evaluator, signals: Signals, resum
         "selection": {"accuracy": progress["best_accuracy"], "step": progress["best_step"]},
         "splits": splits,
         "zero_shot": evaluator.zero_shot_results,
-        "skipped": sorted({path for paths in gathered(sorted(setup.data.train.skipped.paths)) for path in paths}),
     }
     if data.writes_files():
         files.write_json(run.folder / "results.json", results)
@@ -355,7 +355,7 @@ def main(command: Command) -> None:
                     fine_tune(run, evaluators[reference], signals, command.resume)
     if data.writes_files():  # the table is read from files
         for group in groups.values():
-            evaluation.print_table(tables.read_results([run.folder for run in group]))
+            tables.print_accuracies(tables.read_results([run.folder for run in group]))
 
 
 def exit_code_of(command: Command) -> int:

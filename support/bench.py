@@ -1,13 +1,11 @@
 """Speed of the input pipeline, and the memory of a training step.
 
-`python -m support.bench decode` (against bare Pillow) and `python -m support.bench index` (a tree as large as
-ImageNet's) make what they measure and delete it afterwards. Ratios are of rounds that take turns; compare them, not the
-times of different machines. `python -m support.bench memory` asks the compiler what a step of a large model needs, and
-runs none.
+`python -m support.bench decode` makes the images that it measures and deletes them afterwards. Its ratios are of rounds
+that take turns; compare them, not the times of different machines. `python -m support.bench memory` asks the compiler
+what a step of a large model needs, and runs none.
 """
 
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -27,7 +25,6 @@ from tqdm import tqdm
 import clip
 import data
 import lipsum
-from support import layouts
 from support.errors import InputError, exit_code, unknown
 from support.processes import keep_freed_memory
 
@@ -112,32 +109,6 @@ def decode_command(
         print(f"{name} / {other}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def index_command(images: int = 1_281_167, classes: int = 1_000) -> None:
-    """Seconds and memory to list a tree of class folders, and to find it in the cache the next time.
-
-    Args:
-        images: Files in all, empty ones.
-        classes: Folders that they lie in.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "train"
-        for index in tqdm(range(classes), "making folders", unit="folder", leave=False):
-            of_class = root / f"n{index:08}"
-            of_class.mkdir(parents=True)
-            for number in range(index, images, classes):
-                os.close(os.open(of_class / f"{of_class.name}_{number}.JPEG", os.O_CREAT | os.O_WRONLY))
-        os.environ["LIPSUM_CACHE"] = str(Path(folder) / "cache")
-        time.sleep(layouts.SAME_STAMP / 1e9)  # an index of folders that have just changed is not trusted
-        for state in ("listed", "from the cache"):
-            before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-            tree = layouts.read_tree(root)
-            label_of = {name: label for label, name in enumerate(tree.folders)}
-            split = layouts.split_of_tree("train", tree, tree.folders, label_of, str(root))
-            seconds = time.perf_counter() - began
-            megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-            print(f"{len(split)} images {state}: {seconds:.2f} s, peak memory up by {megabytes:.0f} MiB")
-
-
 def memory_command(
     model: str = "ViT-L/14", method: str = "lipsum", batch_size: int = 128, cpu_devices: int = 8,
     precision: Literal["float32", "bfloat16"] = "bfloat16", fsdp: bool = False, remat: bool = False,
@@ -198,7 +169,6 @@ def memory_command(
 
 app = tyro.extras.SubcommandApp()
 app.command(name="decode")(decode_command)
-app.command(name="index")(index_command)
 app.command(name="memory")(memory_command)
 
 

@@ -5,24 +5,18 @@ cache that holds the files is enough: the errors say which file goes where.
 """
 
 import ast
-import contextlib
-import fcntl
 import hashlib
-import json
 import os
-import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from clip import VOCABULARY_FILE
-from support.errors import InputError
-from support.files import cache_folder
+from support.errors import InputError, read_json
+from support.files import cache_folder, locked
 
 
 class Published(NamedTuple):
@@ -40,6 +34,7 @@ def _repository(path: str, sha256: str) -> Published:
     return Published(f"https://raw.githubusercontent.com/openai/CLIP/main/{path}", sha256)
 
 
+VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 NOTEBOOK = "Prompt_Engineering_for_ImageNet.ipynb"
 FILES = {
     "ViT-B-32.pt": _weights("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
@@ -73,7 +68,7 @@ def fetch(address: str, sha256: str, path: Path) -> Path:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(path):
+            with locked(path, waiting=f"download: waiting for another process that downloads {path}"):
                 if not path.exists():
                     _download(address, sha256, path)
         # Always, though `_download` has done it: the file may be one that the user put there, or older than a fault of
@@ -94,22 +89,6 @@ def fetch(address: str, sha256: str, path: Path) -> Path:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time, and released by the system when that process dies."""
-    beside = path.with_name(f"{path.name}.lock")
-    with open(beside, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"download: waiting for another process that downloads {path}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        # Removed only once the file is there: until then, a newcomer would make and hold another lock than those who
-        # wait for this one.
-        beside.unlink(missing_ok=True)
 
 
 def _download(address: str, sha256: str, path: Path) -> None:
@@ -198,7 +177,7 @@ def read_notebook(path: Path) -> tuple[list[str], list[str]]:
     """
     found = {}
     try:
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        for cell in read_json(path)["cells"]:
             try:
                 statements = ast.parse("".join(cell["source"])).body
             except SyntaxError:  # shell commands and prose

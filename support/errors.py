@@ -1,4 +1,4 @@
-"""Wrong input: its error, and JSON files that are read or refused by it.
+"""Wrong input: its error, and the reading of text files, which raises it.
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. Every module uses it; `python train.py --method no-such` shows one.
 """
@@ -29,11 +29,28 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; InputError names the file where it cannot be read."""
+def read_text(path: Path, name: str = "", advice: str = "restore it as UTF-8 text") -> str:
+    """The content of a UTF-8 text, without a byte-order mark.
+
+    Raises InputError, which calls the file `name`, if it cannot be read.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{name or path} cannot be read ({error}): {advice}") from error
+
+
+def read_lines(path: Path, name: str = "", advice: str = "restore it as UTF-8 text") -> list[str]:
+    """The lines of a text, without blank ones at its end. Raises InputError like `read_text`."""
+    return read_text(path, name, advice).rstrip().split("\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises InputError, which names the file, if it cannot be read."""
+    text = read_text(path, advice="restore the file")
+    try:
+        return json.loads(text)
+    except ValueError as error:
         raise InputError(f"{path} cannot be read ({error}): restore the file") from error
 
 

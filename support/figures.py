@@ -7,17 +7,20 @@ Each function returns one figure, or raises Nothing where the runs do not hold w
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
+import data
 import lipsum
 from support import tables
+from support.opening import Setup
 from support.tables import Results
 
 
@@ -127,7 +130,7 @@ def trade_off(results: Sequence[Results]) -> Figure:
         for points in lines.values():
             x, y, x_error, y_error = zip(*points, strict=True)
             style = look(method) | {"linewidth": 1, "elinewidth": 0.8, "markersize": 7, "markeredgecolor": "white"}
-            axes.errorbar(x, y, y_error, x_error, label=tables.label_of(method), **style)
+            axes.errorbar(x, y, y_error, x_error, label=tables.names(method)["label"], **style)
     if swept:
         names = ", ".join(name.replace("_", " ") for name in swept)
         axes.set_title(f"at the points: {names}", fontsize=7, loc="left")
@@ -177,7 +180,7 @@ def energy_gap(results: Sequence[Results]) -> Figure:
         for relative, gap, run in tables.relative_accuracies(results, shift, "energy_gap"):
             base, *post_hoc = run["method"].split("+")
             fill = {"markerfacecolor": "none"} if post_hoc else {"markeredgecolor": "white"}
-            label = tables.label_of(base) + (" + post-hoc" if post_hoc else "")
+            label = tables.names(base)["label"] + (" + post-hoc" if post_hoc else "")
             style = look(base.split(",")[0]) | {"linestyle": "none", "markersize": 6, "markeredgewidth": 0.7} | fill
             axes.plot(gap, relative, label=label, **style)
         of_pearson = tables.correlation(results, shift, "energy_gap")
@@ -206,7 +209,7 @@ def post_hoc_curves(results: Sequence[Results]) -> Figure:
     for method, runs in groups.values():
         if any(method == base for base, _ in curves):
             x, y = map(statistics.fmean, accuracies(runs))
-            axes.plot(x, y, label=tables.label_of(method), markersize=9, linestyle="none", **look(method))
+            axes.plot(x, y, label=tables.names(method)["label"], markersize=9, linestyle="none", **look(method))
     for (base, kind), points in curves.items():
         ordered = sorted(points, key=lambda point: -point[0] if kind == "wise" else point[0])
         means = [tuple(map(statistics.fmean, accuracies(runs))) for _, runs in ordered]
@@ -214,7 +217,7 @@ def post_hoc_curves(results: Sequence[Results]) -> Figure:
             own = [runs for method, runs in groups.values() if method == base]
             means = [tuple(map(statistics.fmean, accuracies(runs))) for runs in own] + means
         color = look(base)["color"]
-        label = f"{tables.label_of(base)} + {tables.POST_HOC[kind]}"
+        label = f"{tables.names(base)['label']} + {tables.POST_HOC[kind]}"
         marker = {"wise": ".", "tpgm": "P", "tpgm-c": "x"}[kind]
         axes.plot(*zip(*means, strict=True), color=color, linestyle=styles[kind], marker=marker, label=label)
     zero_shot_star(axes, results)
@@ -233,7 +236,7 @@ def soups(results: Sequence[Results]) -> Figure:
     for run in results:
         if run["method"] in bases:
             x, y = accuracies([run])
-            axes.plot(x, y, linestyle="none", markersize=6, alpha=0.7, label=tables.label_of(run["method"]),
+            axes.plot(x, y, linestyle="none", markersize=6, alpha=0.7, label=run["label"],
                       **look(run["method"]))  # fmt: skip
     for run in made:
         base, _, kind = run["method"].partition("+")
@@ -241,7 +244,7 @@ def soups(results: Sequence[Results]) -> Figure:
         marker = {"soup": "s", "ensemble": "D"}[kind]
         x, y = accuracies([run])
         axes.plot(x, y, linestyle="none", marker=marker, markersize=10, markerfacecolor="none", markeredgewidth=2,
-                  color=color, label=tables.label_of(run["method"]))  # fmt: skip
+                  color=color, label=run["label"])  # fmt: skip
     zero_shot_star(axes, results)
     label_accuracies(axes, results)
     add_legend(figure)
@@ -357,21 +360,37 @@ def bounds(parts: Mapping[str, Float[np.ndarray, "_ dim"]]) -> Int[np.ndarray, "
     return np.cumsum([len(part) for part in parts.values()])[:-1]
 
 
-def contact_sheet(images: Mapping[str, Mapping[str, UInt8[np.ndarray, "_ _ 3"] | None]]) -> Figure:
-    """Figure 16: an image of each class (columns) and split (rows): `images[class][split]`."""
-    splits = list(next(iter(images.values())))
-    figure = Figure(figsize=(0.7 * len(images) + 0.9, 0.7 * len(splits) + 0.3), layout="constrained")
-    grid = figure.subplots(len(splits), len(images), squeeze=False)
-    for column, (name, of_splits) in zip(grid.T, images.items(), strict=True):
-        column[0].set_title(name, fontsize=8)
-        for axes, split in zip(column, splits, strict=True):
-            if of_splits[split] is not None:
-                axes.imshow(of_splits[split])
+def contact_sheet(setup: Setup, most: int = 20) -> Figure:
+    """Figure 16: the first image of each of the first classes (columns) in every split (rows), as evaluated."""
+    splits = list(setup.data.reports.values())
+    classes = setup.classes[:most]
+    figure = Figure(figsize=(0.7 * len(classes) + 0.9, 0.7 * len(splits) + 0.3), layout="constrained")
+    grid = figure.subplots(len(splits), len(classes), squeeze=False)
+    for axes, name in zip(grid[0], classes, strict=True):
+        axes.set_title(name, fontsize=8)
+    for row, split in zip(grid, splits, strict=True):
+        row[0].set_ylabel(split.name, rotation=0, ha="right", va="center", fontsize=8)
+        for label, axes in enumerate(row):
+            found = np.flatnonzero(split.labels == label)
+            if len(found):
+                axes.imshow(data.read_image(split.images[found[0]], setup.model.config.image_size))
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-    for axes, split in zip(grid[:, 0], splits, strict=True):
-        axes.set_ylabel(split, rotation=0, ha="right", va="center", fontsize=8)
     return figure
+
+
+def save(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> None:
+    """Writes each figure as PNG and SVG, and names those that have nothing to show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in figures.items():
+        try:
+            figure = draw()
+        except Nothing as nothing:
+            print(f"{name}: nothing to show yet, it needs {nothing}")
+            continue
+        for suffix in ("png", "svg"):
+            figure.savefig(folder / f"{name}.{suffix}", dpi=200)
+        print(f"{folder / name}.png, .svg")
 
 
 FROM_FILES = {

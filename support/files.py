@@ -7,7 +7,6 @@ how far the run has come and the digest of it all.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -94,34 +94,32 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from the folder of a run, until this one ends, however it ends.
+def locked(path: Path, waiting: str = "") -> Iterator[None]:
+    """Keeps other processes from a file or folder until the block, or this process, ends. Leaves no lock behind.
 
-    Raises InputError where another has it, or where nothing can be written. Leaves nothing behind but the folder.
+    If another process has the lock, prints `waiting` and waits. Without that text, raises InputError. Raises it also if
+    nothing can be written there.
     """
-    lock = folder.with_name(f".{folder.name}.lock")
-    made = [parent for parent in folder.parents if not parent.exists()]
-    with reported(folder):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "ab")  # noqa: SIM115 (closed below)
-    with file:  # the system unlocks it when the process ends
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    made = [parent for parent in path.parents if not parent.exists()]
+    with reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                raise BlockingIOError  # its holder deleted it in between: start again
-        except BlockingIOError as error:
-            raise InputError(
-                f"another process writes to {folder}: wait until it ends, or give another --out"
-            ) from error
-        except OSError:
-            pass  # a file system that knows no locks
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # a folder that is not empty stays
-                lock.unlink(missing_ok=True)
-                for parent in made:
-                    parent.rmdir()
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            if not waiting:
+                message = f"another process writes to {path}: wait until it ends, or give another --out"
+                raise InputError(message) from error
+            print(waiting, file=sys.stderr)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+            for parent in made:
+                parent.rmdir()
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -7,11 +7,8 @@ to select on (`val`, or `test`: the reference's reported images, as the paper di
 underscores. All raise InputError, before any image is opened, for a root that is not laid out as they expect.
 """
 
-import hashlib
 import os
 import re
-import sys
-import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,8 +20,7 @@ from jaxtyping import Int
 
 from data import Data, Files, ListedFile, Split, hold_out, take
 from support import download, minidomain
-from support.errors import InputError, read_json, unknown
-from support.files import cache_folder
+from support.errors import InputError, read_lines, read_text, unknown
 from support.options import Sources
 
 
@@ -64,14 +60,6 @@ def readable(folder: str, keep_underscores: bool) -> str:
     return folder if keep_underscores else folder.replace("_", " ")
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text, without blank ones at its end. Raises InputError where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): restore it as UTF-8 text") from error
-
-
 def is_number(text: str) -> bool:
     """Whether it is a short number in ASCII digits."""
     return text.isascii() and text.isdigit() and len(text) < 10
@@ -90,10 +78,7 @@ def read_list(
     folder.
     """
     source = root / name
-    try:
-        text = source.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"list {source} cannot be read ({error}): restore it as UTF-8 text") from error
+    text = read_text(source, f"list {source}")
     if not text.strip():
         raise InputError(f"list {source} is empty: it needs one 'DOMAIN/CLASS/FILE LABEL' a line")
     files, labels = [], []
@@ -240,15 +225,14 @@ def read_cub(
 
 
 class Tree(NamedTuple):
-    """Class folders in the order of their names, and the number of images in each; `images` has folder after folder."""
+    """Class folders in the order of their names, the number of images in each, and the images, folder after folder."""
 
     folders: tuple[str, ...]
-    counts: Int[np.ndarray, " folders"]
+    counts: tuple[int, ...]
     images: Files
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-CACHED_FROM = 10_000  # images; fewer are listed in no time
 
 
 def entries(folder: Path) -> list[os.DirEntry]:
@@ -260,9 +244,9 @@ def entries(folder: Path) -> list[os.DirEntry]:
         raise InputError(f"folder {folder} cannot be listed ({error}): make it readable or delete it") from error
 
 
-def image_names(folder: Path) -> list[bytes]:
+def image_names(folder: Path) -> list[str]:
     """The image files of a folder, in the order of their names. Hidden files and other kinds are none."""
-    return sorted(os.fsencode(entry.name) for entry in entries(folder) if entry.name.lower().endswith(SUFFIXES))
+    return sorted((entry.name for entry in entries(folder) if entry.name.lower().endswith(SUFFIXES)), key=os.fsencode)
 
 
 def class_folders(root: Path) -> tuple[str, ...]:
@@ -272,76 +256,17 @@ def class_folders(root: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in folders))
 
 
-def modified(root: Path, folders: Sequence[str]) -> Int[np.ndarray, " stamps"]:
-    """When entries of the folders, or of their root, were added, removed or renamed last, in nanoseconds."""
-    with ThreadPoolExecutor(16) as pool:  # a network's disk answers many at once
-        return np.array(list(pool.map(lambda name: os.stat(root / name).st_mtime_ns, ("", *folders))), np.int64)
-
-
 def read_tree(root: Path) -> Tree:
-    """`root/CLASS/IMAGE`, from the cached index where there is one that is not out of date.
-
-    Raises InputError for a class folder without images.
-    """
+    """`root/CLASS/IMAGE`. Raises InputError for a class folder without images."""
     root = root.resolve()
-    cached = cache_folder() / "index" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.npz"
-    tree = load_index(cached, root)
-    if tree is None:
-        started = time.time_ns()
-        folders = class_folders(root)
-        times = modified(root, folders)
-        with ThreadPoolExecutor(16) as pool:
-            listed = list(pool.map(lambda name: image_names(root / name), folders))
-        counts = np.array([len(names) for names in listed], np.int64)
-        ends = np.cumsum([len(name) for names in listed for name in names], dtype=np.int64)
-        blob = np.frombuffer(b"".join(name for names in listed for name in names), np.uint8)
-        tree = Tree(folders, counts, Files(root, folders, np.cumsum(counts) - counts, blob, ends))
-        if len(tree.images) >= CACHED_FROM:
-            save_index(cached, tree, times, started)
-    for folder, count in zip(tree.folders, tree.counts, strict=True):
-        if not count:
+    folders = class_folders(root)
+    with ThreadPoolExecutor(16) as pool:  # a network's disk answers many at once
+        listed = list(pool.map(lambda name: image_names(root / name), folders))
+    for folder, names in zip(folders, listed, strict=True):
+        if not names:
             raise InputError(f"{root / folder} has no image ({' '.join(SUFFIXES)}): add some or delete it")
-    return tree
-
-
-# A folder that was modified less than this before it was listed may be modified again under the same time stamp.
-SAME_STAMP = 2 * 10**9  # nanoseconds
-
-
-def save_index(path: Path, tree: Tree, times: Int[np.ndarray, " stamps"], started: int) -> None:
-    """Atomically. Without a cache that can be written, listing the files again each time is all that is lost."""
-    arrays = {
-        "folders": np.frombuffer(b"\0".join(map(os.fsencode, tree.folders)), np.uint8),
-        "counts": tree.counts,
-        "names": tree.images.names,
-        "ends": tree.images.ends,
-        "modified": times,
-        "started": np.array(started),
-    }
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except OSError as error:
-        print(f"{path} cannot be written ({error}): the files will be listed anew each time", file=sys.stderr)
-
-
-def load_index(path: Path, root: Path) -> Tree | None:
-    """What `save_index` saved of `root`; None where that is nothing, damaged, or out of date."""
-    try:
-        # Opened here: `np.load` leaves a damaged file open.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            held = {name: arrays[name] for name in ("folders", "counts", "names", "ends", "modified", "started")}
-        folders = tuple(map(os.fsdecode, held["folders"].tobytes().split(b"\0")))
-        times = modified(root, folders)
-    except Exception:  # a damaged file may raise anything
-        return None
-    if not np.array_equal(times, held["modified"]) or np.max(times) > held["started"] - SAME_STAMP:
-        return None
-    counts = held["counts"]
-    return Tree(folders, counts, Files(root, folders, np.cumsum(counts) - counts, held["names"], held["ends"]))
+    names = tuple(f"{folder}/{name}" for folder, names in zip(folders, listed, strict=True) for name in names)
+    return Tree(folders, tuple(map(len, listed)), Files(root, names))
 
 
 def split_of_tree(name: str, tree: Tree, classes: tuple[str, ...], label_of: dict[str, int], told_by: str) -> Split:
@@ -410,13 +335,9 @@ IMAGENET = {
     "imagenet-a": ("imagenet-a",),
     "imagenet-sketch": ("imagenet-sketch", "sketch"),
 }
-IMAGENET_LAYOUT = (
-    "imagenet/train/WNID/IMAGE and imagenet/val (class folders, or flat), and of the shifts those wanted: "
-    + ", ".join(" or ".join(folders) for name, folders in IMAGENET.items() if name != "imagenet")
+IMAGENET_LAYOUT = "imagenet/train/WNID/IMAGE, imagenet/val/WNID/IMAGE, and of the shifts those wanted: " + ", ".join(
+    " or ".join(folders) for name, folders in IMAGENET.items() if name != "imagenet"
 )
-KAGGLE_TRUTH, DEVKIT_TRUTH, DEVKIT_IDS = (
-    "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt", "map_clsloc.txt",
-)  # fmt: skip
 
 
 def imagenet_classes() -> tuple[str, ...]:
@@ -479,11 +400,9 @@ def read_imagenet(
     by_number = {str(label): label for label in range(len(classes))}
 
     def read(name: str) -> Split:
-        if name == "imagenet" and not class_folders(base / "val"):
-            return read_flat_validation(base, root or base, classes, by_id)
         tree = read_tree(base / "val" if name == "imagenet" else Path(places[name]))
         if not tree.folders:
-            raise wrong_root(tree.images.root, "no class folder", "one for each class", f"split {name}:")
+            raise wrong_root(tree.images.root, "no class folder", "WNID/IMAGE", f"split {name}:")
         label_of = by_number if name == "imagenet-v2" else by_id
         split = split_of_tree(name, tree, classes, label_of, "ImageNet")
         if name not in ("imagenet-r", "imagenet-a"):
@@ -496,140 +415,6 @@ def read_imagenet(
         return Data(train, reports[reference], reports)
     # A tenth, evaluated fifty times, would cost half of what training does.
     return Data(*hold_out(train, every=100), reports)
-
-
-def read_flat_validation(base: Path, root: Path, classes: tuple[str, ...], by_id: dict[str, int]) -> Split:
-    """ImageNet's validation images as their archive has them, in one folder, with the labels of one of two lists.
-
-    That is Kaggle's LOC_val_solution.csv, or the ground truth of the development kit together with map_clsloc.txt of
-    its later ones, which gives the kit's class numbers (in an order of their own) WordNet ids in plain text. Raises
-    InputError, naming file and line, where they are missing, malformed, or lack an image.
-    """
-    names = image_names(base / "val")
-    found = {
-        file: next((folder / file for folder in (base / "val", base, root) if (folder / file).is_file()), None)
-        for file in (KAGGLE_TRUTH, DEVKIT_TRUTH, DEVKIT_IDS)
-    }
-    if not names:
-        raise wrong_root(base / "val", "no image", "class folders, or ILSVRC2012_val_00000001.JPEG, ...", "folder")
-    if found[KAGGLE_TRUTH]:
-        truth = read_kaggle_truth(found[KAGGLE_TRUTH], by_id)
-    elif found[DEVKIT_TRUTH] and found[DEVKIT_IDS]:
-        truth = read_devkit_truth(found[DEVKIT_TRUTH], found[DEVKIT_IDS], by_id)
-    else:
-        raise InputError(
-            f"{base / 'val'} has no class folders: for their labels, put Kaggle's {KAGGLE_TRUTH} in {base}, or the "
-            f"development kit's {DEVKIT_TRUTH} and {DEVKIT_IDS} (lines 'n02119789 1 kit_fox'; meta.mat is not read)"
-        )
-    labels = []
-    for name in map(os.fsdecode, names):
-        if (stem := name.rpartition(".")[0]) not in truth:
-            raise InputError(f"{base / 'val' / name} has no label in the ground truth: delete it or restore the list")
-        labels.append(truth[stem])
-    ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    files = Files(base / "val", (".",), np.zeros(1, np.int64), np.frombuffer(b"".join(names), np.uint8), ends)
-    return Split("imagenet", classes, files, np.array(labels, np.int32))
-
-
-def read_kaggle_truth(path: Path, by_id: dict[str, int]) -> dict[str, int]:
-    """Labels by image, from lines `ILSVRC2012_val_00000001,n01751748 111 108 370 297`; a header goes first."""
-    truth = {}
-    for number, line in enumerate(read_lines(path)[1:], start=2):
-        image, _, boxes = line.strip().partition(",")
-        wordnet_id = boxes.partition(" ")[0]
-        if wordnet_id not in by_id:
-            raise InputError(f"{path} line {number}: {wordnet_id!r} is no class of the training folder: correct it")
-        truth[image] = by_id[wordnet_id]
-    return truth
-
-
-def read_devkit_truth(path: Path, ids: Path, by_id: dict[str, int]) -> dict[str, int]:
-    """Labels by image, from a class number a line, the first line image 1's, and lines `n02119789 1 kit_fox`."""
-    label_of = {}
-    for number, line in enumerate(read_lines(ids), start=1):
-        wordnet_id, _, rest = line.partition(" ")
-        if wordnet_id not in by_id or not is_number(rest.split(" ")[0]):
-            raise InputError(
-                f"{ids} line {number}: {line!r} is not 'n02119789 1 kit_fox' of a training class: correct it"
-            )
-        label_of[rest.split(" ")[0]] = by_id[wordnet_id]
-    truth = {}
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.strip() not in label_of:
-            raise InputError(f"{path} line {number}: {line!r} is no class number of {ids}: correct it")
-        truth[f"ILSVRC2012_val_{number:08}"] = label_of[line.strip()]
-    return truth
-
-
-# --------------------------------------------------------------------------------------------------------------- arrays
-
-NPY_LAYOUT = (
-    "classes.txt (one name a line) or classes.json, and for each split NAME_x224/test_images.npy and test_labels.npy, "
-    "for the reference train_images.npy and train_labels.npy too"
-)
-
-
-def read_npy(
-    root: Path | None, reference: str, shifts: tuple[str, ...], select_on: str, keep_underscores: bool = False
-) -> Data:
-    """Arrays as the authors' script has them: `NAME/` or `NAME_x224/` with `{train,val,test}_{images,labels}.npy`.
-
-    Images are uint8 `[N, H, W, 3]` and stay on the disk, memory-mapped; labels are integers. The reference needs train,
-    all splits need test; `select_on` `val` is val where it is there, else a tenth of train. `shifts` may be empty: then
-    every other split.
-    """
-    root = needed_root(root, "npy", NPY_LAYOUT)
-    folders: dict[str, Path] = {}
-    for path in sorted(root.glob("*/test_images.npy")):
-        name = re.sub(r"_x\d+$", "", path.parent.name)
-        if name in folders:
-            raise InputError(f"{folders[name]} and {path.parent} are both split {name!r}: move one elsewhere")
-        folders[name] = path.parent
-    names = next((root / file for file in ("classes.txt", "classes.json") if (root / file).is_file()), None)
-    if not folders or names is None:
-        raise wrong_root(root, "no SPLIT/test_images.npy" if not folders else "no classes.txt", NPY_LAYOUT)
-    if not reference:
-        raise InputError(f"--reference is needed with --data npy: one of {', '.join(folders)}")
-    shifts = choose_shifts(tuple(folders), reference, shifts)
-    lines = read_json(names) if names.suffix == ".json" else [line.strip() for line in read_lines(names)]
-    if not isinstance(lines, list) or not all(isinstance(line, str) and line for line in lines):
-        raise InputError(f"{names} is no list of class names: write one name a line, or a JSON list")
-    if len(set(lines)) < len(lines):
-        raise InputError(f"{names} has {max(lines, key=lines.count)!r} twice: name each class once")
-    classes = tuple(readable(line, keep_underscores) for line in lines)
-
-    train = read_arrays("train", folders[reference], "train", classes)
-    reports = {name: read_arrays(name, folders[name], "test", classes) for name in (reference, *shifts)}
-    if select_on == "test":
-        return Data(train, reports[reference], reports)
-    if (folders[reference] / "val_images.npy").exists():
-        return Data(train, read_arrays("val", folders[reference], "val", classes), reports)
-    return Data(*hold_out(train), reports)
-
-
-def read_arrays(name: str, folder: Path, part: str, classes: tuple[str, ...]) -> Split:
-    """A split from `PART_images.npy`, memory-mapped, and `PART_labels.npy`. Raises InputError naming what is wrong."""
-    arrays = []
-    for kind in ("images", "labels"):
-        path = folder / f"{part}_{kind}.npy"
-        try:
-            arrays.append(np.load(path, mmap_mode="r", allow_pickle=False))
-        except Exception as error:  # a damaged header may raise anything
-            raise InputError(f"{path} cannot be read as an array ({error}): restore it") from error
-    images, labels = arrays
-    path = folder / f"{part}_images.npy"
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-        raise InputError(f"{path} is {images.dtype} {list(images.shape)}: it must be uint8 [N, H, W, 3]")
-    path = folder / f"{part}_labels.npy"
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise InputError(
-            f"{path} is {labels.dtype} {list(labels.shape)}: it must be integers [{len(images)}], a label an image"
-        )
-    if wrong := np.flatnonzero((labels < 0) | (labels >= len(classes))).tolist():
-        raise InputError(
-            f"{path} has label {labels[wrong[0]]} at index {wrong[0]}: there are {len(classes)} classes, from 0"
-        )
-    return Split(name, classes, images, np.array(labels, np.int32))
 
 
 # ----------------------------------------------------------------------------------------------------------- minidomain
@@ -662,7 +447,6 @@ DATASETS = {
     "imagenet": read_imagenet,
     "cub": read_cub,
     "folder": read_folder,
-    "npy": read_npy,
 }
 
 

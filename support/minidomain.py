@@ -4,7 +4,6 @@ It takes DomainNet's place in Lipsum-FT (https://openreview.net/forum?id=2JF8mJR
 five. `web` is the captioned corpus that the embedded tiny CLIP was trained on. Nothing is downloaded: an image is drawn
 from (split, domain, index, seed), and what was drawn is kept in the cache folder.
 
-    python -m support.minidomain --show sheet.png       # look at it
     python -m support.minidomain --export DIR --web     # PNG files in DomainNet's layout, and the captioned corpus
 """
 
@@ -12,8 +11,6 @@ import functools
 import hashlib
 import io
 import math
-import os
-import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,8 +22,8 @@ import tyro
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image, ImageDraw, ImageFilter
 
-from support.errors import InputError
-from support.files import cache_folder
+from support.errors import InputError, exit_code
+from support.files import cache_folder, locked, write_whole
 
 RESOLUTION = 36
 SCALE = 3  # images are drawn this much larger, then reduced: Pillow's polygons and lines are not anti-aliased
@@ -691,16 +688,16 @@ def cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
     """Arrays from the cache folder; built and kept there where they are missing or damaged."""
     path = cache_folder() / "minidomain" / f"{name}-{fingerprint()}.cache"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            if (arrays := read(path)) is not None:
-                return arrays
-            print(f"minidomain: {path} was cut off or altered: drawing it again", file=sys.stderr)
-        else:
-            print(f"minidomain: drawing {name}, kept in {path}", file=sys.stderr)
-        arrays = build()
-        write(path, arrays)
-    except OSError as error:
+        with locked(path, waiting=f"minidomain: waiting for another process that draws {name}"):
+            if path.exists():
+                if (arrays := read(path)) is not None:
+                    return arrays
+                print(f"minidomain: {path} was cut off or altered: drawing it again", file=sys.stderr)
+            else:
+                print(f"minidomain: drawing {name}, kept in {path}", file=sys.stderr)
+            arrays = build()
+            write(path, arrays)
+    except (OSError, InputError) as error:
         raise InputError(
             f"{path} cannot be used ({error}): set LIPSUM_CACHE to a folder that can be written"
         ) from error
@@ -718,39 +715,14 @@ def read(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Puts a whole file in place at once: processes that write the same one do not meet, and a crash leaves none."""
+    """Writes a file that `read` reads."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     archive = buffer.getvalue()
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    try:
-        with partial.open("xb") as file:
-            file.write(hashlib.sha256(archive).digest() + archive)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, lambda new: new.write_bytes(hashlib.sha256(archive).digest() + archive))
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-
-
-def contact_sheet(seed: int = 0, columns: int = 2) -> Image.Image:
-    """Test images at twice their size: a row for each class, `columns` for each domain."""
-    side, cell, left, top = 2 * RESOLUTION, 2 * RESOLUTION + 2, 84, 20
-    sheet = Image.new("RGB", (left + cell * columns * len(DOMAINS), top + cell * len(CLASSES)), (90, 90, 90))
-    pen = ImageDraw.Draw(sheet)
-    for row, name in enumerate(CLASSES):
-        pen.text((4, top + cell * row + side // 2), name, fill="white", anchor="lm")
-    for block, domain in enumerate(DOMAINS):
-        pen.text((left + cell * columns * block + 1, top // 2), domain, fill="white", anchor="lm")
-        for index in range(columns * len(CLASSES)):
-            image, attributes = draw("test", domain, index, seed)
-            column = columns * block + index // len(CLASSES)
-            corner = (left + cell * column + 1, top + cell * attributes.label + 1)
-            sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), corner)
-    return sheet
 
 
 def save(image: Pixels, path: Path) -> None:
@@ -780,33 +752,23 @@ def export_web(folder: Path, seed: int = 0) -> None:
     (folder / "captions.tsv").write_text("".join(lines))
 
 
-def main(show: Path | None = None, export: Path | None = None, web: bool = False, seed: int = 0) -> None:
-    """Look at the embedded benchmark, or write it out for other tools.
+def main(export: Path, web: bool = False, seed: int = 0) -> None:
+    """Write the embedded benchmark as PNG files in DomainNet's layout.
 
     Args:
-        show: PNG file for the contact sheet: two test images of every class in every domain.
-        export: New or empty folder for the set in DomainNet's layout: DOMAIN/CLASS/FILE.png and DOMAIN_SPLIT.txt.
-        web: With --export, also the pre-training corpus: web/FILE.png and captions.tsv.
-        seed: The benchmark is seed 0; another one draws other images of the same kind.
+        export: New or empty folder for DOMAIN/CLASS/FILE.png and DOMAIN_SPLIT.txt.
+        web: Also write the pre-training corpus: web/FILE.png and captions.tsv.
+        seed: The benchmark is seed 0. Others draw other images of the same kind.
     """
-    if not (show or export) or (web and not export):
-        raise InputError("nothing to write: give --show FILE or --export DIR (with --web if you like)")
-    if export and export.exists() and not (export.is_dir() and not any(export.iterdir())):
+    if export.exists() and not (export.is_dir() and not any(export.iterdir())):
         raise InputError(f"{export} is not an empty folder: give another one, so that nothing gets mixed or lost")
     try:
-        if show:
-            contact_sheet(seed).save(show, format="PNG")
-        if export:
-            export_lists(export, seed)
-            if web:
-                export_web(export, seed)
+        export_lists(export, seed)
+        if web:
+            export_web(export, seed)
     except OSError as error:
         raise InputError(f"cannot write ({error}): give a place that can be written") from error
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m support.minidomain")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(lambda: tyro.cli(main, prog="python -m support.minidomain")))

@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 import clip
 import data
 import lipsum
-from support import download, files, layouts, minidomain, weights
-from support.errors import InputError, read_json, unknown
-from support.options import Execution, Sources, flat, read_lines, restored
+from support import download, files, layouts, minidomain, tables, weights
+from support.errors import InputError, read_json, read_lines, unknown
+from support.options import Execution, Sources, flat, restored
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,6 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
     """Loads and checks the model and the data. Raises InputError before any long work."""
     mesh = data.device_mesh(data.evaluation_batch_size(batch_size, execution.accumulate))
     images = layouts.read(sources)
-    images = data.with_skipped(images, sources.skip_broken)
     # After the data, whose root may be wrong: these two may download.
     templates = read_templates(sources.templates)
     model, tokenizer = weights.load(sources.model)
@@ -102,12 +101,8 @@ def read_templates(templates: str | None) -> list[str]:
         return download.openai_prompts()[1]
     if "{}" in templates:
         return [templates]
-    try:
-        lines = Path(templates).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--templates {templates!r} is neither openai, a prompt with {{}} nor a readable file: {error}"
-        ) from error
+    name = f"--templates {templates!r} is neither openai nor a prompt with {{}}, and as a file it"
+    lines = read_lines(Path(templates), name, "give one of the three")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"--templates {templates} is empty: write one prompt a line")
@@ -123,7 +118,7 @@ def read_guidance(path: Path, setup: Setup) -> Int[np.ndarray, "pool tokens"]:
 
     Raises InputError naming the line that is empty or too long.
     """
-    lines = read_lines("--guidance", path)
+    lines = read_lines(path, f"--guidance {path}", "give one text per line")
     config = setup.model.config
     for number, line in enumerate(lines, start=1):
         if not clip.clean_text(line):
@@ -132,8 +127,6 @@ def read_guidance(path: Path, setup: Setup) -> Int[np.ndarray, "pool tokens"]:
             clip.tokenize(setup.tokenizer, [line], config)
         except InputError as error:
             raise InputError(f"--guidance {path} line {number}: {error}") from error
-    if not lines:
-        raise InputError(f"--guidance {path} is empty: write one text per line")
     ids = clip.tokenize(setup.tokenizer, lines, config)
     return ids[:, : 1 + np.max(np.argmax(ids == config.end_token, axis=1))]
 
@@ -246,7 +239,8 @@ def read_run(folder: Path) -> FinishedRun:
     """Raises InputError if the folder is no finished run with one classifier."""
     needs(folder, ("config.json", "results.json", "best/head.safetensors"))
     classifier, _ = read_classifier(folder / "best")
-    return FinishedRun(folder, read_json(folder / "config.json"), read_json(folder / "results.json"), classifier)
+    results = tables.with_names(read_json(folder / "results.json"))
+    return FinishedRun(folder, read_json(folder / "config.json"), results, classifier)
 
 
 def open_runs(folders: Sequence[Path], select_on: str | None = None) -> tuple[list[FinishedRun], Setup]:
@@ -272,3 +266,12 @@ def open_runs(folders: Sequence[Path], select_on: str | None = None) -> tuple[li
     if list(setup.classes) != first.config["classes"]:
         raise InputError(f"the data of {first.folder} have other classes now: restore {sources.data_root}")
     return runs, setup
+
+
+def new_folder(runs: Sequence[FinishedRun], method: str, overwrite: bool) -> Path:
+    """Beside the runs: OUT/METHOD/seed-SEED, with the first run's seed. Raises InputError if it is taken."""
+    first = runs[0].folder.resolve()
+    folder = first.parents[1] / method / first.name
+    if folder.exists() and not overwrite:
+        raise InputError(f"{folder} exists: give --overwrite to replace it")
+    return folder

@@ -23,7 +23,7 @@ import jax
 import tyro
 
 import lipsum
-from support.errors import InputError, unknown
+from support.errors import InputError, read_lines, unknown
 
 
 def shown(metavar: str, default: str) -> Any:
@@ -38,13 +38,11 @@ class Sources:
     model: str = "tiny"
     """OpenAI's .pt file, a Hugging Face folder, a run's best/ folder, a preset (ViT-B/16 ..., downloaded), or tiny."""
     data: str = "minidomain"
-    """minidomain (drawn), domainnet, imagenet (with V2, R, A, Sketch), cub, folder, npy: see docs/data.md."""
+    """minidomain (drawn), domainnet, imagenet (with V2, R, A, Sketch), cub or folder: see docs/data.md."""
     data_root: Annotated[Path | None, shown("DIR", "none")] = None
     """Folder with the data. minidomain has none."""
     split_roots: Annotated[tuple[str, ...], shown("NAME=DIR ...", "none")] = ()
     """Folders of splits that lie elsewhere (imagenet)."""
-    skip_broken: int = 0
-    """Broken images, over all splits, that do not stop a run: the next of its class stands in for each."""
     shifts: Annotated[tuple[str, ...], shown("SPLIT ...", "all others, but quickdraw of domainnet")] = ()
     """Splits that are only evaluated. With several references, a run leaves its own out."""
     templates: Annotated[str | None, shown("FILE|PROMPT", "eight on minidomain, openai on imagenet, else one")] = None
@@ -144,7 +142,6 @@ DEFAULTS = {
     ),
     "cub": Command(reference=("cub",), sources=Sources(data="cub", templates="a photo of a {}, a type of bird.")),
     "folder": Command(reference=("val",), sources=Sources(data="folder", templates=PROMPT)),
-    "npy": Command(sources=Sources(data="npy", templates=PROMPT)),
 }
 
 
@@ -210,7 +207,8 @@ def completed(command: Command) -> Command:
     methods = [name for given in command.method for name in (lipsum.METHODS if given == "all" else [given])]
     unseen = command.sources.unseen
     if command.unseen_file:
-        unseen += tuple(line for line in read_lines("--unseen-file", command.unseen_file) if line.strip())
+        lines = read_lines(command.unseen_file, f"--unseen-file {command.unseen_file}", "give one class per line")
+        unseen += tuple(line for line in map(str.strip, lines) if line)
     precision = command.execution.precision
     if precision == "auto":
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -260,7 +258,7 @@ def runs(command: Command) -> Iterator[Run]:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 PROFILED = range(11, 21)  # steps from the start: the first ones wait for the compiler
-AT_LEAST = dict.fromkeys(("learning_rate", "weight", "skip_broken"), 0) | dict.fromkeys(
+AT_LEAST = dict.fromkeys(("learning_rate", "weight"), 0) | dict.fromkeys(
     ("steps", "batch_size", "num_texts", "text_length", "eval_every", "accumulate", "workers", "checkpoint_every"), 1
 )
 
@@ -298,11 +296,3 @@ def check(command: Command) -> None:
         raise InputError("--tensorboard needs tensorboardX: pip install '.[tensorboard]'")
     if command.resume and command.overwrite:
         raise InputError("--resume keeps what --overwrite deletes: give one of them")
-
-
-def read_lines(option: str, path: Path) -> list[str]:
-    """The lines of an option's file. Raises InputError naming both where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{option} {path} cannot be read ({error}): give a UTF-8 file, one entry a line") from error

@@ -38,7 +38,7 @@ import eval as evaluation
 import lipsum
 from clip import END_TEXT, START_TEXT
 from support import minidomain, weights
-from support.errors import InputError, exit_code
+from support.errors import InputError, exit_code, read_lines
 from support.logs import Log
 
 # The vocabulary's size and its two last tokens are the tokenizer's.
@@ -212,12 +212,7 @@ def read_captions(root: Path) -> tuple[list[data.ListedFile], list[list[str]]]:
     the image or the caption is missing.
     """
     path = root / "captions.tsv"
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"captions {path} cannot be read ({error}): write UTF-8 text, a line 'path<TAB>text' for each caption"
-        ) from error
+    lines = read_lines(path, f"captions {path}", "write UTF-8 text, a line 'path<TAB>text' per caption")
     first_lines: dict[str, int] = {}
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(lines, start=1):
@@ -242,15 +237,9 @@ def read_captions(root: Path) -> tuple[list[data.ListedFile], list[list[str]]]:
 def load_images(files: Sequence[data.ListedFile], resolution: int) -> UInt8[np.ndarray, "n side side 3"]:
     """All images, preprocessed as for evaluation. Raises InputError naming the file and its line."""
 
-    def load(file: data.ListedFile) -> UInt8[np.ndarray, "side side 3"]:
-        with data.open_image(file) as image:
-            try:
-                return data.evaluation_image(image, resolution)
-            except Exception as error:  # Pillow's readers raise whatever the damage causes
-                raise data.broken_image(file, error) from error
-
+    read = partial(data.read_image, resolution=resolution)
     with ThreadPoolExecutor() as pool:
-        return np.stack(list(tqdm(pool.map(load, files), "reading images", len(files), unit="image", leave=False)))
+        return np.stack(list(tqdm(pool.map(read, files), "reading images", len(files), unit="image", leave=False)))
 
 
 class Corpus(NamedTuple):

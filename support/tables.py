@@ -13,10 +13,11 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-import lipsum
-from support.errors import InputError, read_json
+import tyro
+
+from support.errors import InputError, exit_code, read_json
 
 Results = dict[str, Any]  # a results.json, with its `path`
 
@@ -58,7 +59,7 @@ def read_one(path: Path) -> Results | None:
     if missing:
         print(f"warning: skipped: {path} lacks {', '.join(sorted(missing))}", file=sys.stderr)
         return None
-    return content
+    return with_names(content)
 
 
 def check_comparable(one: Results, other: Results) -> None:
@@ -106,23 +107,32 @@ def mean_of_shifts(results: Results, metric: str) -> float | None:
 POST_HOC = {"wise": "WiSE", "tpgm": "TPGM", "tpgm-c": "TPGM-C"}
 
 
-def label_of(method: str) -> str:
-    """What tables call a method: `lipsum+wise-0.9` is Lipsum-FT + WiSE 0.9."""
+def names(method: str) -> dict[str, Any]:
+    """What results.json has for tables: the method's label, and its place among the rows.
+
+    The label of `lipsum+wise-0.9` is Lipsum-FT + WiSE 0.9.
+    """
+    from lipsum import METHODS  # loads JAX, which reading results.json does not need
+
     base, *suffixes = method.split("+")
-    names = [", ".join(lipsum.METHODS[name].label if name in lipsum.METHODS else name for name in base.split(","))]
+    label = [", ".join(METHODS[name].label if name in METHODS else name for name in base.split(","))]
     for suffix in suffixes:
         name = next((name for name in sorted(POST_HOC, reverse=True) if suffix.startswith(name)), "")
-        names.append(POST_HOC.get(name, "") + suffix.removeprefix(name).replace("-", " "))
-    return " + ".join(names)
+        label.append(POST_HOC.get(name, "") + suffix.removeprefix(name).replace("-", " "))
+    return {"label": " + ".join(label), "row": list(METHODS).index(base) if base in METHODS else len(METHODS)}
+
+
+def with_names(results: Results) -> Results:
+    """The results, with the `names` that those of earlier versions lack."""
+    return results if "label" in results else results | names(results["method"])
 
 
 def by_method(results: Iterable[Results]) -> dict[str, list[Results]]:
-    """The runs of each method, in the order of `lipsum.METHODS`."""
+    """The runs per method, in the order of `lipsum.METHODS`."""
     methods: dict[str, list[Results]] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: result["row"]):
         methods.setdefault(result["method"], []).append(result)
-    order = {name: index for index, name in enumerate(lipsum.METHODS)}
-    return dict(sorted(methods.items(), key=lambda item: order.get(item[0].split("+")[0], len(order))))
+    return methods
 
 
 def varied_settings(runs: Sequence[Results]) -> list[str]:
@@ -138,14 +148,14 @@ def groups(results: Iterable[Results]) -> dict[str, list[Results]]:
     The label is the method's, with the settings that vary among the runs of that method, from low to high.
     """
     grouped: dict[str, list[Results]] = {}
-    for method, runs in by_method(results).items():
+    for runs in by_method(results).values():
         varied = varied_settings(runs)
         rows: dict[tuple[Any, ...], list[Results]] = {}
         for run in runs:
             rows.setdefault(tuple(str(run.get("settings", {}).get(name)) for name in varied), []).append(run)
         for values in sorted(rows, key=lambda values: [(number_of(value), value) for value in values]):
             said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(varied, values, strict=True))
-            grouped[label_of(method) + (f" ({said})" if said else "")] = rows[values]
+            grouped[runs[0]["label"] + (f" ({said})" if said else "")] = rows[values]
     return grouped
 
 
@@ -336,3 +346,47 @@ def correlations(results: Sequence[Results]) -> str:
             f"Pearson's correlation of relative accuracy with {name}: {known or 'needs three runs that differ'}"
         )
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+Runs = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")]
+
+
+def print_accuracies(results: Sequence[Results]) -> None:
+    """Prints the table that commands end with."""
+    print(rendered(table(results, "accuracy"), "text", bold=sys.stdout.isatty()))
+
+
+def table_command(runs: Runs, metric: MetricName = "accuracy", format: Format = "text") -> None:
+    """Print the table of finished runs: a row per method, a column per split, mean ± standard deviation over seeds.
+
+    Args:
+        runs: Folders of runs, or folders that hold some.
+        metric: What to show; seen, unseen and harmonic-mean are those of runs with --unseen.
+        format: csv and json are unrounded, in fractions and nats.
+    """
+    results = read_results(runs)
+    print(rendered(table(results, metric), format, bold=sys.stdout.isatty()))
+    if metric in ("energy-gap", "distortion") and format == "text":
+        print(correlations(results))
+
+
+def costs_command(runs: Runs, format: Format = "text") -> None:
+    """Print what training cost: time per step and images per second by method, and the ratio to FT's.
+
+    Args:
+        runs: Folders of runs, or folders that hold some.
+        format: csv and json are unrounded.
+    """
+    print(rendered(costs(read_results(runs)), format))
+
+
+def main(more: Mapping[str, Callable[..., None]] | None = None) -> int:
+    """The command line of eval.py, here with the commands that read files alone. Returns the exit code."""
+    app = tyro.extras.SubcommandApp()
+    for name, command in {"table": table_command, "costs": costs_command, **(more or {})}.items():
+        app.command(name=name)(command)
+    description = "Commands on finished runs: tables, figures, post-hoc methods."
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
+    return exit_code(lambda: app.cli(prog="python eval.py", description=description, config=config))

@@ -1,24 +1,19 @@
-"""Weights of a CLIP in and out: OpenAI's `.pt` archives (read without torch) and Hugging Face folders.
+"""Models in files: OpenAI's archives and Hugging Face folders, read and, the latter, written.
 
-Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model FILE_OR_FOLDER` uses it.
-Both formats are read and written through one table of names, `clip.NAMES`.
+Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model FILE_OR_FOLDER` uses it. Entries
+of both formats become a `clip.CLIP` through one table of names, `clip.NAMES`.
 """
 
-import io
 import json
 import math
 import os
-import pickle
-import pickletools
-import zipfile
-from collections import OrderedDict
+import zlib
 from collections.abc import Mapping
+from gzip import open as open_gzip
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
@@ -30,141 +25,20 @@ from clip import (
     IMAGE_STANDARD_DEVIATION,
     PRESETS,
     START_TEXT,
-    VOCABULARY_FILE,
     Config,
     Transformer,
+    bpe_tokenizer,
+    byte_symbols,
     from_state_dict,
-    hugging_face_tokenizer,
-    openai_tokenizer,
     to_state_dict,
 )
 from support import download
-from support.errors import InputError, read_json, unknown
+from support.archives import read_safetensors, read_torch_archive
+from support.download import VOCABULARY_FILE
+from support.errors import InputError, read_json, read_lines, unknown
 from support.files import cache_folder
 
-# ------------------------------------------------------------------------------------------- OpenAI's archives
-
-_STORAGES = {
-    "HalfStorage": "<f2",
-    "FloatStorage": "<f4",
-    "DoubleStorage": "<f8",
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
-    "ShortStorage": "<i2",
-    "CharStorage": "i1",
-    "ByteStorage": "u1",
-    "BoolStorage": "?",
-    "BFloat16Storage": jnp.bfloat16,
-}
-
-
-class _StandIn:
-    """Takes the place of a TorchScript class: holds what the archive sets on it and does nothing."""
-
-
-class _Tensor(NamedTuple):
-    """A tensor as the pickle describes it, not checked. Arrays are made once the pickle has been read: it could call
-    `__setstate__` of whatever it holds, and that of a NumPy dtype changes the dtype for the whole process."""
-
-    storage: Any  # ("storage", type, key, device, length)
-    offset: Any
-    size: Any
-    stride: Any
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads descriptions of tensors and nothing else: any other global is refused by name, never called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: _Tensor(storage, offset, size, stride)
-        if module == "torch" and name in _STORAGES:
-            return name
-        if module.partition(".")[0] == "__torch__":
-            return type(name, (_StandIn,), {})
-        wanted = f"{module}.{name}"
-        raise InputError(
-            f"its data.pkl asks for {wanted!r}, which no weights need: do not trust this file; of a model of your own, "
-            "save the state_dict()"
-        )
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
-
-
-def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    """One entry, its checksum verified."""
-    entry = archive.getinfo(name)
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise InputError(f"its entry {name!r} is compressed: save it again with torch.save")
-    return archive.read(entry)
-
-
-def _unpickle(content: bytes) -> Any:
-    # The unpickler makes room for the highest memo index at once: four wrong bytes may cost 64 GB. Other lengths are
-    # checked against the content by genops itself.
-    highest = max((index for opcode, index, _ in pickletools.genops(content) if opcode.name.endswith("PUT")), default=0)
-    if highest > len(content):
-        raise InputError(f"its data.pkl has a memo of {highest} objects: download the file again")
-    return _Unpickler(io.BytesIO(content)).load()
-
-
-def _to_array(tensor: _Tensor, data: Mapping[str, bytes]) -> np.ndarray:
-    """The array that `tensor` describes, a view of its storage in `data` and never of other memory."""
-    (kind, storage, key, _device, length), offset, size, stride = tensor
-    if kind != "storage" or storage not in _STORAGES:
-        raise InputError(f"its data.pkl refers to {tensor.storage!r}, which is no storage: download the file again")
-    dtype = np.dtype(_STORAGES[storage])
-    if length * dtype.itemsize > len(data[key]):
-        raise InputError(f"its storage {key!r} is shorter than {length} numbers: download the file again")
-    last = offset + sum((axis - 1) * step for axis, step in zip(size, stride, strict=True))
-    count = math.prod(size)
-    if min((offset, *size, *stride)) < 0 or (count and last >= length) or count > length:
-        raise InputError(f"a tensor of shape {size} reaches outside its storage: download the file again")
-    return np.ndarray(size, dtype, data[key], offset * dtype.itemsize, [step * dtype.itemsize for step in stride])
-
-
-def _tensors(value: Any, prefix: str = "") -> dict[str, _Tensor]:
-    """Every tensor under a module stand-in or a state dict, by its dotted name."""
-    if isinstance(value, _Tensor):
-        return {prefix: value}
-    children = vars(value) if isinstance(value, _StandIn) else value if isinstance(value, dict) else {}
-    found: dict[str, _Tensor] = {}
-    for name, child in children.items():
-        found |= _tensors(child, f"{prefix}.{name}" if prefix else str(name))
-    return found
-
-
-def read_torch_archive(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch or TorchScript archive by name, read without torch and without executing anything in it.
-
-    Raises InputError, naming the file, for whatever is not such an archive.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
-            if not pickles:
-                raise InputError("it is a zip file without a data.pkl: give one that PyTorch saved")
-            name = min(pickles, key=len)
-            tensors = _tensors(_unpickle(_read_entry(archive, name)))
-            folder = f"{name.removesuffix('data.pkl')}data"
-            data = {key: _read_entry(archive, f"{folder}/{key}") for key in {t.storage[2] for t in tensors.values()}}
-        return {name: _to_array(tensor, data) for name, tensor in tensors.items()}
-    except FileNotFoundError as error:
-        raise InputError(
-            f"weights {path} do not exist: give a .pt file, a Hugging Face folder or one of {', '.join(PRESETS)}"
-        ) from error
-    except InputError as error:
-        raise InputError(f"weights {path} are refused: {error}") from error
-    except zipfile.BadZipFile as error:
-        raise InputError(
-            f"weights {path} are not a whole zip archive ({error}): download the file again, or, if it was saved by an "
-            "old PyTorch, save it again with torch.save"
-        ) from error
-    except Exception as error:  # a malformed pickle may raise anything
-        raise InputError(f"weights {path} are damaged ({error!r}): download them again") from error
+# ------------------------------------------------------------------------------------------------- configurations
 
 
 def openai_config(state: Mapping[str, np.ndarray], source: str) -> Config:
@@ -266,17 +140,6 @@ def hugging_face_config(path: Path) -> Config:
         raise InputError(f"{path} is not the configuration of a CLIP ({error!r}): restore the file") from error
 
 
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of one safetensors file. Raises InputError, naming the file, where it cannot be read."""
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError as error:
-        raise InputError(f"weights {path} do not exist: put the model's safetensors file there") from error
-    except Exception as error:  # AttributeError for a dtype that NumPy lacks, such as F8_E4M3
-        raise InputError(f"weights {path} cannot be read ({error!r}): download them again") from error
-
-
 def read_hugging_face_weights(folder: Path) -> dict[str, np.ndarray]:
     """`model.safetensors`, else the shards that `model.safetensors.index.json` names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -355,29 +218,56 @@ def save(folder: Path, model: CLIP, tokenizer: Tokenizer, dtype: Any = np.float3
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def save_openai(path: Path, model: CLIP) -> None:
-    """Writes a safetensors file under OpenAI's names. Raises InputError for a model whose sizes these cannot tell."""
-    config = model.config
-    state = {name: np.asarray(leaf, order="C") for name, leaf in to_state_dict(model, "openai").items()}
-    heads = [tower.width // tower.heads for tower in (config.vision, config.text)]
-    if heads != [64, 64] or openai_config(state, str(path)) != config:
+# ---------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def openai_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer that OpenAI's vocabulary file describes: line 0 is a header, then 48,894 merges.
+
+    Raises InputError where the file is missing or is none.
+    """
+    count = 49152 - 256 - 2
+    try:
+        with open_gzip(path, "rt", encoding="utf-8") as file:
+            merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 1 + count]]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"vocabulary {path} cannot be read ({error}): put OpenAI's {VOCABULARY_FILE} there") from error
+    symbols = byte_symbols()
+    words = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), START_TEXT, END_TEXT]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    known = all(len(merge) == 2 and vocabulary.keys() >= set(merge) for merge in merges)
+    if len(vocabulary) < 256 + 256 + count + 2 or not known:
+        raise InputError(f"vocabulary {path} does not hold {count} merges: put OpenAI's {VOCABULARY_FILE} there")
+    return bpe_tokenizer(vocabulary, merges)
+
+
+def hugging_face_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder: `tokenizer.json`, else `vocab.json` and `merges.txt`.
+
+    Raises InputError where neither can be read.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        if path.exists():
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            path = folder / "merges.txt"
+            merges = [(first, second) for first, second in (line.split() for line in read_lines(path)[1:] if line)]
+            path = folder / "vocab.json"
+            vocabulary = read_json(path)
+            if not isinstance(vocabulary, dict) or not all(type(index) is int for index in vocabulary.values()):
+                raise ValueError("it is no table of tokens and their numbers")
+            tokenizer = bpe_tokenizer(vocabulary, merges)
+    except Exception as error:  # tokenizers raises bare Exception
         raise InputError(
-            f"OpenAI's format tells no sizes but those of its own models: heads 64 wide (here {heads[0]} and "
-            f"{heads[1]}), QuickGELU (here {config.activation}), start and end as the last tokens: use the Hugging "
-            "Face folder instead"
-        )
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    save_file(state, temporary)
-    os.replace(temporary, path)
+            f"tokenizer {path} cannot be read ({error!s:.200}): copy the model's tokenizer files there"
+        ) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------------------- load
-
-
-def _vocabulary_file(folder: Path) -> Path:
-    """OpenAI's vocabulary beside the weights, else in the cache."""
-    beside = folder / VOCABULARY_FILE
-    return beside if folder != cache_folder() and beside.exists() else download.published(VOCABULARY_FILE)
 
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-clip"
@@ -400,7 +290,9 @@ def load(name: str) -> tuple[CLIP, Tokenizer]:
     else:
         state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_archive(path)
         model = from_state_dict(state, openai_config(state, str(path)), "openai", str(path))
-        tokenizer = openai_tokenizer(_vocabulary_file(path.parent))
+        beside = path.parent / VOCABULARY_FILE
+        own = path.parent != cache_folder() and beside.exists()
+        tokenizer = openai_tokenizer(beside if own else download.published(VOCABULARY_FILE))
     if tokenizer.get_vocab_size() > model.config.vocabulary_size:
         raise InputError(
             f"the tokenizer of {path} knows {tokenizer.get_vocab_size()} tokens, the text tower embeds "

@@ -22,7 +22,7 @@ from PIL import Image
 
 import clip
 import data
-from support import layouts, options, weights
+from support import download, layouts, options, weights
 from support.errors import InputError
 
 # ------------------------------------------------------------------------------------------------ images and errors
@@ -264,7 +264,7 @@ def archive(
 def vocabulary_file(folder: Path) -> None:
     """As many merges as OpenAI's file holds, made up."""
     merges = [f"{one} {other}" for one in SYMBOLS for other in SYMBOLS][: 49152 - 256 - 2]
-    (folder / clip.VOCABULARY_FILE).write_bytes(gzip.compress("\n".join(["header", *merges]).encode(), 1))
+    (folder / download.VOCABULARY_FILE).write_bytes(gzip.compress("\n".join(["header", *merges]).encode(), 1))
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
@@ -360,23 +360,6 @@ def imagenet(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         if path.name != "imagenet":
             (root / path.relative_to(planted)).symlink_to(path)
     return root
-
-
-def store(folder: Path, part: str, images: np.ndarray, labels: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / f"{part}_images.npy", images)
-    np.save(folder / f"{part}_labels.npy", np.asarray(labels))
-
-
-@pytest.fixture
-def arrays(tmp_path: Path) -> Path:
-    """The authors' arrays: a reference with three parts, and a shift."""
-    for part, count in (("train", 20), ("val", 4), ("test", 6)):
-        images = pixels(12, 10 * count, seed=count).reshape(count, 10, 12, 3)
-        store(tmp_path / "DomainNet_Real_x224", part, images, np.arange(count) % 3)
-    store(tmp_path / "sketch", "test", pixels(12, 20).reshape(2, 10, 12, 3), np.array([2, 0], np.uint8))
-    (tmp_path / "classes.txt").write_text("ice_cream\ndog\n犬\n\n", encoding="utf-8")
-    return tmp_path
 
 
 # -------------------------------------------------------------------------------------------- a run from start to table

@@ -154,7 +154,7 @@ def test_prompt_features_do_not_depend_on_batches() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return clip.openai_tokenizer(shared("weights/openai/bpe_simple_vocab_16e6.txt.gz"))
+    return weights.openai_tokenizer(shared("weights/openai/bpe_simple_vocab_16e6.txt.gz"))
 
 
 def test_tokenizer_equals_openai(tokenizer) -> None:
@@ -190,7 +190,7 @@ def test_tokenizers_of_one_model_agree(tokenizer, tmp_path) -> None:
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     texts = [text for text in ("a photo of a dog.", "it's CLIP's 1st  &amp; best; naïve café 🙂!!", "x" * 60)]
     expected = [tokenizer.encode(clip.clean_text(text)).ids for text in texts]
-    for other in (clip.hugging_face_tokenizer(folder), clip.hugging_face_tokenizer(tmp_path)):
+    for other in (weights.hugging_face_tokenizer(folder), weights.hugging_face_tokenizer(tmp_path)):
         assert [other.encode(clip.clean_text(text)).ids for text in texts] == expected
         assert other.get_vocab_size() == 49408
 
@@ -205,7 +205,7 @@ def test_broken_vocabulary_is_named(content: bytes | None, tmp_path) -> None:
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"vocabulary .*bpe.txt.gz"):
-        clip.openai_tokenizer(path)
+        weights.openai_tokenizer(path)
 
 
 def test_unknown_names_the_nearest() -> None:

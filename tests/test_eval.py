@@ -61,8 +61,8 @@ def test_nll_of_a_probability_that_underflows() -> None:
     images = np.full((8, 32, 32, 3), 128, np.uint8)
     feature = clip.image_features(vision, jnp.asarray(images))[0]
     classifier = lipsum.Classifier(vision, jnp.stack([feature, -feature], axis=1))
-    _, label, confidence, correct = evaluation._outcomes(
-        (classifier,), jnp.float32(100), {"image": images, "label": np.ones(8, np.int32)}, None
+    _, label, confidence, correct = evaluation.outcomes(
+        (classifier,), jnp.float32(100), None, {"image": images, "label": np.ones(8, np.int32)}
     )
     np.testing.assert_allclose(evaluation.negative_log_likelihood(np.asarray(label)), 200, rtol=1e-5)
     assert not correct.any() and np.all(confidence == 1)

@@ -10,7 +10,7 @@ from PIL import Image
 
 import clip
 import data
-from support import files, layouts, opening, weights
+from support import download, files, layouts, opening, weights
 
 pytestmark = pytest.mark.weights
 
@@ -25,7 +25,7 @@ def cached(name: str) -> Path:
 
 def test_probabilities_of_the_diagram() -> None:
     """The example in the README of github.com/openai/CLIP, which computes in float16 on a GPU."""
-    for name in ("ViT-B-32.pt", clip.VOCABULARY_FILE):
+    for name in ("ViT-B-32.pt", download.VOCABULARY_FILE):
         cached(name)
     with Image.open(shared("data/openai/CLIP.png")) as file:
         image = data.evaluation_image(file, 224)
@@ -48,7 +48,7 @@ ZERO_SHOT = {
 @pytest.mark.parametrize("name", ZERO_SHOT)
 def test_zero_shot_accuracies_on_imagenet(name: str) -> None:
     """Half a point is left for what published figures differ by among themselves (B/32: 63.2 to 63.4)."""
-    for file in (f"{name.replace('/', '-')}.pt", clip.VOCABULARY_FILE, "Prompt_Engineering_for_ImageNet.ipynb"):
+    for file in (f"{name.replace('/', '-')}.pt", download.VOCABULARY_FILE, "Prompt_Engineering_for_ImageNet.ipynb"):
         cached(file)
     sources = opening.Sources(
         name,

@@ -79,7 +79,7 @@ def test_resume_keeps_finished_runs_and_refuses_other_settings(
     assert "is finished: kept" in capsys.readouterr().out
     assert (folder / "results.json").stat().st_mtime_ns == before
     (folder / "results.json").unlink()
-    assert errors.exit_code(lambda: train.main(changed(command, resume=True, weight=2.0))) == 2
+    assert errors.exit_code(lambda: train.main(changed(command, resume=True, weight=(2.0,)))) == 2
     assert "made with other settings (--weight 1.0, now 2.0)" in capsys.readouterr().err
     for path in (folder / "checkpoint").iterdir():
         path.write_bytes(b"{}\n")
@@ -118,7 +118,7 @@ def test_earlier_runs_open_and_resume(
     draw_images(tmp_path / "data")
     command = changed(command, model="model", data_root=Path("data"), out=Path("runs"), resume=True)
     train.main(command)
-    train.main(changed(command, method=("ema",), decay=0.5))
+    train.main(changed(command, method=("ema",), decay=(0.5,)))
     output = capsys.readouterr().out
     assert "runs/lipsum/seed-0 is finished: kept" in output and "going on from step 4" in output
     found, expected = (

@@ -1,6 +1,5 @@
 """Downloads from a server on loopback that breaks off, lies or refuses; the prompts of OpenAI's notebook."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from conftest import shared
 from helpers import SIZES, archive, openai_state, refused, vocabulary_file, write
 
 import clip
-from support import download, errors, opening, weights
+from support import download, errors, files, opening, weights
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -212,17 +211,17 @@ def test_two_processes_download_once(
 ) -> None:
     """The server keeps the first waiting until the second waits for it."""
     server.may_answer.clear()
-    lock = fcntl.flock
 
-    def observed(file: Any, operation: int) -> None:
-        if operation == fcntl.LOCK_EX:
-            server.may_answer.set()
-        lock(file, operation)
+    def observed(text: str, **how: Any) -> None:
+        server.may_answer.set()
+        print(text, **how)
 
-    monkeypatch.setattr(fcntl, "flock", observed)
-    script = "import pathlib, sys, download; download.fetch(*sys.argv[1:3], pathlib.Path(sys.argv[3]))"
+    monkeypatch.setattr(files, "print", observed, raising=False)
+    script = (
+        "import pathlib, sys; from support import download; download.fetch(*sys.argv[1:3], pathlib.Path(sys.argv[3]))"
+    )
     command = [sys.executable, "-W", "error", "-c", script, server.address, SHA256, str(path)]
-    environment = os.environ | {"PYTHONPATH": str(Path(download.__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(download.__file__).parents[1])}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as other:
         while not server.ranges:
             assert other.poll() is None, other.communicate()
@@ -241,7 +240,7 @@ def test_preset_is_downloaded_and_then_works_offline(
     state["token_embedding.weight"] = np.ones((49408, SIZES["text_width"]), np.float16)
     write(tmp_path / "ViT-B-32.pt", archive(state))
     vocabulary_file(tmp_path)
-    for name in ("ViT-B-32.pt", clip.VOCABULARY_FILE):
+    for name in ("ViT-B-32.pt", download.VOCABULARY_FILE):
         server.files[f"/{name}"] = content = (tmp_path / name).read_bytes()
         address = server.address.replace("/file", f"/{name}")
         monkeypatch.setitem(download.FILES, name, download.Published(address, hashlib.sha256(content).hexdigest()))

@@ -20,7 +20,6 @@ from helpers import (
     raises,
     seeded_model,
     smooth,
-    store,
 )
 from mutations import read_unless_refused, with_mutations
 
@@ -28,6 +27,7 @@ import data
 import eval as evaluation
 import lipsum
 from support import layouts
+from support.options import Sources
 
 CLASSES = ("The_Eiffel_Tower", "dog", "ice_cream")
 
@@ -419,93 +419,7 @@ def test_wrong_roots_of_folder(zoo: Path) -> None:
     with raises("--shifts has 'sketch' twice: give it once"):
         layouts.read_folder(zoo, "val", ("sketch", "sketch"), "test")
     with raises("--split-roots is for --data imagenet: leave it out with --data folder"):
-        layouts.read("folder", zoo, "val", (), "test", False, ("sketch=here",))
-
-
-# -------------------------------------------------------------------------------------------------------- cached index
-
-
-@pytest.fixture
-def cached(zoo: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only file of the cache: the index of `zoo/train`, whose folders were last changed long before."""
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("LIPSUM_CACHE", str(cache))
-    monkeypatch.setattr(layouts, "CACHED_FROM", 1)
-    for path in ("train", *(f"train/{name}" for name in ZOO)):
-        os.utime(zoo / path, (10**9, 10**9))
-    layouts.read_tree(zoo / "train")
-    (index,) = cache.glob("index/*")
-    return index
-
-
-def files_of(tree: layouts.Tree) -> list[Path]:
-    return [file.path for file in tree.images]
-
-
-def test_index_holds_the_tree(cached: Path, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(layouts, "image_names", None)  # no folder is listed
-        tree = layouts.read_tree(zoo / "train")
-    cached.unlink()
-    listed = layouts.read_tree(zoo / "train")
-    assert tree.folders == listed.folders == tuple(ZOO) and tree.counts.tolist() == [12] * 4
-    assert files_of(tree) == files_of(listed)
-    assert cached.exists() and len(list(cached.parent.iterdir())) == 1
-
-
-@pytest.mark.parametrize("change", ["add", "delete", "rename", "new class", "class deleted"])
-def test_index_out_of_date(change: str, cached: Path, zoo: Path) -> None:
-    before = files_of(layouts.read_tree(zoo / "train"))
-    match change:
-        case "add":
-            plant(zoo, {"train/zebra": ["new.jpg"]})
-        case "delete":
-            (zoo / "train/zebra/3.jpg").unlink()
-        case "rename":
-            (zoo / "train/zebra/3.jpg").rename(zoo / "train/zebra/4 and 3.jpg")
-        case "new class":
-            plant(zoo, {"train/yak": ["1.jpg"]})
-        case "class deleted":
-            (zoo / "train/zebra").rename(zoo / "val/.zebra")
-    expected = sorted(path for path in (zoo / "train").glob("[!.]*/[!.]*.jpg"))
-    assert files_of(layouts.read_tree(zoo / "train")) == expected != before
-    assert files_of(layouts.read_tree(zoo / "train")) == expected
-
-
-def test_index_of_folders_that_were_just_changed_is_not_trusted(cached: Path, zoo: Path) -> None:
-    """Within the file system's clock tick, a file more may leave the time stamp as it was."""
-    with np.load(cached) as arrays:
-        moved = {name: arrays[name] for name in arrays}
-    stamp = int(moved["started"]) - layouts.SAME_STAMP // 2
-    os.utime(zoo / "train/zebra", ns=(stamp, stamp))
-    moved["modified"][1 + tuple(ZOO).index("zebra")] = stamp
-    np.savez(cached, **moved)
-    assert layouts.load_index(cached, zoo / "train") is None
-    moved["started"] += layouts.SAME_STAMP
-    np.savez(cached, **moved)
-    assert layouts.load_index(cached, zoo / "train") is not None
-
-
-def test_damaged_index_is_made_again(cached: Path, zoo: Path) -> None:
-    expected, whole = files_of(layouts.read_tree(zoo / "train")), cached.read_bytes()
-    damaged = [whole[:length] for length in range(0, len(whole), 97)]
-    damaged += [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in range(0, len(whole), 41)]
-    for content in [*damaged, b"text", b"PK\x03\x04"]:
-        cached.write_bytes(content)
-        assert files_of(layouts.read_tree(zoo / "train")) == expected
-    cached.unlink()
-    cached.mkdir()
-    assert files_of(layouts.read_tree(zoo / "train")) == expected
-
-
-def test_cache_that_cannot_be_written(
-    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(layouts, "CACHED_FROM", 1)
-    assert len(layouts.read_tree(zoo / "train").images) == 48
-    assert "cannot be written" in capsys.readouterr().err
+        layouts.read(Sources(data="folder", data_root=zoo, reference="val", split_roots=("sketch=here",)))
 
 
 # ------------------------------------------------------------------------------------------------------------ ImageNet
@@ -548,77 +462,17 @@ def test_splits_elsewhere(imagenet: Path, planted: Path, tmp_path: Path) -> None
     assert own.reports["imagenet-r"].labels.tolist() == [4]
 
 
-# The numbers that the development kit gives the classes have an order of their own.
-KIT_NUMBER = {wnid: 1 + 7 * label % 1000 for label, wnid in enumerate(WNIDS)}
-FLAT = [WNIDS[label] for label in (999, 0, 10, 2, 10)]  # of images 1 to 5
-
-
-def flat_names(count: int = 5) -> list[str]:
-    return [f"ILSVRC2012_val_{number:08}.JPEG" for number in range(1, count + 1)]
-
-
-def kaggle(folder: Path) -> None:
-    lines = [f"{name[:-5]},{wnid} 1 2 30 40 {wnid} 5 6 7 8 \r" for name, wnid in zip(flat_names(), FLAT, strict=True)]
-    (folder / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(lines)]))
-
-
-def devkit(folder: Path) -> None:
-    truth = "".join(f"{KIT_NUMBER[wnid]}\n" for wnid in FLAT)
-    (folder / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
-    ids = "".join(f"{wnid} {number} thing_{number}\n" for wnid, number in KIT_NUMBER.items())
-    (folder / "map_clsloc.txt").write_text(ids)
-
-
-@pytest.fixture
-def flat(imagenet: Path) -> Path:
-    """ImageNet whose validation images lie in one folder."""
-    (imagenet / "imagenet/val").unlink()
-    return plant(imagenet, {"imagenet/val": flat_names()})
-
-
-@pytest.mark.parametrize("place", ["imagenet/val", "imagenet", "."])
-@pytest.mark.parametrize("write", [kaggle, devkit])
-def test_flat_validation_images(write: Callable[[Path], None], place: str, flat: Path) -> None:
-    write(flat / place)
-    split = layouts.read_imagenet(flat, "imagenet", ("imagenet-a",), "test").reports["imagenet"]
-    assert [file.path for file in split.images] == [flat / "imagenet/val" / name for name in flat_names()]
-    assert split.labels.tolist() == [999, 0, 10, 2, 10] and split.classes == NAMES
-    data.check_images([split], workers=1)
-
-
-@pytest.mark.parametrize(
-    ("write", "name", "old", "new", "message"),
-    [
-        (kaggle, "LOC_val_solution.csv", f"00005,{WNIDS[10]}", "00005,n1",
-         "LOC_val_solution.csv line 2: 'n1' is no class of the training folder: correct it"),
-        (kaggle, "LOC_val_solution.csv", "00000004", "00000014", "val/ILSVRC2012_val_00000004.JPEG has no label in"),
-        (devkit, "map_clsloc.txt", f"{WNIDS[1]} 8", f"{WNIDS[1]} eight",
-         f"map_clsloc.txt line 2: '{WNIDS[1]} eight thing_8' is not 'n02119789 1 kit_fox' of a training class"),
-        (devkit, "ILSVRC2012_validation_ground_truth.txt", "994", "1001",
-         "ground_truth.txt line 1: '1001' is no class number of .*map_clsloc.txt: correct it"),
-        (lambda folder: (devkit(folder), (folder / "map_clsloc.txt").unlink()), "", "", "",
-         "val has no class folders: for their labels, put Kaggle's LOC_val_solution.csv in .*imagenet, or .*map_cls"),
-    ],
-)  # fmt: skip
-def test_wrong_ground_truth(write: Callable, name: str, old: str, new: str, message: str, flat: Path) -> None:
-    write(flat)
-    if name:
-        edit(flat / name, old, new)
-    with raises(message):
-        layouts.read_imagenet(flat, "imagenet", ("imagenet-a",), "test")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda root: (root / "imagenet").rename(root / "in1k"),
-         r"has no ImageNet \(found: imagenet-a, .*\): expected imagenet/train/WNID/IMAGE and imagenet/val .*sketch"),
+         r"has no ImageNet \(found: imagenet-a, .*\): expected imagenet/train/WNID/IMAGE, imagenet/val/WNID/IM.*sketch"),
         (lambda root: (root / "imagenet/val").unlink(),
          r"ImageNet's folder .*/imagenet has no train or no val \(found: train\): expected train/WNID/IMAGE and val"),
         (lambda root: ((root / "imagenet/val").unlink(), (root / "imagenet/val").mkdir()),
-         r"imagenet/val has no image \(found: nothing\): expected class folders, or ILSVRC2012_val_00000001.JPEG"),
+         r"imagenet/val has no class folder \(found: nothing\): expected WNID/IMAGE"),
         (lambda root: ((root / "imagenet-r").unlink(), (root / "imagenet-r").mkdir()),
-         r"split imagenet-r: .*/imagenet-r has no class folder \(found: nothing\): expected one for each class"),
+         r"split imagenet-r: .*/imagenet-r has no class folder \(found: nothing\): expected WNID/IMAGE"),
         (lambda root: ((root / "imagenet-r").unlink(), plant(root, {"imagenet-r/n00000001": ["1.jpg"]})),
          "imagenet-r/n00000001 is no class of ImageNet: rename or delete it, or leave imagenet-r out of --shifts"),
         (lambda root: ((root / "imagenet/train").unlink(), plant(root, {f"imagenet/train/{WNIDS[1]}": ["1.jpg"]})),
@@ -685,101 +539,6 @@ def test_classes_that_a_shift_lacks_are_not_compared(imagenet: Path) -> None:
     assert not np.isin(everywhere, IN_R).any()  # where all classes are compared, another one wins
 
 
-# -------------------------------------------------------------------------------------------------------------- arrays
-
-
-def test_npy_layout(arrays: Path) -> None:
-    images = layouts.read_npy(arrays, "DomainNet_Real", (), "val")
-    assert list(images.reports) == ["DomainNet_Real", "sketch"]
-    for split, name, part in (
-        (images.train, "DomainNet_Real_x224", "train"),
-        (images.selection, "DomainNet_Real_x224", "val"),
-        (images.reports["DomainNet_Real"], "DomainNet_Real_x224", "test"),
-        (images.reports["sketch"], "sketch", "test"),
-    ):
-        np.testing.assert_array_equal(split.images, np.load(arrays / name / f"{part}_images.npy"))
-        np.testing.assert_array_equal(split.labels, np.load(arrays / name / f"{part}_labels.npy"))
-        assert isinstance(split.images, np.memmap) and split.classes == ("ice cream", "dog", "犬")
-    data.check_images([images.train, *images.reports.values()], workers=1)
-    assert layouts.read_npy(arrays, "DomainNet_Real", (), "test").selection.name == "DomainNet_Real"
-
-
-def test_npy_holds_out_without_reading(arrays: Path) -> None:
-    (arrays / "DomainNet_Real_x224/val_images.npy").unlink()
-    (arrays / "classes.txt").rename(arrays / "classes.json")
-    (arrays / "classes.json").write_text('["ice_cream", "dog", "cat"]')
-    images = layouts.read_npy(arrays, "DomainNet_Real", ("sketch",), "val", keep_underscores=True)
-    assert (len(images.train), len(images.selection)) == (18, 2) and images.train.classes[0] == "ice_cream"
-    assert isinstance(images.train.images.images, np.memmap)
-    whole = np.load(arrays / "DomainNet_Real_x224/train_images.npy")
-    held_out = {image.tobytes() for image in images.selection.images}
-    assert held_out | {image.tobytes() for image in images.train.images} == {image.tobytes() for image in whole}
-    batch = next(data.evaluation_batches(images.selection, 10, 2, 1))
-    np.testing.assert_array_equal(batch["image"][0], images.selection.images[0][:, 1:11])
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("train_images", np.zeros((20, 10, 12, 3), np.float32), r"train_images.npy is float32 \[20, 10, 12, 3\]"),
-        ("train_images", np.zeros((20, 3, 10, 12), np.uint8), r"\[20, 3, 10, 12\]: it must be uint8 \[N, H, W, 3\]"),
-        ("train_images", np.zeros((0, 10, 12, 3), np.uint8), r"uint8 \[0, 10, 12, 3\]: it must"),
-        ("train_images", np.array([{}] * 20), "train_images.npy cannot be read as an array .*: restore it"),
-        ("test_images", b"", "test_images.npy cannot be read as an array .*: restore it"),
-        ("test_images", b"text", "test_images.npy cannot be read as an array"),
-        ("test_labels", None, "test_labels.npy cannot be read as an array"),
-        ("train_labels", np.zeros(20), r"train_labels.npy is float64 \[20\]: it must be integers \[20\], a label"),
-        ("train_labels", np.zeros((20, 1), int), r"int64 \[20, 1\]: it must be integers \[20\]"),
-        ("train_labels", np.zeros(19, int), r"int64 \[19\]: it must be integers \[20\]"),
-        ("train_labels", np.arange(20), "train_labels.npy has label 3 at index 3: there are 3 classes, from 0"),
-        ("train_labels", np.full(20, -1), "train_labels.npy has label -1 at index 0: there are 3 classes"),
-    ],
-)  # fmt: skip
-def test_wrong_arrays(name: str, content: np.ndarray | bytes | None, message: str, arrays: Path) -> None:
-    path = arrays / "DomainNet_Real_x224" / f"{name}.npy"
-    if isinstance(content, np.ndarray):
-        np.save(path, content)
-    elif content is not None:
-        path.write_bytes(content)
-    else:
-        path.unlink()
-    with raises(message):
-        layouts.read_npy(arrays, "DomainNet_Real", (), "val")
-
-
-def test_wrong_roots_of_npy(arrays: Path) -> None:
-    with raises("--data-root is needed with --data npy: the folder that holds classes.txt"):
-        layouts.read_npy(None, "sketch", (), "val")
-    with raises("--reference is needed with --data npy: one of DomainNet_Real, sketch"):
-        layouts.read_npy(arrays, "", (), "val")
-    with raises("sketch/train_images.npy cannot be read as an array"):
-        layouts.read_npy(arrays, "sketch", (), "val")
-    with raises(r"has no SPLIT/test_images.npy \(found: test_images.npy, test_labels.npy\): expected classes.txt"):
-        layouts.read_npy(arrays / "sketch", "sketch", (), "val")
-    store(arrays / "sketch_x32", "test", np.zeros((1, 4, 4, 3), np.uint8), [0])
-    with raises("/sketch and .*/sketch_x32 are both split 'sketch': move one elsewhere"):
-        layouts.read_npy(arrays, "DomainNet_Real", (), "val")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("classes.txt", None, r"has no classes.txt \(found: DomainNet_Real_x224, sketch\): expected classes.txt"),
-        ("classes.txt", "dog\n\ncat", "classes.txt is no list of class names: write one name a line, or a JSON list"),
-        ("classes.txt", "dog\ncat\ndog", "classes.txt has 'dog' twice: name each class once"),
-        ("classes.json", '{"dog": 0}', "classes.json is no list of class names"),
-        ("classes.json", "[0, 1]", "classes.json is no list of class names"),
-        ("classes.json", "[", "classes.json cannot be read .*: restore the file"),
-    ],
-)
-def test_wrong_class_names(name: str, content: str | None, message: str, arrays: Path) -> None:
-    (arrays / "classes.txt").unlink()
-    if content is not None:
-        (arrays / name).write_text(content)
-    with raises(message):
-        layouts.read_npy(arrays, "DomainNet_Real", (), "val")
-
-
 # ----------------------------------------------------------------------------------------------------------- any bytes
 
 
@@ -806,39 +565,3 @@ def test_any_bytes_in_a_list(name: str, examples: int, root: Path) -> None:
 @pytest.mark.parametrize("name", ["images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"])
 def test_any_bytes_in_cubs_files(name: str, examples: int, cub: Path) -> None:
     check_any_bytes(examples, cub / name, cub, lambda: layouts.read_cub(cub, "cub", (), "test"))
-
-
-@EXAMPLES
-@pytest.mark.parametrize(
-    "name", ["DomainNet_Real_x224/train_images.npy", "DomainNet_Real_x224/train_labels.npy", "classes.txt"]
-)
-def test_any_bytes_in_arrays(name: str, examples: int, arrays: Path) -> None:
-    path = arrays / name
-    start = path.read_bytes()[:256]  # of images, the header; numpy reads it with ast.literal_eval
-    rest = path.read_bytes()[256:]
-
-    def check(content: bytes) -> None:
-        path.unlink()  # an earlier example may still map it
-        path.write_bytes(content + rest)
-        images = read_unless_refused(lambda: layouts.read_npy(arrays, "DomainNet_Real", ("sketch",), "test"), arrays)
-        assert images is None or (images.train.labels.min() >= 0 and images.train.labels.max() < 3)
-
-    with_mutations(examples, start, check)
-
-
-TRUTH = {kaggle: ["LOC_val_solution.csv"], devkit: ["ILSVRC2012_validation_ground_truth.txt", "map_clsloc.txt"]}
-
-
-@EXAMPLES
-@pytest.mark.parametrize(("write", "name"), [(write, name) for write, names in TRUTH.items() for name in names])
-def test_any_bytes_in_a_ground_truth(write: Callable[[Path], None], name: str, examples: int, flat: Path) -> None:
-    base = flat / "imagenet"
-    write(base)
-    ids = {wnid: label for label, wnid in enumerate(WNIDS)}
-
-    def check(content: bytes) -> None:
-        (base / name).write_bytes(content)
-        split = read_unless_refused(lambda: layouts.read_flat_validation(base, flat, NAMES, ids), flat)
-        assert split is None or len(split) == 5
-
-    with_mutations(examples, (base / name).read_bytes(), check)

@@ -47,7 +47,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 import clip
-from support import download, weights
+from support import archives, download, weights
 
 
 def assert_same(actual: clip.CLIP, expected: clip.CLIP) -> None:
@@ -64,7 +64,7 @@ def assert_same(actual: clip.CLIP, expected: clip.CLIP) -> None:
 
 def read(path: Path) -> clip.CLIP:
     """What `load` does with an archive, without the tokenizer."""
-    state = weights.read_torch_archive(path)
+    state = archives.read_torch_archive(path)
     return clip.from_state_dict(state, weights.openai_config(state, str(path)), "openai", str(path))
 
 
@@ -84,7 +84,7 @@ def test_attributes_of_a_state_dict(tmp_path: Path) -> None:
     array = np.arange(3, dtype=np.float32)
     tree = Build(Call(Global("collections OrderedDict"), ()), {"_metadata": {"": {"version": 1}}})
     path = write(tmp_path / "clip.pt", entries({"a": described("0", array), "b": tree}, {"0": array.tobytes()}))
-    tensors = weights.read_torch_archive(path)
+    tensors = archives.read_torch_archive(path)
     assert list(tensors) == ["a"]
     np.testing.assert_array_equal(tensors["a"], array)
 
@@ -119,7 +119,7 @@ def test_strides_and_offsets(tmp_path: Path) -> None:
         "half": numbers,
         "double": numbers,
     }
-    tensors = weights.read_torch_archive(path)
+    tensors = archives.read_torch_archive(path)
     assert tensors.keys() == expected.keys()
     for name, array in tensors.items():
         assert array.shape == expected[name].shape
@@ -405,7 +405,7 @@ FLOATS = Stored("0", "FloatStorage", 6)
 )
 def test_malformed_tensor(tensor: tuple[str, Any], tmp_path: Path) -> None:
     path = write_tree(tmp_path, {"a": tensor[1]})
-    refused(lambda: weights.read_torch_archive(path), path, "clip.pt are")
+    refused(lambda: archives.read_torch_archive(path), path, "clip.pt are")
 
 
 @pytest.mark.parametrize("opcode", [pickle.LONG_BINPUT + b"\xff\xff\xff\x7f", pickle.PUT + b"99999999999\n"])
@@ -572,7 +572,7 @@ def test_missing_shard_is_named(folder: Path) -> None:
 def test_missing_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
     path = write(tmp_path / "clip.pt", archive(openai_state()))
-    refused(lambda: weights.load(str(path)), clip.VOCABULARY_FILE, tmp_path, tmp_path / "cache")
+    refused(lambda: weights.load(str(path)), download.VOCABULARY_FILE, tmp_path, tmp_path / "cache")
 
 
 def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -621,7 +621,7 @@ def test_any_bytes_in_a_pickle(examples: int, tmp_path: Path) -> None:
 def test_any_bytes_in_a_zip(examples: int, tmp_path: Path) -> None:
     """Checksums stand guard over the contents: what is read is what was written."""
     path = write(tmp_path / "clip.pt", packed())
-    original, intact = weights.read_torch_archive(path), path.read_bytes()
+    original, intact = archives.read_torch_archive(path), path.read_bytes()
     with zipfile.ZipFile(path) as file:
         places = [*range(file.start_dir, len(intact))]
         for entry in file.infolist():
@@ -629,7 +629,7 @@ def test_any_bytes_in_a_zip(examples: int, tmp_path: Path) -> None:
 
     def check(content: bytes) -> None:
         path.write_bytes(content)
-        tensors = read_unless_refused(lambda: weights.read_torch_archive(path), path)
+        tensors = read_unless_refused(lambda: archives.read_torch_archive(path), path)
         if tensors is not None:
             assert list(tensors) == list(original)
             assert all(array.tobytes() == original[name].tobytes() for name, array in tensors.items())
@@ -645,7 +645,7 @@ def test_any_bytes_in_safetensors(examples: int, saved: Path) -> None:
     def check(content: bytes) -> None:
         path.write_bytes(content)
         read_unless_refused(
-            lambda: clip.from_state_dict(weights.read_safetensors(path), CONFIG, "hugging_face", str(path)), path
+            lambda: clip.from_state_dict(archives.read_safetensors(path), CONFIG, "hugging_face", str(path)), path
         )
 
     with_mutations(examples, content, check, range(8 + int.from_bytes(content[:8], "little")))
@@ -668,7 +668,7 @@ def test_any_bytes_in_a_tokenizer(name: str, examples: int, tmp_path: Path) -> N
 
     def check(content: bytes) -> None:
         path.write_bytes(content)
-        read_unless_refused(lambda: encodes(clip.hugging_face_tokenizer(tmp_path)), tmp_path)
+        read_unless_refused(lambda: encodes(weights.hugging_face_tokenizer(tmp_path)), tmp_path)
 
     with_mutations(examples, path.read_bytes(), check)
 
@@ -677,12 +677,12 @@ def test_any_bytes_in_a_tokenizer(name: str, examples: int, tmp_path: Path) -> N
 def test_any_bytes_in_openais_vocabulary(examples: int, tmp_path: Path) -> None:
     """In the compressed file, whose checksum tells, and in a tenth as many texts that are compressed afterwards."""
     vocabulary_file(tmp_path)
-    path = tmp_path / clip.VOCABULARY_FILE
+    path = tmp_path / download.VOCABULARY_FILE
     compressed = path.read_bytes()
 
     def check(content: bytes) -> None:
         path.write_bytes(content)
-        tokenizer = read_unless_refused(lambda: clip.openai_tokenizer(path), path)
+        tokenizer = read_unless_refused(lambda: weights.openai_tokenizer(path), path)
         assert tokenizer is None or tokenizer.get_vocab_size() == 49408
 
     with_mutations(examples, compressed, check)
