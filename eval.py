@@ -1,13 +1,13 @@
 """Evaluation: metrics, the one evaluation loop, and the commands on finished runs: tables, figures, post-hoc methods.
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py table runs` prints the table of finished runs.
-
 In files, accuracy and ECE are fractions and NLL is in nats. Tables show percent and nats.
 """
 
 import sys
 
 from support import tables
+from support.tables import Runs
 
 if __name__ == "__main__" and sys.argv[1:2] in (["table"], ["costs"]):
     sys.exit(tables.main())  # they read files alone, and start at once without JAX
@@ -31,7 +31,7 @@ import clip
 import data
 import lipsum
 from support import files, opening
-from support.errors import InputError, read_json
+from support.errors import InputError, check_positive, read_json
 from support.opening import FinishedRun, Setup
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -43,7 +43,7 @@ def negative_log_likelihood(label_log_probability: Float[np.ndarray, " images"])
 
 
 class Reliability(NamedTuple):
-    """Confidence bins of equal width, open below and closed above: images, correct ones, summed confidence."""
+    """Images, correct ones and summed confidence per bin of confidence. Bins are open below and closed above."""
 
     count: Float[np.ndarray, " bins"]
     correct: Float[np.ndarray, " bins"]
@@ -73,7 +73,7 @@ def harmonic_mean(seen: float, unseen: float) -> float:
 
 
 class Predictions(NamedTuple):
-    """The outcome per image of one pass over a split, in the split's order."""
+    """Outcome per image of one pass over a split, in the split's order."""
 
     features: Float[np.ndarray, "images dim"]  # unit norm; the first member's
     label_log_probability: Float[np.ndarray, " images"]  # nats
@@ -81,16 +81,17 @@ class Predictions(NamedTuple):
     correct: Bool[np.ndarray, " images"]
 
 
+Members = tuple[lipsum.Classifier, ...]
+Compared = Bool[np.ndarray | Array, " classes"] | None
+
+
 @jax.jit
 def log_probabilities(
-    members: tuple[lipsum.Classifier, ...],
-    tau: Float[Array, ""],
-    images: Array,
-    compared: Bool[np.ndarray | Array, " classes"] | None = None,
+    members: Members, tau: Float[Array, ""], images: Array, compared: Compared = None
 ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch dim"]]:
-    """Of every class, in nats, and the first member's features. Several members: the mean of their probabilities.
+    """Returns `log p(y | x)` of every class, in nats, and the first member's features.
 
-    Classes that are not `compared` have probability 0.
+    Probabilities of several members are averaged. Classes that are not `compared` have probability 0.
     """
     features = [clip.image_features(member.vision, images) for member in members]
     logits = [lipsum.logits(x, member.head, tau) for x, member in zip(features, members, strict=True)]
@@ -101,12 +102,7 @@ def log_probabilities(
 
 
 @jax.jit
-def outcomes(
-    members: tuple[lipsum.Classifier, ...],
-    tau: Float[Array, ""],
-    compared: Bool[np.ndarray | Array, " classes"] | None,
-    batch: dict[str, Array],
-) -> tuple[Array, ...]:
+def outcomes(members: Members, tau: Float[Array, ""], compared: Compared, batch: dict[str, Array]) -> tuple[Array, ...]:
     """The `Predictions` of a batch."""
     per_class, features = log_probabilities(members, tau, batch["image"], compared)
     per_label = jnp.take_along_axis(per_class, batch["label"][:, None], axis=1)[:, 0]
@@ -121,7 +117,7 @@ def per_image(
     workers: int,
     mesh: Mesh,
 ) -> list[np.ndarray]:
-    """What `outputs` makes of a split's batches, preprocessed as for evaluation, for every image in order."""
+    """The outputs of a function of batches for every image of a split, in order: the one evaluation loop."""
     batches = tqdm(
         data.evaluation_batches(split, resolution, batch_size, workers, data.own_part()), f"evaluating {split.name}",
         -(-len(split) // batch_size), unit="batch", leave=False, disable=not data.writes_files(),
@@ -138,7 +134,7 @@ def predict(
     members: Sequence[lipsum.Classifier], tau: Float[Array, ""], split: data.Split, batch_size: int, workers: int,
     mesh: Mesh,
 ) -> Predictions:  # fmt: skip
-    """One pass of a classifier, or of an ensemble of several, over a split."""
+    """One pass of a classifier, or of an ensemble of several members, over a split."""
     outputs = partial(outcomes, tuple(members), tau, split.compared)
     return Predictions(*per_image(outputs, split, members[0].vision.image_size, batch_size, workers, mesh))
 
@@ -194,10 +190,8 @@ class Evaluator:
 
     def results(self, members: Sequence[lipsum.Classifier]) -> dict[str, dict[str, Any]]:
         """The content of results.json per reported split."""
-        return {
-            name: self.split_results(name, self.predict(members, split), len(members) == 1)
-            for name, split in self.setup.data.reports.items()
-        }
+        found = {name: self.predict(members, split) for name, split in self.setup.data.reports.items()}
+        return {name: self.split_results(name, each, len(members) == 1) for name, each in found.items()}
 
     def split_results(self, name: str, predictions: Predictions, is_one_model: bool = True) -> dict[str, Any]:
         """Role and metrics of a split; energy gap and distortion of one model; if some classes are unseen, S, U, H."""
@@ -248,10 +242,8 @@ def write_post_hoc(
 Variant = tuple[dict[str, Any], Callable[[Setup, FinishedRun], lipsum.Classifier]]
 
 
-def write_variants(
-    runs: tables.Runs, variants: dict[str, Variant], overwrite: bool, select_on: str | None = None
-) -> None:
-    """Writes each variant, by its suffix, of each run, and prints the table of all."""
+def write_variants(runs: Runs, variants: dict[str, Variant], overwrite: bool, select_on: str | None = None) -> None:
+    """Writes the variants of each run, which `variants` contains by method suffix, and prints the table of all."""
     opened, setup = opening.open_runs(runs, select_on)
     evaluator = Evaluator(setup)
     results = [run.results for run in opened]
@@ -264,9 +256,7 @@ def write_variants(
     tables.print_accuracies(results)
 
 
-def wise_command(
-    runs: tables.Runs, alphas: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5), overwrite: bool = False
-) -> None:
+def wise_command(runs: Runs, alphas: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5), overwrite: bool = False) -> None:
     """WiSE (equation 17): weights between the zero-shot model's and each run's, a result per alpha.
 
     Args:
@@ -274,17 +264,15 @@ def wise_command(
         alphas: Shares of the fine-tuned weights, from 0 to 1.
         overwrite: Replace earlier results.
     """
+
+    def mixed(setup: Setup, run: FinishedRun, alpha: float) -> lipsum.Classifier:
+        return lipsum.wise(setup.zero_shot, run.classifier, alpha)
+
+    variants: dict[str, Variant] = {}
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise InputError(f"--alphas has {alpha}: give shares from 0 (zero-shot) to 1 (fine-tuned)")
-
-    variants: dict[str, Variant] = {
-        f"wise-{alpha:g}": (
-            {"alpha": alpha},
-            lambda setup, run, a=alpha: lipsum.wise(setup.zero_shot, run.classifier, a),
-        )
-        for alpha in alphas
-    }
+        variants[f"wise-{alpha:g}"] = {"alpha": alpha}, partial(mixed, alpha=alpha)
     write_variants(runs, variants, overwrite)
 
 
@@ -306,7 +294,7 @@ def tpgm(
 
 
 def tpgm_command(
-    runs: tables.Runs,
+    runs: Runs,
     penalty: tuple[float, ...] = (),
     norm: lipsum.Norm = "frobenius",
     steps: int = 200,
@@ -319,7 +307,7 @@ def tpgm_command(
     Args:
         runs: Folders of finished runs, such as runs/lipsum/seed-0.
         penalty: TPGM-C: mu, the weight of the radii's squares, a result each (the paper: 0.1 0.2 0.5 1 2 5).
-        norm: Of a tensor's distance: frobenius, or mars, the L1 norm row by row.
+        norm: Norm of a tensor's distance: frobenius, or mars, the L1 norm row by row.
         steps: Steps of Adam, rate 1e-2, on the radii.
         batch_size: Images per step.
         select_on: val or test, as in the paper. None: what the runs were selected on.
@@ -328,21 +316,17 @@ def tpgm_command(
     for value in penalty:
         if not 0 <= value < math.inf:
             raise InputError(f"--penalty has {value}: give numbers, at least 0")
-    for name, value in (("steps", steps), ("batch-size", batch_size)):
-        if value < 1:
-            raise InputError(f"--{name} is {value}: give at least 1")
+    check_positive(steps=steps, batch_size=batch_size)
     data.device_mesh(batch_size)
     variants: dict[str, Variant] = {}
     for value in penalty or (0.0,):
         suffix = (f"tpgm-c-{value:g}" if penalty else "tpgm") + ("-mars" if norm == "mars" else "")
         how = {"norm": norm, "penalty": value, "steps": steps, "batch_size": batch_size}
-        variants[suffix] = how, partial(tpgm, norm=norm, penalty=value, steps=steps, batch_size=batch_size)
+        variants[suffix] = how, partial(tpgm, **how)
     write_variants(runs, variants, overwrite, select_on)
 
 
-def greedy_command(
-    runs: tables.Runs, kind: tyro.conf.Fixed[Literal["soup", "ensemble"]], overwrite: bool = False
-) -> None:
+def greedy_command(runs: Runs, kind: tyro.conf.Fixed[Literal["soup", "ensemble"]], overwrite: bool = False) -> None:
     """Greedy soup, the average of runs' weights, or greedy ensemble, the average of the probabilities of at most four.
 
     Args:
@@ -352,8 +336,7 @@ def greedy_command(
     """
     opened, setup = opening.open_runs(runs)
     evaluator = Evaluator(setup)
-    bases = ",".join(dict.fromkeys(run.results["method"] for run in opened))
-    method = f"{bases}+{kind}"
+    method = f"{','.join(dict.fromkeys(run.results['method'] for run in opened))}+{kind}"
     folder = opening.new_folder(opened, method, overwrite)
 
     def members_of(indices: Sequence[int]) -> list[lipsum.Classifier]:
@@ -377,7 +360,7 @@ def greedy_command(
 # ------------------------------------------------------------------------------------------------------------ analysis
 
 
-def figures_command(runs: tables.Runs, out: Path = Path("figures"), files_only: bool = False) -> None:
+def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = False) -> None:
     """Write the paper's figures for finished runs, as PNG and SVG.
 
     Args:
@@ -402,8 +385,8 @@ def figures_command(runs: tables.Runs, out: Path = Path("figures"), files_only: 
 
 def energy_vectors_of(runs: Sequence[FinishedRun], evaluator: Evaluator) -> tuple[Any, Any, np.ndarray]:
     """The content of figure 15, for the first 100 images of every split: features before and after, and C2."""
-    reports = evaluator.setup.data.reports
-    splits = {name: data.take(split, np.arange(min(100, len(split))), name) for name, split in reports.items()}
+    reports = evaluator.setup.data.reports.items()
+    splits = {name: data.take(split, np.arange(min(100, len(split))), name) for name, split in reports}
 
     def features_of(classifier: lipsum.Classifier) -> dict[str, Float[np.ndarray, "_ dim"]]:
         return {name: evaluator.predict([classifier], split).features for name, split in splits.items()}
@@ -413,7 +396,7 @@ def energy_vectors_of(runs: Sequence[FinishedRun], evaluator: Evaluator) -> tupl
 
 
 def energy_gap_command(
-    runs: tables.Runs, num_texts: int = 10_000, text_length: int = 8, seed: int = 0, brute_force: bool = False
+    runs: Runs, num_texts: int = 10_000, text_length: int = 8, seed: int = 0, brute_force: bool = False
 ) -> None:
     """Print the energy gap (equation 6) of runs over random texts of your choice, on every split.
 
@@ -421,15 +404,13 @@ def energy_gap_command(
         runs: Folders of finished runs, such as runs/lipsum/seed-0.
         num_texts: Random texts.
         text_length: Random tokens per text.
-        seed: Of the random texts; results.json has those of seed 0, 10,000 of 8 tokens.
-        brute_force: Also from every pair of image and text, beside the closed form d^T C2 d.
+        seed: Seed of the random texts. results.json has the gap over 10,000 texts of 8 tokens from seed 0.
+        brute_force: Also compute it from every pair of image and text, beside the closed form d^T C2 d.
     """
-    for name, value in (("num-texts", num_texts), ("text-length", text_length)):
-        if value < 1:
-            raise InputError(f"--{name} is {value}: give at least 1")
+    check_positive(num_texts=num_texts, text_length=text_length)
     opened, setup = opening.open_runs(runs)
-    evaluator = Evaluator(setup)
     opening.check_text_length(text_length, setup.model.config)
+    evaluator = Evaluator(setup)
     ids = lipsum.random_texts(setup.text, num_texts, text_length, jax.random.key(seed))
     texts = jax.jit(lipsum.features_of_many)(setup.text, ids)
     second_moment = texts.T @ texts / num_texts
@@ -445,7 +426,7 @@ def energy_gap_command(
             print(line)
 
 
-def predict_command(images: tables.Runs, model: Path, top: int = 5) -> None:
+def predict_command(images: Runs, model: Path, top: int = 5) -> None:
     """Print the most probable classes of image files.
 
     Args:
@@ -453,40 +434,37 @@ def predict_command(images: tables.Runs, model: Path, top: int = 5) -> None:
         model: The folder of a finished run, such as runs/lipsum/seed-0, or its best/ folder.
         top: How many classes to print.
     """
-    if top < 1:
-        raise InputError(f"--top is {top}: give at least 1")
+    check_positive(top=top)
     if not images:
         raise InputError("no image is given: give image files")
     best = model / "best" if (model / "best").is_dir() else model
-    folders = sorted(best.glob("member-*")) or [best]
+    folders = sorted(best.glob("member-*")) or [best]  # an ensemble has several
     members, models = zip(*map(opening.read_classifier, folders), strict=True)
     classes = read_json(folders[0] / "classes.json")
     listed = tuple(data.ListedFile(path) for path in images)
     split = data.Split("images", tuple(classes), listed, np.zeros(len(listed), np.int32))
     data.check_images([split], 1)
-    tau = jnp.exp(models[0].logit_scale)
     batch_size = data.evaluation_batch_size(64)
 
     def outputs(batch: dict[str, Array]) -> tuple[Array]:
-        return log_probabilities(members, tau, batch["image"])[:1]
+        return log_probabilities(members, jnp.exp(models[0].logit_scale), batch["image"])[:1]
 
-    mesh = data.device_mesh(batch_size)
-    (per_class,) = per_image(outputs, split, members[0].vision.image_size, batch_size, 1, mesh)
+    resolution = members[0].vision.image_size
+    (per_class,) = per_image(outputs, split, resolution, batch_size, 1, data.device_mesh(batch_size))
     for path, probabilities in zip(images, np.exp(per_class), strict=True):
         print(path)
         for index in np.argsort(-probabilities, kind="stable")[:top]:
             print(f"  {100 * probabilities[index]:5.1f} %  {classes[index]}")
 
 
-COMMANDS = {
-    "figures": figures_command,
-    "energy-gap": energy_gap_command,
-    "predict": predict_command,
-    "wise": wise_command,
-    "tpgm": tpgm_command,
-    "soup": partial(greedy_command, kind="soup"),
-    "ensemble": partial(greedy_command, kind="ensemble"),
-}
-
 if __name__ == "__main__":
-    sys.exit(tables.main(COMMANDS))
+    commands = {
+        "figures": figures_command,
+        "energy-gap": energy_gap_command,
+        "predict": predict_command,
+        "wise": wise_command,
+        "tpgm": tpgm_command,
+        "soup": partial(greedy_command, kind="soup"),
+        "ensemble": partial(greedy_command, kind="ensemble"),
+    }
+    sys.exit(tables.main(commands))

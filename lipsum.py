@@ -59,7 +59,7 @@ class Settings(eqx.Module):
 
 @dataclass(frozen=True)
 class Computation:
-    """How a step is computed: its result is the same but for rounding."""
+    """How a step is computed. Its result is the same up to rounding."""
 
     precision: str = "float32"
     """Type that the towers compute in. Weights, optimizer, LayerNorm, softmax and losses are float32."""
@@ -143,10 +143,7 @@ def energy_gap(images: Features, zero_shot_images: Features, texts: Float[Array,
 
 
 def expected_energy_gap(images: Features, zero_shot_images: Features, second_moment: Float[Array, "dim dim"]) -> Scalar:
-    """Equation 6 over all texts of `second_moment`: `d^T C2 d`, `d = F_theta(x) - F_theta0(x)`. Ours, not the paper's.
-
-    One matrix, `C2 = E_t[G_phi(t) G_phi(t)^T]`, stands for all texts.
-    """
+    """Equation 6 as `d^T C2 d`: `d = F_theta(x) - F_theta0(x)`, `C2 = E_t[G_phi(t) G_phi(t)^T]`. Not the paper's."""
     difference = images - zero_shot_images
     return jnp.mean(jnp.sum(difference @ second_moment * difference, axis=1))
 
@@ -169,10 +166,9 @@ def random_texts(text: clip.TextTower, num_texts: int, length: int, key: PRNGKey
 
 def draw_texts(frozen: Frozen, key: PRNGKeyArray) -> Int[Array, "texts tokens"]:
     """M texts for one step: random ones or, if the user gave texts, M different ones of those."""
-    settings = frozen.settings
     if frozen.guidance is None:
-        return random_texts(frozen.text, settings.num_texts, settings.text_length, key)
-    return jax.random.choice(key, frozen.guidance, (settings.num_texts,), replace=False)
+        return random_texts(frozen.text, frozen.settings.num_texts, frozen.settings.text_length, key)
+    return jax.random.choice(key, frozen.guidance, (frozen.settings.num_texts,), replace=False)
 
 
 def features_of_many(text: clip.TextTower, ids: Int[Array, "texts tokens"]) -> Float[Array, "texts dim"]:
@@ -192,8 +188,7 @@ def text_second_moment(
 
 # ------------------------------------------------------------------------ the methods' losses, section 4.2, appendix B
 #
-# The training loss is cross-entropy plus lambda times one of these. Each takes the features F_theta(x) and F_theta0(x)
-# of the same images.
+# The training loss is cross-entropy plus lambda times one of these. Features are F_theta(x), F_theta0(x) of a batch.
 
 
 def lipsum_loss(
@@ -209,10 +204,7 @@ def lipsum_loss(
 def lipsum_exact_loss(
     classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
 ) -> Scalar:
-    """Equation 7 in expectation over 10,000 texts: `tau^2 / 2 d^T C2 d`. Ours, not the paper's.
-
-    The step needs no text tower, and its loss has no variance from sampled texts.
-    """
+    """Equation 7 in expectation over 10,000 texts: `tau^2 / 2 d^T C2 d`, without a text tower. Not the paper's."""
     return frozen.tau**2 / 2 * expected_energy_gap(features, zero_shot_features, frozen.second_moment)
 
 
@@ -293,13 +285,13 @@ class Method(NamedTuple):
     start: Literal["zero-shot", "zeros", "probe"] = "zero-shot"  # the head at the start
     trained: bool = True  # False: the start is the result
     averaged: bool = False  # evaluated with averaged weights, equation 16
+    tempered: bool = False  # reads T of equation 20
     texts: Literal["", "drawn", "averaged"] = ""  # M random texts at every step, or C2
 
 
-# A method is a line. Lambda is the paper's for Lipsum-FT (1, in the authors' script), and 1 likewise for the ablations
-# that Tables 3 and 9 set beside it. For L2SP, KD, CAR-FT, and EMA's decay, the digits are lost in the paper's text:
-# these are ours, the strongest of a sweep that keep within two points of FT on the embedded benchmark's selection data
-# (docs/settings.md).
+# One line per method. Lambda is 1 for Lipsum-FT in the authors' script, and therefore for its ablations (Tables 3, 9).
+# The paper's text lacks the digits for L2SP, KD, CAR-FT and EMA's decay. Ours are the strongest of a sweep that keep
+# within two points of FT on the embedded benchmark's selection data (docs/settings.md).
 METHODS = {
     "ft": Method("FT"),
     "scratch-ft": Method("Scratch-FT", start="zeros"),
@@ -308,10 +300,10 @@ METHODS = {
     "ema": Method("EMA", averaged=True),
     "l2sp": Method("L2SP", l2sp_loss, weight=0.1),
     "kd": Method("KD", kd_loss, weight=1.0),
-    "car-ft": Method("CAR-FT", car_ft_loss, weight=3.0),
+    "car-ft": Method("CAR-FT", car_ft_loss, weight=3.0, tempered=True),
     "lipsum": Method("Lipsum-FT", lipsum_loss, weight=1.0, texts="drawn"),
     "lipsum-exact": Method("Lipsum-FT, exact", lipsum_exact_loss, weight=1.0, texts="averaged"),
-    "kld-random": Method("KLD, random", kld_random_loss, weight=1.0, texts="drawn"),
+    "kld-random": Method("KLD, random", kld_random_loss, weight=1.0, texts="drawn", tempered=True),
     "mse-fixed": Method("MSE, fixed", mse_fixed_loss, weight=1.0),
     "feat-kd": Method("FeatKD", feat_kd_loss, weight=1.0),
 }
@@ -347,8 +339,7 @@ def value_and_gradient(
 ) -> tuple[tuple[Scalar, Metrics], Classifier]:
     """The objective, its terms and its gradient: the means over the batch's `accumulate` parts.
 
-    All parts share their random texts, and every term is a mean over images or does not depend on them. So the means
-    are those of the whole batch.
+    They equal those of the whole batch: parts share their texts, and every term is a mean over images or ignores them.
     """
     per_part = jax.value_and_grad(partial(objective, loss), has_aux=True)
     parts = frozen.computation.accumulate
@@ -400,10 +391,9 @@ Step = Callable[[State, Frozen, Batch, PRNGKeyArray], tuple[State, Metrics]]
 
 @functools.cache
 def training_step(loss: MethodLoss | None, shardings: State | None = None) -> Step:
-    """The jitted step of a method: gradient, Adam, update. Donates its state.
+    """The jitted step of a method: gradient, Adam, update. Donates its state, and returns it with the given shardings.
 
     `key` is the run's. The step's own key is folded from it, so a resumed run draws what an unbroken one would.
-    `shardings` are those of the returned state; without them the compiler chooses.
     """
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
@@ -479,10 +469,9 @@ def soup(members: Sequence[Classifier]) -> Classifier:
 
 
 def greedy_members(accuracies: Sequence[float], accuracy_of: Callable[[list[int]], float], most: int) -> list[int]:
-    """The greedy choice of soups and ensembles (Wortsman et al. 2022a), as indices; at most `most` of them.
+    """Indices of the greedy soup or ensemble (Wortsman et al. 2022a), at most `most` of them.
 
-    Candidates come by falling selection accuracy, ties in the order given. A candidate stays if `accuracy_of` the
-    members with it is strictly higher.
+    Takes candidates by falling accuracy. One stays if it strictly raises `accuracy_of` the members so far.
     """
     first, *others = sorted(range(len(accuracies)), key=lambda index: -accuracies[index])
     members = [first]
@@ -505,10 +494,7 @@ def _tensor_axes(path: tuple, leaf: Array) -> tuple[int, ...]:
 
 
 def distances(zero_shot: Classifier, fine_tuned: Classifier, norm: Norm) -> Radii:
-    """`|theta_T - theta_0|` per parameter tensor: one number, or with `mars` the L1 norm per row.
-
-    A vector counts as one row. Reduced axes are kept with length 1.
-    """
+    """`|theta_T - theta_0|` per parameter tensor, or with `mars` the L1 norm per row. A vector counts as one row."""
 
     def distance(path: tuple, start: Array, end: Array) -> Array:
         axes = _tensor_axes(path, start)

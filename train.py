@@ -14,7 +14,6 @@ import shlex
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
@@ -28,15 +27,7 @@ from support import files, opening, options, tables
 from support.errors import InputError, exit_code, read_json
 from support.logs import Log, seconds_per_step
 from support.options import Command, Run
-from support.processes import (
-    Signals,
-    Stopped,
-    broadcast,
-    check_processes,
-    connect,
-    from_writer,
-    keep_freed_memory,
-)
+from support.processes import Signals, Stopped, broadcast, check_processes, connect, from_writer, keep_freed_memory
 
 # ------------------------------------------------------------------------------------------------------- runs on disk
 
@@ -55,15 +46,6 @@ def run_config(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def check_settings(path: Path, config: dict[str, Any], run: Run) -> None:
-    """Raises InputError naming the settings in which `run` differs from the one that `path` was made by."""
-    if changed := options.changed_options(config["settings"], run):
-        raise InputError(
-            f"{path} was made with other settings ({', '.join(changed)}): give the same ones, --overwrite or another "
-            "--out"
-        )
-
-
 def is_finished(run: Run) -> bool:
     return (run.folder / "results.json").exists()
 
@@ -79,7 +61,7 @@ def check_folders(command: Command, runs: list[Run]) -> None:
             raise InputError(f"{run.folder} holds a run: give --resume, --overwrite or another --out")
         if command.resume and is_finished(run):
             path = run.folder / "config.json"
-            check_settings(path, read_json(path), run)
+            options.check_unchanged(run, path, read_json(path))
 
 
 class Progress(TypedDict):
@@ -108,7 +90,7 @@ def restore(
         if checkpoint is None:
             return progress
         config = checkpoint.progress["config"]
-        check_settings(checkpoints.folder, config, run)
+        options.check_unchanged(run, checkpoints.folder, config)
         if config["classes"] != progress["config"]["classes"]:
             raise InputError(
                 f"{checkpoints.folder} was made with other classes: restore the data, or give another --out"

@@ -1,4 +1,4 @@
-"""Weights from files, by name: PyTorch's archives, read without torch and without executing anything, and safetensors.
+"""Reads weights by name from safetensors and PyTorch archives, without torch and without executing anything in a file.
 
 `python train.py --model ViT-B-32.pt` uses it.
 """
@@ -35,12 +35,12 @@ _STORAGES = {
 
 
 class _StandIn:
-    """Takes the place of a TorchScript class: holds what the archive sets on it and does nothing."""
+    """Replaces a TorchScript class: holds the attributes that the archive sets, and does nothing."""
 
 
 class _Tensor(NamedTuple):
-    """A tensor as the pickle describes it, not checked. Arrays are made once the pickle has been read: it could call
-    `__setstate__` of whatever it holds, and that of a NumPy dtype changes the dtype for the whole process."""
+    """A tensor as the pickle describes it, unchecked. Arrays are made after unpickling: a pickle can call
+    `__setstate__` of any object in it, and that of a NumPy dtype changes the dtype for the whole process."""
 
     storage: Any  # ("storage", type, key, device, length)
     offset: Any
@@ -49,7 +49,7 @@ class _Tensor(NamedTuple):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads descriptions of tensors and nothing else: any other global is refused by name, never called."""
+    """Reads only descriptions of tensors: it refuses any other global by name, and never calls it."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -60,10 +60,9 @@ class _Unpickler(pickle.Unpickler):
             return name
         if module.partition(".")[0] == "__torch__":
             return type(name, (_StandIn,), {})
-        wanted = f"{module}.{name}"
         raise InputError(
-            f"its data.pkl asks for {wanted!r}, which no weights need: do not trust this file; of a model of your own, "
-            "save the state_dict()"
+            f"its data.pkl asks for '{module}.{name}', which weights never need: do not trust this file; if the model "
+            "is your own, save its state_dict()"
         )
 
     def persistent_load(self, pid: Any) -> Any:
@@ -71,16 +70,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    """One entry, its checksum verified."""
-    entry = archive.getinfo(name)
-    if entry.compress_type != zipfile.ZIP_STORED:
+    """Returns the content of one entry; `ZipFile.read` verifies its checksum."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise InputError(f"its entry {name!r} is compressed: save it again with torch.save")
-    return archive.read(entry)
+    return archive.read(name)
 
 
 def _unpickle(content: bytes) -> Any:
-    # The unpickler makes room for the highest memo index at once: four wrong bytes may cost 64 GB. Other lengths are
-    # checked against the content by genops itself.
+    # The unpickler allocates memory for the highest memo index at once: four wrong bytes can cost 64 GB. genops itself
+    # checks all other lengths against the content.
     highest = max((index for opcode, index, _ in pickletools.genops(content) if opcode.name.endswith("PUT")), default=0)
     if highest > len(content):
         raise InputError(f"its data.pkl has a memo of {highest} objects: download the file again")
@@ -88,22 +86,22 @@ def _unpickle(content: bytes) -> Any:
 
 
 def _to_array(tensor: _Tensor, data: Mapping[str, bytes]) -> np.ndarray:
-    """The array that `tensor` describes, a view of its storage in `data` and never of other memory."""
+    """Returns the described array: a view of its storage in `data`, never of other memory."""
     (kind, storage, key, _device, length), offset, size, stride = tensor
     if kind != "storage" or storage not in _STORAGES:
         raise InputError(f"its data.pkl refers to {tensor.storage!r}, which is no storage: download the file again")
     dtype = np.dtype(_STORAGES[storage])
     if length * dtype.itemsize > len(data[key]):
-        raise InputError(f"its storage {key!r} is shorter than {length} numbers: download the file again")
+        raise InputError(f"its storage {key!r} has fewer than {length} numbers: download the file again")
     last = offset + sum((axis - 1) * step for axis, step in zip(size, stride, strict=True))
     count = math.prod(size)
     if min((offset, *size, *stride)) < 0 or (count and last >= length) or count > length:
-        raise InputError(f"a tensor of shape {size} reaches outside its storage: download the file again")
+        raise InputError(f"a tensor of shape {size} exceeds its storage: download the file again")
     return np.ndarray(size, dtype, data[key], offset * dtype.itemsize, [step * dtype.itemsize for step in stride])
 
 
 def _tensors(value: Any, prefix: str = "") -> dict[str, _Tensor]:
-    """Every tensor under a module stand-in or a state dict, by its dotted name."""
+    """Returns the tensors in a state dict or in the stand-in of a module, by dotted name."""
     if isinstance(value, _Tensor):
         return {prefix: value}
     children = vars(value) if isinstance(value, _StandIn) else value if isinstance(value, dict) else {}
@@ -114,37 +112,30 @@ def _tensors(value: Any, prefix: str = "") -> dict[str, _Tensor]:
 
 
 def read_torch_archive(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch or TorchScript archive by name, read without torch and without executing anything in it.
-
-    Raises InputError, naming the file, for whatever is not such an archive.
-    """
+    """Returns the tensors of a PyTorch or TorchScript archive by name. Raises InputError if the file is not one."""
     try:
         with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
-            if not pickles:
+            pickles = (name for name in archive.namelist() if f"/{name}".endswith("/data.pkl"))
+            if not (name := min(pickles, key=len, default="")):
                 raise InputError("it is a zip file without a data.pkl: give one that PyTorch saved")
-            name = min(pickles, key=len)
             tensors = _tensors(_unpickle(_read_entry(archive, name)))
             folder = f"{name.removesuffix('data.pkl')}data"
             data = {key: _read_entry(archive, f"{folder}/{key}") for key in {t.storage[2] for t in tensors.values()}}
         return {name: _to_array(tensor, data) for name, tensor in tensors.items()}
     except FileNotFoundError as error:
-        raise InputError(
-            f"weights {path} do not exist: give a .pt file, a Hugging Face folder or one of {', '.join(PRESETS)}"
-        ) from error
+        advice = f"give a .pt file, a Hugging Face folder or one of {', '.join(PRESETS)}"
+        raise InputError(f"weights {path} do not exist: {advice}") from error
     except InputError as error:
         raise InputError(f"weights {path} are refused: {error}") from error
     except zipfile.BadZipFile as error:
-        raise InputError(
-            f"weights {path} are not a whole zip archive ({error}): download the file again, or, if it was saved by an "
-            "old PyTorch, save it again with torch.save"
-        ) from error
+        advice = "download them again, or, if an old PyTorch saved them, save them again with torch.save"
+        raise InputError(f"weights {path} are not a complete zip archive ({error}): {advice}") from error
     except Exception as error:  # a malformed pickle may raise anything
         raise InputError(f"weights {path} are damaged ({error!r}): download them again") from error
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of one safetensors file. Raises InputError, naming the file, where it cannot be read."""
+    """Returns all tensors of a safetensors file by name. Raises InputError if the file cannot be read."""
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -1,7 +1,7 @@
-"""OpenAI's published files, downloaded once into the cache: weights, vocabulary, and the prompts for ImageNet.
+"""Downloads OpenAI's published files into the cache, once: weights, vocabulary, and the prompts for ImageNet.
 
-Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model ViT-B/16` uses it. Offline, a
-cache that holds the files is enough: the errors say which file goes where.
+Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model ViT-B/16` uses it. It works
+offline if the cache contains the files; otherwise, the error says which file belongs where.
 """
 
 import ast
@@ -20,33 +20,30 @@ from support.files import cache_folder, locked
 
 
 class Published(NamedTuple):
-    """Where a file is published and the SHA-256 of its content."""
+    """The address of a published file and the SHA-256 of its content."""
 
     address: str
     sha256: str
 
 
-def _weights(file: str, sha256: str) -> Published:
-    return Published(f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}", sha256)
-
-
-def _repository(path: str, sha256: str) -> Published:
-    return Published(f"https://raw.githubusercontent.com/openai/CLIP/main/{path}", sha256)
-
-
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 NOTEBOOK = "Prompt_Engineering_for_ImageNet.ipynb"
+_WEIGHTS = {
+    "ViT-B-32.pt": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B-16.pt": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L-14.pt": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L-14-336px.pt": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
+_REPOSITORY = {
+    f"clip/{VOCABULARY_FILE}": "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+    f"notebooks/{NOTEBOOK}": "1788d6598fedcea5ba835dbab218ba2e3c2384871d334ae773ccae53f265eade",
+}
 FILES = {
-    "ViT-B-32.pt": _weights("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-    "ViT-B-16.pt": _weights("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
-    "ViT-L-14.pt": _weights("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    "ViT-L-14-336px.pt": _weights(
-        "ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"
-    ),
-    VOCABULARY_FILE: _repository(
-        f"clip/{VOCABULARY_FILE}", "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-    ),
-    NOTEBOOK: _repository(f"notebooks/{NOTEBOOK}", "1788d6598fedcea5ba835dbab218ba2e3c2384871d334ae773ccae53f265eade"),
+    name: Published(f"https://openaipublic.azureedge.net/clip/models/{sha256}/{name}", sha256)
+    for name, sha256 in _WEIGHTS.items()
+} | {
+    os.path.basename(path): Published(f"https://raw.githubusercontent.com/openai/CLIP/main/{path}", sha256)
+    for path, sha256 in _REPOSITORY.items()
 }
 
 TIMEOUT = 20.0  # seconds without a byte
@@ -55,15 +52,15 @@ CHUNK = 2**20  # bytes
 
 
 def published(name: str) -> Path:
-    """The file of `FILES` in the cache, downloaded if it is not there. Raises InputError as `fetch` does."""
+    """Returns the path of a file of `FILES` in the cache; downloads it if it is missing, like `fetch`."""
     return fetch(*FILES[name], cache_folder() / name)
 
 
 def fetch(address: str, sha256: str, path: Path) -> Path:
-    """`path`, downloaded from `address` if it is not there; what earlier calls left of a download is continued.
+    """Returns `path`; downloads it from `address` if it is missing, resuming an interrupted download.
 
-    Several processes may ask for the same file: one downloads it. Raises InputError where the file can neither be had
-    nor kept, or has another SHA-256.
+    If several processes ask for the same file, one downloads it. Raises InputError if the file cannot be downloaded
+    or stored, or has another SHA-256.
     """
     try:
         if not path.exists():
@@ -71,13 +68,10 @@ def fetch(address: str, sha256: str, path: Path) -> Path:
             with locked(path, waiting=f"download: waiting for another process that downloads {path}"):
                 if not path.exists():
                     _download(address, sha256, path)
-        # Always, though `_download` has done it: the file may be one that the user put there, or older than a fault of
-        # the disk. It takes a second or less for each gigabyte; a record that it was done would have to be kept right.
+        # Always checked, at a second per gigabyte: the user may have put the file there, or the disk damaged it.
         found = _sha256(path)
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be used ({error}): set LIPSUM_CACHE to a folder that can be written"
-        ) from error
+        raise InputError(f"{path} cannot be used ({error}): set LIPSUM_CACHE to a writable folder") from error
     if found != sha256:
         raise InputError(
             f"{path} is not the published file (sha256 {found}, not {sha256}): move it away, and the next run will "
@@ -92,37 +86,33 @@ def _sha256(path: Path) -> str:
 
 
 def _download(address: str, sha256: str, path: Path) -> None:
-    """Fills `path.part`, and renames it when it is whole on disk and has the right hash."""
+    """Writes `path.part`, and renames it to `path` when it is complete on disk and has the right hash."""
     part = path.with_name(f"{path.name}.part")
-    put = f"download it elsewhere and put it at {path}"
+    advice = f"download it elsewhere and put it at {path}"
     try:
         with open(part, "ab") as file:
-            whole = any(_receive(address, file, path.name) for _ in range(ATTEMPTS))
+            complete = any(_receive(address, file, path.name) for _ in range(ATTEMPTS))
             file.flush()
             os.fsync(file.fileno())
+        problem = "" if complete else f"{address} broke off {ATTEMPTS} times"
     except urllib.error.URLError as error:
-        reason = error if isinstance(error, urllib.error.HTTPError) else error.reason
-        raise InputError(f"cannot download {address} ({reason}): {_kept(part)}{put}") from error
-    if not whole:
-        raise InputError(f"{address} broke off {ATTEMPTS} times: {_kept(part)}{put}")
+        problem = f"cannot download {address} ({error if isinstance(error, urllib.error.HTTPError) else error.reason})"
+    if problem:
+        if size := part.stat().st_size:
+            advice = f"{size:,} bytes are kept in {part}, run again to continue, or {advice}"
+        else:
+            part.unlink()
+        raise InputError(f"{problem}: {advice}")
     if (found := _sha256(part)) != sha256:
         part.unlink()
-        raise InputError(f"{address} gave sha256 {found}, not {sha256}: it was removed; run again, or {put}")
+        raise InputError(f"{address} gave sha256 {found}, not {sha256}: it was removed; run again, or {advice}")
     os.replace(part, path)
 
 
-def _kept(part: Path) -> str:
-    """What a message says of an unfinished download. An empty one is removed."""
-    if size := part.stat().st_size:
-        return f"{size:,} bytes are kept in {part}, run again to continue, or "
-    part.unlink()
-    return ""
-
-
 def _receive(address: str, file: BinaryIO, name: str) -> bool:
-    """Appends what `file` lacks; False where the connection broke off before the end.
+    """Appends the missing bytes to `file`. Returns False if the connection breaks off before the end.
 
-    Raises URLError where nobody answers or the answer is an error.
+    Raises URLError if no server answers or the server answers with an error.
     """
     size = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(address, headers={"Range": f"bytes={size}-"} if size else {})
@@ -130,7 +120,7 @@ def _receive(address: str, file: BinaryIO, name: str) -> bool:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416 and size:  # nothing comes after `size` bytes: the hash tells whether they are the file
+        if error.code == 416 and size:  # no bytes follow: the part is complete, if it has the right hash
             return True
         raise
     except urllib.error.URLError:
@@ -138,14 +128,14 @@ def _receive(address: str, file: BinaryIO, name: str) -> bool:
     except (OSError, HTTPException):
         return False
     with response:
-        if response.status != 206:  # the server does not continue files: it sends this one from its first byte
+        if response.status != 206:  # the server ignores ranges and sends the file from its first byte
             size = 0
             file.truncate(0)
         total = None if response.length is None else size + response.length
         with tqdm(desc=name, total=total, initial=size, unit="B", unit_scale=True) as bar:
             while True:
                 try:
-                    chunk = response.read1(CHUNK)  # unlike `read`, it loses nothing of what came before a fault
+                    chunk = response.read1(CHUNK)  # unlike `read`, it keeps all bytes that arrive before a fault
                 except (OSError, HTTPException):
                     return False
                 if not chunk:
@@ -155,26 +145,15 @@ def _receive(address: str, file: BinaryIO, name: str) -> bool:
                 bar.update(len(chunk))
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
-
-
 def openai_prompts() -> tuple[list[str], list[str]]:
-    """OpenAI's 1,000 names of ImageNet's classes, in the order of the labels, and 80 prompts with `{}` for the class.
+    """Returns OpenAI's 1,000 names of ImageNet's classes, by label, and 80 prompts with `{}` for the class.
 
-    The published zero-shot protocol, from the notebook in the cache. Raises InputError where it can neither be had nor
-    read.
+    Reads what the cells of the notebook in the cache assign to `imagenet_classes` and `imagenet_templates`, and
+    executes nothing. Raises InputError if the notebook cannot be downloaded or does not contain these lists.
     """
     path = cache_folder() / NOTEBOOK
-    # The hash is checked of what is downloaded. One that lies there already may have been opened and saved, which
-    # rewrites its outputs; the lists are small enough to be checked themselves.
-    return read_notebook(path if path.exists() else published(NOTEBOOK))
-
-
-def read_notebook(path: Path) -> tuple[list[str], list[str]]:
-    """What the notebook's cells assign to `imagenet_classes` and `imagenet_templates`. None of it is executed.
-
-    Raises InputError where that is not 1,000 texts and 80 texts with `{}`.
-    """
+    if not path.exists():  # an existing notebook need not match the hash: opening and saving it rewrites its outputs
+        published(NOTEBOOK)
     found = {}
     try:
         for cell in read_json(path)["cells"]:
@@ -190,7 +169,7 @@ def read_notebook(path: Path) -> tuple[list[str], list[str]]:
         if [len(classes), len(templates)] != [1000, 80]:
             raise ValueError(f"{len(classes)} classes and {len(templates)} templates")
         if not all(isinstance(text, str) for text in [*classes, *templates]) or not all("{}" in t for t in templates):
-            raise ValueError("an entry is no text, or a template has no {}")
+            raise ValueError("an entry is not a text, or a template has no {}")
     except Exception as error:  # a malformed notebook may raise anything
         raise InputError(
             f"{path} does not assign 1,000 imagenet_classes and 80 imagenet_templates ({error!r}): put "

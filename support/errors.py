@@ -12,9 +12,9 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Wrong input: one line that says what is wrong, where, and what to do. `train.py` ends with it and exit code 2.
+    """Bad input: one line that says what is wrong, where, and what to do. Commands print it and end with code 2.
 
-    What it quotes of a file may hold line ends and other controls: they are written as escapes.
+    Line ends and other controls in quoted content are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -22,7 +22,7 @@ class InputError(ValueError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """An error for a name that is none of `known`, with the nearest ones."""
+    """The error for a name that is not among `known`. It suggests the nearest ones."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -30,9 +30,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
 
 
 def read_text(path: Path, name: str = "", advice: str = "restore it as UTF-8 text") -> str:
-    """The content of a UTF-8 text, without a byte-order mark.
+    """The content of a UTF-8 text, without a byte-order mark. Raises InputError if it cannot be read.
 
-    Raises InputError, which calls the file `name`, if it cannot be read.
+    `name` is how the message calls the file.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -54,8 +54,15 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} cannot be read ({error}): restore the file") from error
 
 
+def check_positive(**options: int) -> None:
+    """Raises InputError for an option that is below 1."""
+    for name, value in options.items():
+        if value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}: give at least 1")
+
+
 def exit_code(command: Callable[[], None]) -> int:
-    """Runs a command: 0, or 2 after one line on stderr where the user's input is wrong. Faults of ours raise (1)."""
+    """Runs a command. Returns 0, or 2 after one line on stderr if its input is bad. Faults of ours raise (1)."""
     try:
         command()
     except InputError as error:

@@ -1,9 +1,9 @@
-"""The files that runs leave: each is whole on the disk at any moment, as it was or as it is to be.
+"""Files that runs write: each is whole on the disk at any moment, in its old or its new version. And checkpoints.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` writes by it, and `--resume` reads.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` writes them, and `--resume` reads them.
 
-A checkpoint is a safetensors file, `step-N.safetensors`: every array of the state under its name, and in the metadata
-how far the run has come and the digest of it all.
+A checkpoint is a safetensors file, `step-N.safetensors`. It contains every array of the state by name; its metadata
+contains how far the run has come, and a digest of all.
 """
 
 import contextlib
@@ -31,16 +31,17 @@ from support.errors import InputError
 
 
 def cache_folder() -> Path:
-    """Where downloaded files live: `LIPSUM_CACHE`, else `lipsum` under the user's cache folder."""
+    """The folder of downloaded files: `LIPSUM_CACHE`, else `lipsum` in the user's cache folder."""
     if folder := os.environ.get("LIPSUM_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lipsum"
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """A file, or a folder of files, that `write` makes beside its place, goes down to the disk and is renamed onto it.
+    """Replaces a file, or a folder of files, by what `write` makes at the path that it is given.
 
-    Raises InputError where the disk takes no more; what was there stays.
+    The new version is synced to the disk before it is renamed. Raises InputError if the disk refuses it; the old one
+    then stays.
     """
     new = path.with_name(f"{path.name}.new")
     with reported(path):
@@ -50,7 +51,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             for made in [*sorted(new.iterdir()), new] if new.is_dir() else [new]:
                 _sync(made)
             if path.is_dir():
-                shutil.rmtree(path)  # no folder is renamed onto a full one
+                shutil.rmtree(path)  # a folder cannot be renamed onto a full one
             os.replace(new, path)
             _sync(path.parent)
         except (OSError, SafetensorError):
@@ -60,12 +61,12 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Raises InputError as `write_whole` does."""
+    """Replaces a JSON file. Raises InputError like `write_whole`."""
     write_whole(path, lambda new: new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def delete(path: Path) -> None:
-    """A file or a folder, where there is one."""
+    """Deletes a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -74,7 +75,7 @@ def delete(path: Path) -> None:
 
 @contextlib.contextmanager
 def reported(path: Path) -> Iterator[None]:
-    """Raises InputError, naming the path, where the disk refuses what the block writes."""
+    """Raises InputError, which names the path, if the disk refuses what the block writes."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -85,7 +86,7 @@ def reported(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Down to the disk: without it, a power cut may leave an empty file under a new name."""
+    """Flushes to the disk. Otherwise a power cut may leave an empty file under a new name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,10 +96,10 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: str = "") -> Iterator[None]:
-    """Keeps other processes from a file or folder until the block, or this process, ends. Leaves no lock behind.
+    """Locks a file or folder against other processes until the block, or this process, ends. Leaves no lock behind.
 
-    If another process has the lock, prints `waiting` and waits. Without that text, raises InputError. Raises it also if
-    nothing can be written there.
+    If another process holds the lock, prints `waiting` and waits. Without that text, raises InputError. Raises it also
+    if nothing can be written there.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     made = [parent for parent in path.parents if not parent.exists()]
@@ -115,7 +116,7 @@ def locked(path: Path, waiting: str = "") -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # a folder that is not empty stays
+        with contextlib.suppress(OSError):  # folders that are no longer empty stay
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
             for parent in made:
@@ -128,18 +129,17 @@ _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
 class Checkpoint(NamedTuple):
-    """How far a run has come, as JSON has it, and its arrays by name."""
+    """How far a run has come, as JSON, and its arrays by name."""
 
     progress: dict[str, Any]
     arrays: dict[str, np.ndarray]
 
 
 class Checkpoints:
-    """A run's newest checkpoint and the one before, written by a thread of its own while training goes on.
+    """A run's two newest checkpoints, written by a thread while training goes on.
 
-    With `writes` false, it reads alone.
-
-    Methods raise the InputError of a write that failed. Leaving the block waits for what is being written.
+    Methods raise the InputError of a write that failed. Leaving the block waits for the last write. Without `writes`,
+    `save` does nothing.
     """
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
@@ -158,20 +158,20 @@ class Checkpoints:
             self.wait()
 
     def newest(self) -> Checkpoint | None:
-        """The newest one that is whole; damaged ones are named on stderr. None where there is none at all.
+        """Returns the newest intact checkpoint, or None if there is none at all. Names damaged ones on stderr.
 
-        Raises InputError where all are damaged.
+        Raises InputError if all are damaged.
         """
-        paths = sorted((path for path in self.folder.glob("*") if _NAME.fullmatch(path.name)), key=_step, reverse=True)
-        for path in paths:
+        steps = {path: found for path in self.folder.glob("*") if (found := _NAME.fullmatch(path.name))}
+        for path in sorted(steps, key=lambda path: int(steps[path][1]), reverse=True):
             try:
-                found = read_checkpoint(path)
+                checkpoint = read_checkpoint(path)
             except Exception as error:  # a damaged file may raise anything
                 print(f"checkpoint {path} is damaged ({error}): looking for the one before", file=sys.stderr)
                 continue
             self._kept = [path]
-            return found
-        if paths:
+            return checkpoint
+        if steps:
             raise InputError(f"no checkpoint in {self.folder} is whole: give --overwrite to start anew")
         return None
 
@@ -182,12 +182,12 @@ class Checkpoints:
             self._writing = self._writer.submit(self._write, dict(progress), by_name(tree))
 
     def wait(self) -> None:
-        """Until everything is on the disk."""
+        """Waits until everything is on the disk."""
         if self._writing:
             self._writing.result()
 
     def check(self) -> None:
-        """Raises where a write has failed; waits for none."""
+        """Raises if a write has failed. Does not wait."""
         if self._writing and self._writing.done():
             self._writing.result()
 
@@ -205,17 +205,13 @@ class Checkpoints:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Raises whatever a damaged file causes: ValueError where its digest is not that of its content."""
+    """Reads one checkpoint. Raises whatever a damaged file causes, and ValueError if the digest differs."""
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()
     arrays = load_file(path)
     if metadata["sha256"] != _digest(metadata["progress"], arrays):
         raise ValueError("its content has changed since it was written")
     return Checkpoint(json.loads(metadata["progress"]), arrays)
-
-
-def _step(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name)[1])
 
 
 def _digest(text: str, arrays: dict[str, np.ndarray]) -> str:
@@ -227,17 +223,18 @@ def _digest(text: str, arrays: dict[str, np.ndarray]) -> str:
 
 
 def by_name(tree: Any) -> dict[str, np.ndarray]:
-    """The leaves of a tree of host arrays under their names, as they go into a file."""
+    """The leaves of a tree of host arrays by name."""
     return {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(tree).items()}
 
 
 def from_names(arrays: dict[str, np.ndarray], like: Any) -> Any:
-    """The tree whose leaves `by_name` named; `like` tells its form and the leaves' shapes.
+    """The tree that `by_name` flattened. `like` has its structure, and leaves of its shapes.
 
-    Raises InputError naming the arrays that are missing, or not of that shape.
+    Raises InputError that lists every array that is missing or has another shape.
     """
+    wrong: list[str] = []
 
-    def of_leaf(path: tuple, leaf: Any) -> np.ndarray | None:
+    def find(path: tuple, leaf: Any) -> np.ndarray | None:
         name = leaf_name(path)
         found = arrays.get(name)
         if found is None or found.shape != leaf.shape or found.dtype != leaf.dtype:
@@ -245,8 +242,7 @@ def from_names(arrays: dict[str, np.ndarray], like: Any) -> Any:
             wrong.append(f"{name} is {what} instead of {leaf.dtype} {leaf.shape}")
         return found
 
-    wrong: list[str] = []
-    tree = jax.tree_util.tree_map_with_path(of_leaf, like)
+    tree = jax.tree_util.tree_map_with_path(find, like)
     if wrong:
         raise InputError(f"the checkpoint is of another model ({'; '.join(wrong)}): give --overwrite to start anew")
     return tree

@@ -1,7 +1,4 @@
-"""What training shows and writes while it runs: the progress bar, metrics.jsonl, TensorBoard, a profile.
-
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` uses it.
-"""
+"""Progress of a training loop: its bar, metrics.jsonl, TensorBoard, a profile. `python train.py` uses it."""
 
 import contextlib
 import json
@@ -24,11 +21,9 @@ LOG_EVERY = 10  # steps
 
 
 class Log:
-    """Shows each step of a loop, writes some, and stops the loop if loss or gradient are not finite.
+    """Shows each step of a loop, writes some to `folder`, and raises InputError if loss or gradient are not finite.
 
-    Metrics are read a step late: waiting for the step just dispatched would leave the devices idle. `folder` receives
-    metrics.jsonl and, if wanted, tensorboard/ and profile/. Without a folder nothing is written; without `shown` there
-    is no progress bar either.
+    Metrics are read one step late: waiting for the step just dispatched would leave the devices idle.
     """
 
     def __init__(
@@ -57,7 +52,7 @@ class Log:
             self.board.close()
 
     def seconds(self) -> float:
-        """Since the loop began."""
+        """The time since the loop began."""
         return time.perf_counter() - self._began
 
     def start_clock(self, step: int) -> None:
@@ -66,7 +61,7 @@ class Log:
         self._timed_at = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, Array], written: bool = False) -> None:
-        """Takes the metrics of a step just dispatched. Raises like `settle`, about the step before."""
+        """Adds the metrics of a step just dispatched, and settles the step before."""
         self.settle()
         self._pending = step, metrics, written or step == 1 or step % LOG_EVERY == 0
         if self.profile and step - self.first == PROFILED[0] - 1:
@@ -91,7 +86,9 @@ class Log:
         if written or not finite:
             seconds = (time.perf_counter() - self._timed_at) / max(step - self._timed_step, 1)
             speed = {"images_per_second": self.batch_size / seconds, "seconds_per_step": seconds}
-            self._write(step, values | {name: round(value, 4) for name, value in speed.items()})
+            values |= {name: round(value, 4) for name, value in speed.items()}
+            self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s")
+            self._write(step, values)
             self.start_clock(step)
         if not finite:
             kept = f" and another --out; {self.folder} keeps what was saved before" if self.folder else ""
@@ -101,13 +98,11 @@ class Log:
             )
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s")
         if self.folder:
             path = self.folder / "metrics.jsonl"
-            with files.reported(path):
-                with open(path, "a", encoding="utf-8") as log:
-                    log.write(json.dumps({"step": step, **values}) + "\n")
-                self.show(step, values)
+            with files.reported(path), open(path, "a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": step, **values}) + "\n")
+            self.show(step, values)
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Writes values for TensorBoard, if it is wanted."""
@@ -118,7 +113,7 @@ class Log:
 
 
 def board(folder: Path, first: int) -> Any:
-    """A writer of TensorBoard's event files, which drops what an earlier one wrote of steps after `first`."""
+    """A writer of TensorBoard's event files. It drops earlier events of steps after `first`."""
     from tensorboardX import SummaryWriter  # needs the extra; everything else does without
 
     return SummaryWriter(str(folder), purge_step=first + 1)
@@ -135,7 +130,7 @@ def lines_up_to(path: Path, last: int) -> list[str]:
 
 
 def seconds_per_step(path: Path) -> float | None:
-    """The median over the lines of a metrics.jsonl, without the first, which waited for the compiler; None without."""
+    """The median over the lines of a metrics.jsonl, without the first ten steps, which waited for the compiler."""
     lines = [json.loads(line) for line in lines_up_to(path, sys.maxsize)]
     seconds = [line["seconds_per_step"] for line in lines if line["step"] > LOG_EVERY]
     return statistics.median(seconds) if seconds else None

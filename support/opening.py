@@ -1,4 +1,4 @@
-"""Opens what runs need, the model, the data and the prompts, and finished runs with what they were made from.
+"""Opens the model, the data and the prompts of a run, and finished runs.
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` and `python eval.py` use it.
 """
@@ -29,10 +29,9 @@ from support.options import Execution, Sources, flat, restored
 
 @dataclass(frozen=True, eq=False)
 class Setup:
-    """What every run on one reference shares: the zero-shot model, its heads, the data, the devices.
+    """What all runs on one reference share: the zero-shot model, its heads, the data, the devices.
 
-    `classes` are all that are reported. Training and selection have the classes `seen` (indices into `classes`), which
-    are all of them, except in generalised zero-shot.
+    Training and selection have the classes `seen`, indices into `classes`: all, except in generalised zero-shot.
     """
 
     sources: Sources
@@ -91,10 +90,7 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
 
 
 def read_templates(templates: str | None) -> list[str]:
-    """OpenAI's prompts, those of a file, the one prompt given, or minidomain's.
-
-    Raises InputError for one without `{}`.
-    """
+    """OpenAI's prompts, those of a file, the given prompt, or minidomain's. Raises InputError for one without `{}`."""
     if templates is None:
         return list(minidomain.TEMPLATES)
     if templates == "openai":
@@ -105,7 +101,7 @@ def read_templates(templates: str | None) -> list[str]:
     lines = read_lines(Path(templates), name, "give one of the three")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise InputError(f"--templates {templates} is empty: write one prompt a line")
+        raise InputError(f"--templates {templates} is empty: write one prompt per line")
     for prompt in prompts:
         if "{}" not in prompt:
             raise InputError(f"--templates {templates}: {prompt!r} has no {{}} for the class: add it")
@@ -114,21 +110,21 @@ def read_templates(templates: str | None) -> list[str]:
 
 @functools.cache
 def read_guidance(path: Path, setup: Setup) -> Int[np.ndarray, "pool tokens"]:
-    """The texts of a file, one a line, tokenized and cut to the longest.
+    """The texts of a file, one per line, tokenized and cut to the longest.
 
-    Raises InputError naming the line that is empty or too long.
+    Raises InputError naming a line that is empty or too long.
     """
     lines = read_lines(path, f"--guidance {path}", "give one text per line")
-    config = setup.model.config
+    rows = []
     for number, line in enumerate(lines, start=1):
         if not clip.clean_text(line):
             raise InputError(f"--guidance {path} line {number} is empty: write a text or delete the line")
         try:
-            clip.tokenize(setup.tokenizer, [line], config)
+            rows.append(clip.tokenize(setup.tokenizer, [line], setup.model.config))
         except InputError as error:
             raise InputError(f"--guidance {path} line {number}: {error}") from error
-    ids = clip.tokenize(setup.tokenizer, lines, config)
-    return ids[:, : 1 + np.max(np.argmax(ids == config.end_token, axis=1))]
+    ids = np.concatenate(rows)
+    return ids[:, : 1 + np.max(np.argmax(ids == setup.model.config.end_token, axis=1))]
 
 
 @functools.cache
@@ -139,16 +135,14 @@ def second_moment(setup: Setup, length: int, guidance: Path | None = None) -> Fl
 
 
 def check_texts(settings: lipsum.Settings, texts: str, setup: Setup) -> None:
-    """Raises InputError if a method of the given kind of `texts` cannot have them from this model or this file."""
+    """Raises InputError if the model or the guidance file has no such texts as `lipsum.Method.texts` asks for."""
     if texts and settings.guidance is None:
         check_text_length(settings.text_length, setup.model.config)
     elif texts:
         found = len(read_guidance(settings.guidance, setup))
         if texts == "drawn" and found < settings.num_texts:
-            raise InputError(
-                f"--guidance {settings.guidance} has {found} texts: give at least --num-texts {settings.num_texts} or "
-                "lower it"
-            )
+            wanted = f"give at least --num-texts {settings.num_texts} or lower it"
+            raise InputError(f"--guidance {settings.guidance} has {found} texts: {wanted}")
 
 
 def check_text_length(length: int, config: clip.Config) -> None:
@@ -161,10 +155,7 @@ def check_text_length(length: int, config: clip.Config) -> None:
 
 
 def seen_classes(classes: tuple[str, ...], unseen: tuple[str, ...]) -> Int[np.ndarray, " seen"]:
-    """Indices of the classes that are not `unseen`.
-
-    Raises InputError for an unknown class, or if fewer than two are left.
-    """
+    """Indices of the classes that are not `unseen`. Raises InputError for an unknown one, or if fewer than two stay."""
     known = {name.replace("_", " "): name for name in classes}
     for name in unseen:
         if name.replace("_", " ") not in known:
@@ -190,9 +181,9 @@ class FinishedRun:
     results: dict[str, Any]
     classifier: lipsum.Classifier
 
-    @cached_property
+    @property
     def sources(self) -> Sources:
-        """What it was made from."""
+        """The model and data that it was made from."""
         return restored(Sources, self.config["settings"])
 
 
@@ -219,7 +210,7 @@ def needs(folder: Path, names: Sequence[str]) -> None:
 
 
 def read_classifier(best: Path) -> tuple[lipsum.Classifier, clip.CLIP]:
-    """What `save_classifier` saved. Raises InputError if something is missing or damaged."""
+    """Reads what `save_classifier` wrote. Raises InputError if something is missing or damaged."""
     needs(best, ("head.safetensors", "classes.json"))
     model, _ = weights.load(str(best))
     try:
@@ -236,7 +227,7 @@ def read_classifier(best: Path) -> tuple[lipsum.Classifier, clip.CLIP]:
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """Raises InputError if the folder is no finished run with one classifier."""
+    """Reads a run. Raises InputError if the folder is no finished run with one classifier."""
     needs(folder, ("config.json", "results.json", "best/head.safetensors"))
     classifier, _ = read_classifier(folder / "best")
     results = tables.with_names(read_json(folder / "results.json"))
@@ -244,7 +235,7 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 def open_runs(folders: Sequence[Path], select_on: str | None = None) -> tuple[list[FinishedRun], Setup]:
-    """The runs, and the setup that they share. Raises InputError if they do not share one."""
+    """Reads runs, and opens the setup that they share. Raises InputError if they do not share one."""
     if not folders:
         raise InputError("no run is given: give the folders of finished runs, such as runs/lipsum/seed-0")
     runs = [read_run(folder) for folder in folders]
@@ -269,7 +260,7 @@ def open_runs(folders: Sequence[Path], select_on: str | None = None) -> tuple[li
 
 
 def new_folder(runs: Sequence[FinishedRun], method: str, overwrite: bool) -> Path:
-    """Beside the runs: OUT/METHOD/seed-SEED, with the first run's seed. Raises InputError if it is taken."""
+    """The folder OUT/METHOD/seed-SEED beside the runs, with the first run's seed. Raises InputError if it is taken."""
     first = runs[0].folder.resolve()
     folder = first.parents[1] / method / first.name
     if folder.exists() and not overwrite:

@@ -3,7 +3,7 @@
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --help` shows them.
 
 A run has `Sources` (what is read), `lipsum.Settings` (how to train) and `Execution` (how it is computed). The first two
-decide its numbers: `--resume` refuses a change to them. The third may change.
+determine its numbers: `--resume` refuses to change them. The third may change.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from support.errors import InputError, read_lines, unknown
 
 
 def shown(metavar: str, default: str) -> Any:
-    """Shows an option in --help with the given metavar and default."""
+    """How --help shows an option."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
@@ -72,7 +72,7 @@ class Sweep(lipsum.Settings):
 
 @dataclass(frozen=True)
 class Execution(lipsum.Computation):
-    """How it is executed. The numbers are the same but for rounding, and --resume may change these."""
+    """How it is executed. The results are the same up to rounding, and --resume may change these options."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that the towers compute in; auto: bfloat16 on TPU and GPU, else float32. All else is float32."""
@@ -90,7 +90,7 @@ class Execution(lipsum.Computation):
 
 @dataclass(frozen=True)
 class Cluster:
-    """Several processes that share one run. All get the same command but for --process."""
+    """Several processes that share one run. All get the same command except for --process."""
 
     coordinator: Annotated[str | None, shown("HOST:PORT", "none; TPU pods and Slurm are found without")] = None
     """Address at which process 0 listens."""
@@ -104,8 +104,8 @@ class Cluster:
 class Command:
     """Fine-tune a zero-shot CLIP on one domain and show what that does to the others.
 
-    Without --model and --data: the tiny CLIP and the benchmark that come with this project. Defaults depend on --data:
-    `--data imagenet --help` shows those of ImageNet. They are the paper's where it gives them.
+    Without --model and --data: the tiny CLIP and the benchmark that come with this project. Defaults depend on --data,
+    and are the paper's where it gives them: --data imagenet --help shows those of ImageNet.
     """
 
     method: tuple[str, ...] = ("lipsum",)
@@ -190,11 +190,15 @@ def restored(box: type, saved: dict[str, Any]) -> Any:
     return box(**{field.name: value(field.name) for field in dataclasses.fields(box) if field.name in saved})
 
 
-def changed_options(saved: dict[str, Any], run: Run) -> list[str]:
-    """What differs between the settings of a config.json and those of `run`, as messages show it."""
-    before = flat(restored(Sources, saved), restored(lipsum.Settings, saved))
+def check_unchanged(run: Run, path: Path, config: dict[str, Any]) -> None:
+    """Raises InputError if the settings of a config.json, by which `path` was made, are not those of `run`."""
+    before = flat(restored(Sources, config["settings"]), restored(lipsum.Settings, config["settings"]))
     now = flat(run.sources, run.settings)
-    return [f"{flag(name)} {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]
+    if changed := [f"{flag(name)} {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]:
+        other = ", ".join(changed)
+        raise InputError(
+            f"{path} was made with other settings ({other}): give the same ones, --overwrite or another --out"
+        )
 
 
 def flag(name: str) -> str:
@@ -222,15 +226,17 @@ def completed(command: Command) -> Command:
     )
 
 
-def unread_settings(method: str, guidance: Path | None) -> set[str]:
+def unread_settings(method: lipsum.Method, guidance: Path | None) -> set[str]:
     """The settings that the method does not read."""
-    chosen = lipsum.METHODS[method]
-    unread = set() if chosen.trained else {"steps", "batch_size", "learning_rate"}
-    unread |= set() if chosen.loss else {"weight"}
-    unread |= set() if chosen.averaged else {"decay"}
-    unread |= set() if chosen.loss in (lipsum.car_ft_loss, lipsum.kld_random_loss) else {"temperature"}
-    unread |= set() if chosen.texts == "drawn" else {"num_texts"}
-    return unread | (set() if chosen.texts and guidance is None else {"text_length"})
+    reads = {
+        **dict.fromkeys(("steps", "batch_size", "learning_rate"), method.trained),
+        "weight": method.loss is not None,
+        "num_texts": method.texts == "drawn",
+        "text_length": method.texts != "" and guidance is None,
+        "temperature": method.tempered,
+        "decay": method.averaged,
+    }
+    return {name for name, is_read in reads.items() if not is_read}
 
 
 def runs(command: Command) -> Iterator[Run]:
@@ -241,7 +247,7 @@ def runs(command: Command) -> Iterator[Run]:
     for reference, method in itertools.product(references, command.method):
         own_shifts = tuple(shift for shift in shifts if shift != reference) if len(references) > 1 else shifts
         sources = dataclasses.replace(command.sources, reference=reference, shifts=own_shifts)
-        unread = unread_settings(method, command.settings.guidance)
+        unread = unread_settings(lipsum.METHODS[method], command.settings.guidance)
         values = {name: list(dict.fromkeys(given)) for name, given in swept.items()}
         values["weight"] = values["weight"] or [lipsum.METHODS[method].weight]
         for chosen in itertools.product(*(values[name][: 1 if name in unread else None] for name in swept)):
@@ -258,9 +264,14 @@ def runs(command: Command) -> Iterator[Run]:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 PROFILED = range(11, 21)  # steps from the start: the first ones wait for the compiler
-AT_LEAST = dict.fromkeys(("learning_rate", "weight"), 0) | dict.fromkeys(
-    ("steps", "batch_size", "num_texts", "text_length", "eval_every", "accumulate", "workers", "checkpoint_every"), 1
-)
+COUNTS = ["steps", "batch_size", "num_texts", "text_length", "eval_every", "accumulate", "workers", "checkpoint_every"]
+VALID = {
+    **dict.fromkeys(COUNTS, (lambda value: value >= 1, "give at least 1")),
+    **dict.fromkeys(("learning_rate", "weight"), (lambda value: 0 <= value < float("inf"), "give at least 0")),
+    "warmup": (lambda value: 0 <= value <= 1, "give a fraction of the steps, from 0 to 1"),
+    "temperature": (lambda value: 0 < value < float("inf"), "give a number above 0"),
+    "decay": (lambda value: 0 <= value < 1, "give a number from 0 up to, but not including, 1"),
+}
 
 
 def check(command: Command) -> None:
@@ -277,21 +288,14 @@ def check(command: Command) -> None:
     for name, value in vars(command.settings).items():
         if value == () and name != "weight":
             raise InputError(f"{flag(name)} has no value: give one or more")
-    options = vars(command.settings) | vars(command.sources) | vars(command.execution)
-    for name, value in options.items():
-        for each in value if isinstance(value, tuple) else (value,):
-            if name in AT_LEAST and not AT_LEAST[name] <= each < float("inf"):
-                raise InputError(f"{flag(name)} is {each}: give at least {AT_LEAST[name]}")
-            if name == "temperature" and not 0 < each < float("inf"):
-                raise InputError(f"--temperature is {each}: give a number above 0")
-            if name == "decay" and not 0 <= each < 1:
-                raise InputError(f"--decay is {each}: give a number from 0 up to, but not including, 1")
-            if name == "warmup" and not 0 <= each <= 1:
-                raise InputError(f"--warmup is {each}: give a fraction of the steps, from 0 to 1")
-    if command.execution.profile and min(command.settings.steps) < max(PROFILED):
-        raise InputError(
-            f"--profile traces up to step {max(PROFILED)}, --steps is {min(command.settings.steps)}: give more"
-        )
+    options = vars(command.settings) | vars(command.execution)
+    for name, (is_valid, advice) in VALID.items():
+        for value in options[name] if isinstance(options[name], tuple) else (options[name],):
+            if not is_valid(value):
+                raise InputError(f"{flag(name)} is {value}: {advice}")
+    steps = min(command.settings.steps)
+    if command.execution.profile and steps < max(PROFILED):
+        raise InputError(f"--profile traces up to step {max(PROFILED)}, --steps is {steps}: give more")
     if command.execution.tensorboard and not importlib.util.find_spec("tensorboardX"):
         raise InputError("--tensorboard needs tensorboardX: pip install '.[tensorboard]'")
     if command.resume and command.overwrite:

@@ -142,7 +142,7 @@ def small_model() -> clip.CLIP:
 
 @functools.cache
 def openai_state() -> Mapping[str, np.ndarray]:
-    """In the dtypes of OpenAI's files: float16 but for the LayerNorms and embeddings."""
+    """In the dtypes of OpenAI's files: float16 except for LayerNorms and embeddings."""
     state = {name: np.asarray(array) for name, array in clip.to_state_dict(small_model(), "openai").items()}
     kept = re.compile(r"ln_|embedding|logit_scale")
     return {name: array if kept.search(name) else array.astype(np.float16) for name, array in state.items()}
@@ -379,7 +379,7 @@ def save_model(folder: Path, **sizes: int) -> Path:
 
 
 def draw_images(folder: Path) -> Path:
-    """DomainNet's layout: two domains, three classes told by their colour."""
+    """DomainNet's layout: two domains, three classes that differ in colour."""
     random = np.random.default_rng(0)
     for domain in ("real", "sketch"):
         for split, number in (("train", 10), ("test", 4)):

@@ -1,4 +1,4 @@
-"""Files with some of their bytes changed, for the tests of what reads them."""
+"""Changes some bytes of a file, for tests of the functions that read it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,23 +13,23 @@ from support.errors import InputError
 def with_mutations(
     examples: int, content: bytes, check: Callable[[bytes], None], places: Sequence[int] | None = None
 ) -> None:
-    """Checks contents with up to three bytes changed, in any place or in those given, and some that end early."""
-    among = range(len(content)) if places is None else places
-    changes = st.lists(st.tuples(st.integers(0, len(among) - 1), st.integers(0, 255)), max_size=3)
+    """Calls `check` with up to three bytes of `content` changed, at any of the `places`, and sometimes truncated."""
+    allowed = range(len(content)) if places is None else places
+    changes = st.lists(st.tuples(st.integers(0, len(allowed) - 1), st.integers(0, 255)), max_size=3)
 
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
     @given(changes, st.none() | st.integers(0, len(content)))
     def check_one(changes: list[tuple[int, int]], end: int | None) -> None:
         changed = bytearray(content)
-        for place, value in changes:
-            changed[among[place]] = value
+        for index, value in changes:
+            changed[allowed[index]] = value
         check(bytes(changed[:end]))
 
     check_one()
 
 
 def read_unless_refused(read: Callable[[], Any], path: Path) -> Any:
-    """What is read, or None where an error of ours, in one line that names the path, tells why not."""
+    """Returns the content, or None after an InputError, which must be one line with the path."""
     try:
         return read()
     except InputError as error:

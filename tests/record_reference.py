@@ -1,35 +1,35 @@
-"""Records what PyTorch's CLIP and OpenAI's tokenizer compute, for the tests to compare with: `tests/reference/`.
+"""Writes `tests/reference/`: outputs of PyTorch's CLIP and of OpenAI's tokenizer, which the tests compare with.
 
     pip install torch transformers regex && pip install --no-deps clip-anytorch
-    python tests/record_reference.py                     # everything; or name some of: tiny tiny-gelu vit-b-32 ...
+    python tests/record_reference.py                     # all of them, or give names: tiny tiny-gelu vit-b-32 ...
 
-NAME.npz holds what `transformers.CLIPModel` makes of the weights, images and texts of `seeded.py`, in float32:
+NAME.npz contains the float32 outputs of `transformers.CLIPModel` for the weights, images and texts of `seeded.py`:
 
     vision_embeddings   after the pre-LayerNorm [images, tokens, width]; large models: class token, first, last patch
-    vision_states       the former, then the state after each block [images, layers + 1, tokens, width];
-                        large models: the class token's row [images, layers + 1, width]
+    vision_states       vision_embeddings, then the state after each block [images, layers + 1, tokens, width];
+                        large models: only the class token [images, layers + 1, width]
     vision_pooled       the class token after the post-LayerNorm [images, width]
-    vision_projected    that in the joint space [images, embedding], and
-    vision_features     the same at unit length
+    vision_projected    vision_pooled in the joint space [images, embedding]
+    vision_features     vision_projected at unit norm
     text_states         embeddings, then the state after each block [texts, layers + 1, tokens, width];
-                        large models: the end token's row [texts, layers + 1, width]
-    text_pooled, text_projected, text_features          the end token's, as for vision
+                        large models: only the end token [texts, layers + 1, width]
+    text_pooled, text_projected, text_features          the same as for vision, of the end token
     logits              exp(logit_scale) vision_features text_features^T [images, texts]
-    token_ids, image_sums, weight_sums                  the inputs' own values, which tell a changed input (another
-                        stream of random numbers, say) from a wrong model; sums over each image and each weight
-    versions            of the libraries
+    token_ids, image_sums, weight_sums                  the token ids, and the sum of each image and each weight: they
+                        distinguish changed inputs (such as other random numbers) from a wrong model
+    versions            versions of the libraries
 
-methods.npz holds one step of every fine-tuning method at the size `nano`, on `seeded.fine_tuning`, in float64:
+methods.npz contains one step per fine-tuning method at the size `nano`, on `seeded.fine_tuning`, in float64:
 
-    METHOD/loss         cross-entropy plus lambda times the regulariser, both means over the images (L2SP: the sum
+    METHOD/loss         cross-entropy plus lambda times the regularizer, both averaged over the images (L2SP: the sum
                         over all parameters of vision tower, visual projection and head); KL(zero-shot || trained);
-                        tau 20, lambda 0.7, temperature 2 where there is one
-    METHOD/grad/LEAF    its gradient, under PyTorch's names; the head's is `head`
-    probe/loss          the least cross-entropy of a linear probe, and
-    probe/logits        its logits on its own data
+                        tau 20, lambda 0.7, temperature 2 if the method has one
+    METHOD/grad/LEAF    the gradient per parameter, under PyTorch's names; `head` for the head
+    probe/loss          the minimal cross-entropy of a linear probe
+    probe/logits        the logits of that probe on its training data
 
-tokenizer.json.gz holds {"versions": {...}, "strings": [[text, ids], ...]}, the ids without start and end token.
-OpenAI's tokenizer passes texts through `ftfy` first; it is left out here, so that the ids depend on no version of it.
+tokenizer.json.gz contains {"versions": {...}, "strings": [[text, ids], ...]}, the ids without start and end token.
+OpenAI's tokenizer first applies `ftfy` to texts. It is left out here; otherwise the ids would depend on its version.
 """
 
 import argparse
@@ -65,7 +65,7 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-# The model.
+# ------------------------------------------------------------------------------------------------------------ the model
 
 
 def record_model(name: str) -> None:
@@ -114,7 +114,7 @@ def build_model(architecture: dict[str, int], activation: str, weights: dict[str
         attn_implementation="eager",
     )
     model = transformers.CLIPModel(config).eval()
-    # `assign` takes the arrays over instead of copying them: ViT-L/14 is 1.7 GB.
+    # `assign` uses the arrays instead of copying them: ViT-L/14 has 1.7 GB.
     tensors = {name: torch.from_numpy(weight) for name, weight in weights.items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model
@@ -154,7 +154,7 @@ def model_values(model, images: np.ndarray, token_ids: np.ndarray, all_tokens: b
     return {name: value.numpy() for name, value in values.items()}
 
 
-# The fine-tuning methods, written anew in PyTorch.
+# ----------------------------------------------------------------------------- the fine-tuning methods, in PyTorch
 
 TAU, LAMBDA, TEMPERATURE = 20.0, 0.7, 2.0
 
@@ -172,18 +172,16 @@ def record_methods() -> None:
     head0, context = (torch.from_numpy(inputs[name]).double() for name in ("zero_shot_head", "context_head"))
     ids = torch.from_numpy(inputs["texts"]).long()
 
-    def unit(model, which: str, **given):
-        tower, projection = (model.vision_model, model.visual_projection)
-        if which == "text":
-            tower, projection = (model.text_model, model.text_projection)
-        return normalize(projection(tower(**given).pooler_output), dim=-1)
+    def image_features(model):
+        return normalize(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output), dim=-1)
 
-    texts = unit(zero_shot, "text", input_ids=ids)
-    features0 = unit(zero_shot, "vision", pixel_values=pixels)
+    texts = normalize(zero_shot.text_projection(zero_shot.text_model(input_ids=ids).pooler_output), dim=-1)
+    features0 = image_features(zero_shot)
 
     def kl(v, v0, temperature=1.0):
-        one, other = log_softmax(v / temperature, dim=1), log_softmax(v0 / temperature, dim=1)
-        return temperature**2 * kl_div(one, other, reduction="batchmean", log_target=True)
+        log_p = log_softmax(v / temperature, dim=1)
+        log_p0 = log_softmax(v0 / temperature, dim=1)
+        return temperature**2 * kl_div(log_p, log_p0, reduction="batchmean", log_target=True)
 
     def halved_mse(v, v0):
         return mse_loss(v, v0) / 2
@@ -197,7 +195,7 @@ def record_methods() -> None:
         ]
         return sum(moved) + ((head - head0) ** 2).sum()
 
-    # Each takes the trained features, model and head.
+    # Arguments: the features of the trained model, that model, and its head.
     regularizers = {
         "ft": lambda features, model, head: 0.0,
         "scratch-ft": lambda features, model, head: 0.0,
@@ -219,7 +217,7 @@ def record_methods() -> None:
         model = build_model(architecture, "quick_gelu", inputs["trained"]).double()
         head = torch.from_numpy(inputs["trained_head"]).double()
         head = (torch.zeros_like(head) if method == "scratch-ft" else head).requires_grad_()
-        features = unit(model, "vision", pixel_values=pixels)
+        features = image_features(model)
         loss = cross_entropy(TAU * features @ head, labels) + LAMBDA * regularizer(features, model, head)
         loss.backward()
         values[f"{method}/loss"] = loss.detach().numpy()
@@ -247,7 +245,7 @@ def record_methods() -> None:
     np.savez_compressed(REFERENCE / "methods.npz", **values)
 
 
-# The tokenizer.
+# -------------------------------------------------------------------------------------------------------- the tokenizer
 
 
 def record_tokenizer(shared: Path) -> None:
@@ -262,7 +260,7 @@ def record_tokenizer(shared: Path) -> None:
 
 
 def load_tokenizer(vocabulary: Path):
-    """OpenAI's SimpleTokenizer. Its module is loaded by path, for the package around it imports torchvision."""
+    """Returns OpenAI's SimpleTokenizer. Its module is loaded by path, because its package imports torchvision."""
     path = importlib.metadata.distribution("clip-anytorch").locate_file("clip/simple_tokenizer.py")
     specification = importlib.util.spec_from_file_location("simple_tokenizer", path)
     module = importlib.util.module_from_spec(specification)
@@ -274,7 +272,7 @@ def load_tokenizer(vocabulary: Path):
 
 
 def prompts(notebook: Path) -> list[str]:
-    """The 1,000 ImageNet classes in OpenAI's 80 templates, taken in turn."""
+    """Returns one prompt for each of the 1,000 ImageNet classes, with OpenAI's 80 templates in turn."""
     classes = assigned_list(notebook, "imagenet_classes")
     templates = assigned_list(notebook, "imagenet_templates")
     return [templates[index % len(templates)].format(name) for index, name in enumerate(classes)]
@@ -288,7 +286,7 @@ def assigned_list(notebook: Path, name: str) -> list[str]:
     raise ValueError(f"{notebook}: no cell assigns {name}")
 
 
-# Odd characters are the point here, and the formatter would give each item of a long list its own line:
+# Odd characters are intended here. Split strings keep the lists short: the formatter puts each list item on a line.
 # ruff: noqa: RUF001, SIM905
 CONTRACTIONS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d"]
 ACCENTED = "café naïve Zürich Ærøskøbing façade São señor Łódź Dvořák Ångström Đà Nẵng piñata brûlée žluťoučký".split()
@@ -327,7 +325,7 @@ FRAGMENTS = {
         soft\u00adhyphen \u202eabc \u2066x\u2069 \ufeffbom""".split(),
     "words": "a The CAT Photo dogs pneumonoultramicroscopicsilicovolcanoconiosis iPhone McDonald XYZ zxqj".split(),
 }
-# Stretches of Unicode: lower case of every kind, letters beside marks, numbers that are no digits, symbols.
+# Ranges of Unicode with all kinds of lower case, combining marks, numbers that are not digits, and symbols.
 BLOCKS = [range(0x21, 0x7F), range(0xA1, 0x250), range(0x300, 0x370), range(0x370, 0x400), range(0x400, 0x460)]
 BLOCKS += [range(0x5D0, 0x5EB), range(0x620, 0x670), range(0x904, 0x970), range(0xE01, 0xE5C), range(0x1E00, 0x2000)]
 BLOCKS += [range(0x2010, 0x2028), range(0x2070, 0x209D), range(0x20A0, 0x20C0), range(0x2100, 0x2200)]
@@ -339,7 +337,7 @@ SPACES += [*map(chr, range(0x2000, 0x200E)), "\u2028", "\u2029", "\u202f", "\u20
 
 
 def odd_texts() -> list[str]:
-    """Texts at the edges of what a tokenizer must split: each fragment alone, then random mixtures of them."""
+    """Returns texts that are hard to split into tokens: each fragment alone, then random mixtures of fragments."""
     generator = random.Random(seeded.SEED)
     fragments = [fragment for group in FRAGMENTS.values() for fragment in group]
     texts = ["", *fragments, *SPACES, *(f"a{space}b" for space in SPACES), *(f"{space}a{space}" for space in SPACES)]
@@ -358,19 +356,19 @@ def odd_texts() -> list[str]:
 
 
 def mixture(generator: random.Random, fragments: list[str]) -> str:
-    """Two to eight fragments, about half of them run together, the others with white space between."""
+    """Returns two to eight fragments, about half of them with white space after them."""
     pieces = generator.choices(fragments, k=generator.randint(2, 8))
     return "".join(piece + generator.choice(["", " ", "", generator.choice(SPACES)]) for piece in pieces)
 
 
 def block_text(generator: random.Random) -> str:
-    """Characters from one or two blocks of Unicode, those without an assigned meaning left out."""
+    """Returns assigned characters from one or two blocks of Unicode."""
     blocks = generator.choices(BLOCKS, k=2)
     characters = (chr(generator.choice(generator.choice(blocks))) for _ in range(generator.randint(3, 15)))
     return "".join(character for character in characters if unicodedata.category(character) != "Cn")
 
 
-# The command.
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -379,13 +377,13 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Records the reference values of the tests.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
+    parser = argparse.ArgumentParser(description="Record the reference values of the tests.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(NAMES)} (default: all)")
     parser.add_argument("--shared", type=Path, default=REPOSITORY.parent / "shared", help="folder with OpenAI's files")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(NAMES))
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(NAMES)}")
+        parser.error(f"unknown name: {', '.join(unknown)}; choose from {', '.join(NAMES)}")
     REFERENCE.mkdir(exist_ok=True)
     for name in arguments.names or NAMES:
         began = time.perf_counter()

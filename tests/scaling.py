@@ -1,6 +1,8 @@
-"""Losses of ten steps of the methods, on any devices: for the tests, and as one of several processes.
+"""Runs ten training steps per method on any number of devices, and returns their losses.
 
-python tests/scaling.py HOST:PORT PROCESSES PROCESS METHOD... prints them, as process PROCESS, as JSON.
+tests/test_scaling.py also runs it as one of several processes, and reads the JSON that it prints:
+
+    python tests/scaling.py 127.0.0.1:1234 1 0 ft lipsum      # coordinator, number of processes, this one, methods
 """
 
 import functools
@@ -27,7 +29,7 @@ SIZES = clip.Config(
     16, 8, clip.Transformer(16, 2, 2, 64), clip.Transformer(16, 2, 2, 64), 8, context_length=16, vocabulary_size=100,
     start_token=98, end_token=99,
 )  # fmt: skip
-# FT's step is those of Scratch-FT and LP-FT.
+# Scratch-FT and LP-FT have the same step as FT.
 METHODS = [name for name, method in lipsum.METHODS.items() if method.trained and name not in ("scratch-ft", "lp-ft")]
 
 
@@ -41,7 +43,7 @@ def random_model() -> clip.CLIP:
 
 
 def inputs(weight: float = 1.0, **computation: Any) -> tuple[lipsum.Frozen, data.HostBatch]:
-    """A random model and a batch, the same in every process."""
+    """Returns a random model and a batch, the same in every process."""
     model = random_model()
     random = np.random.default_rng(0)
     head, context_head = (
@@ -59,6 +61,7 @@ def inputs(weight: float = 1.0, **computation: Any) -> tuple[lipsum.Frozen, data
 def start(
     method: str, mesh: Mesh, fsdp: bool, **computation: Any
 ) -> tuple[lipsum.State, lipsum.Frozen, dict[str, jax.Array]]:
+    """Returns the arguments of a step, placed on the devices."""
     frozen, batch = inputs(weight=lipsum.METHODS[method].weight, **computation)
     part = data.own_part()
     rows = slice(part.index * BATCH // part.count, (part.index + 1) * BATCH // part.count)
@@ -68,6 +71,7 @@ def start(
 
 
 def losses(method: str, mesh: Mesh, fsdp: bool = False, **computation: Any) -> list[float]:
+    """Returns the loss of each of ten steps."""
     state, frozen, batch = start(method, mesh, fsdp, **computation)
     step = lipsum.training_step(lipsum.METHODS[method].loss, data.shardings(state, mesh, fsdp))
     found = []
@@ -78,7 +82,7 @@ def losses(method: str, mesh: Mesh, fsdp: bool = False, **computation: Any) -> l
 
 
 def free_address() -> str:
-    """Where nobody listens yet, for a coordinator."""
+    """Returns HOST:PORT with a free port, for a coordinator."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{free.getsockname()[1]}"

@@ -1,7 +1,7 @@
-"""Weights, images and texts drawn from a seed: the inputs behind the values in `tests/reference/`.
+"""Weights, images and texts drawn from a seed: the inputs that produced the values in `tests/reference/`.
 
-They are drawn again wherever they are needed, so that the repository holds the reference outputs alone.
-`python tests/record_reference.py` feeds them to PyTorch, the tests feed them to this project's own code.
+They are drawn again where they are needed; the repository stores only the reference outputs.
+`python tests/record_reference.py` passes them to PyTorch, and the tests pass them to this project's code.
 """
 
 from collections.abc import Iterator
@@ -70,11 +70,11 @@ Tensor = tuple[str, tuple[int, ...], float, float]  # name, shape, mean, standar
 
 
 def hugging_face_weights(architecture: dict[str, int], seed: int) -> dict[str, np.ndarray]:
-    """Random float32 weights under the names, and in the layout, of `transformers.CLIPModel.state_dict()`.
+    """Returns random float32 weights with the names and layout of `transformers.CLIPModel.state_dict()`.
 
-    One generator draws them in the order of the returned dict: text tower, vision tower, projections; in a tower
-    embeddings, blocks, last LayerNorm; in a block LayerNorm, attention (query, key, value, out), LayerNorm, MLP.
-    `logit_scale` comes first and is log(100), as in the published models, without a draw.
+    One generator draws them in the order of the returned dict: text tower, vision tower, projections. Order in a tower:
+    embeddings, blocks, last LayerNorm. Order in a block: LayerNorm, attention (query, key, value, out), LayerNorm, MLP.
+    `logit_scale` comes first. It is not drawn: it is log(100), as in the published models.
     """
     generator = np.random.default_rng(seed)
     weights = {"logit_scale": np.array(np.log(100), np.float32)}
@@ -87,13 +87,13 @@ def hugging_face_weights(architecture: dict[str, int], seed: int) -> dict[str, n
 
 
 def images(architecture: dict[str, int], seed: int, number: int) -> np.ndarray:
-    """Random colour fields, coarse and fine, under a little noise: uint8 `[number, height, width, 3]`."""
+    """Returns coarse and fine random colour fields with a little noise: uint8 `[number, height, width, 3]`."""
     generator = np.random.default_rng(seed)
     return np.stack([_image(generator, architecture["image_size"]) for _ in range(number)])
 
 
 def token_ids(architecture: dict[str, int], seed: int, number: int) -> np.ndarray:
-    """Start token, random tokens, end token, zeros: int32 `[number, context_length]`. The first text fills its row."""
+    """Returns int32 `[number, context_length]`: start, random tokens, end, zeros. The first text has no zeros."""
     generator = np.random.default_rng(seed)
     context_length, vocabulary_size = architecture["context_length"], architecture["vocabulary_size"]
     start, end = vocabulary_size - 2, vocabulary_size - 1
@@ -106,10 +106,10 @@ def token_ids(architecture: dict[str, int], seed: int, number: int) -> np.ndarra
 
 
 def fine_tuning(seed: int) -> dict[str, np.ndarray | dict[str, np.ndarray]]:
-    """What one step of every method needs, at the size `nano`: weights, images, labels, heads and texts.
+    """Returns the inputs of one step of every method, at the size `nano`: weights, images, labels, heads and texts.
 
-    `trained` is `zero_shot` with its vision tower moved, so that no regulariser is zero. Unit-norm heads are
-    [dim, classes] and [dim, templates]; `texts` is [texts, tokens]; `probe_*` is a linear probe's data.
+    `trained` is `zero_shot` with a changed vision tower; otherwise the regularizers would be zero. Unit-norm heads are
+    [dim, classes] and [dim, templates]; `texts` is [texts, tokens]; `probe_*` is the data of a linear probe.
     """
     architecture = ARCHITECTURES["nano"]
     generator = np.random.default_rng(seed)
@@ -146,7 +146,7 @@ def fine_tuning(seed: int) -> dict[str, np.ndarray | dict[str, np.ndarray]]:
 
 
 def _tensors(architecture: dict[str, int]) -> Iterator[Tensor]:
-    """Every drawn tensor, with the standard deviations CLIP is initialised with."""
+    """Yields every drawn tensor, with the standard deviations of CLIP's initialization."""
     text_width, vision_width = architecture["text_width"], architecture["vision_width"]
     patch_size, embedding_size = architecture["patch_size"], architecture["embedding_size"]
     positions = (architecture["image_size"] // patch_size) ** 2 + 1
@@ -186,7 +186,7 @@ def _linear(name: str, outputs: int, inputs: int, deviation: float) -> Iterator[
 
 
 def _layer_norm(name: str, width: int) -> Iterator[Tensor]:
-    # A fresh LayerNorm is the identity of its input's scale and shift, which would hide a mistake in either.
+    # With the usual ones and zeros, a mistake in the scale or the shift would not change the output.
     yield f"{name}.weight", (width,), 1, 0.1
     yield f"{name}.bias", (width,), 0, 0.1
 
@@ -198,9 +198,9 @@ def _image(generator: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _colour_field(generator: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """Random colours at the corners of `cells` x `cells` squares, bilinear between them: `[size, size, 3]` in [0, 1].
+    """Random colours at the corners of `cells` x `cells` squares, interpolated bilinearly: `[size, size, 3]` in [0, 1].
 
-    Sums and products only: a sine would differ in its last bit between machines, and with it a rounded pixel.
+    It uses sums and products only: the last bit of a sine, and so a rounded pixel, can differ between machines.
     """
     corners = generator.random((cells + 1, cells + 1, 3))
     position = np.arange(size) * cells / size

@@ -1,4 +1,4 @@
-"""The towers, heads and tokenizer of clip.py against PyTorch `transformers` and OpenAI's tokenizer."""
+"""Compares the towers, heads and tokenizer of clip.py with PyTorch `transformers` and OpenAI's tokenizer."""
 
 import dataclasses
 import gzip
@@ -26,7 +26,7 @@ def close(actual: jax.Array, expected: np.ndarray, tolerance: float) -> None:
 
 
 def states(blocks: clip.Block, x: jax.Array) -> jax.Array:
-    """`x` and the state after each block."""
+    """Returns `x` and the output of each block."""
     return jnp.concatenate([x[None], jax.lax.scan(lambda x, block: (block(x),) * 2, x, blocks)[1]])
 
 
@@ -55,7 +55,7 @@ def test_towers_stage_by_stage(file: str) -> None:
 
     images = jnp.asarray(seeded.images(sizes, seeded.SEED, seeded.IMAGES))
     embeddings, after, pooled, image_features = vision(model.vision, images)
-    if name != "tiny":  # the big ones recorded three tokens here and the class token after the blocks
+    if name != "tiny":  # the reference has only three tokens here, and the class token after each block
         embeddings, after = embeddings[:, jnp.array([0, 1, -1])], after[:, :, 0]
     close(embeddings, reference["vision_embeddings"], 2e-5)
     close(after, reference["vision_states"], 2e-5)
@@ -72,7 +72,7 @@ def test_towers_stage_by_stage(file: str) -> None:
 
 
 def test_shorter_texts_give_the_same_features() -> None:
-    """Heads cut texts to the longest: what follows the end token must not matter."""
+    """`prompt_features` cuts padding, so tokens after the end token must not change the features."""
     model = seeded_model("tiny")
     ids = np.zeros((2, model.config.context_length), np.int32)
     ids[:, :4] = [[98, 5, 99, 0], [98, 7, 8, 99]]
@@ -82,7 +82,7 @@ def test_shorter_texts_give_the_same_features() -> None:
 
 
 def test_end_token_that_is_not_the_highest_id() -> None:
-    """The vocabulary turned round: its last two tokens become ids 1 and 0."""
+    """Reverses the vocabulary: its last two tokens get ids 1 and 0."""
     sizes = seeded.ARCHITECTURES["tiny"]
     state, config = seeded.hugging_face_weights(sizes, seeded.SEED), config_of(sizes)
     model = clip.from_state_dict(state, config, "hugging_face", "seeded")
@@ -97,7 +97,7 @@ def test_end_token_that_is_not_the_highest_id() -> None:
     close(turned.text(99 - ids), model.text(ids), 1e-6)
 
 
-def test_random_initialisation_has_the_scales_of_clip() -> None:
+def test_random_initialisation_has_the_scales_of_openai() -> None:
     config = clip.Config(
         64, 8, clip.Transformer(128, 4, 2, 512), clip.Transformer(192, 3, 3, 768), 96, 77, 2000, 1998, 1999
     )
@@ -119,7 +119,7 @@ def test_random_initialisation_has_the_scales_of_clip() -> None:
 
 
 def test_standardize() -> None:
-    """Bytes and floats in [0, 1] give the same; channels by hand."""
+    """Bytes and floats in [0, 1] give the same values, computed here per channel."""
     image = np.array([[[0, 128, 255]]], np.uint8)
     expected = [(0 - 0.48145466) / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711]
     close(clip.standardize(jnp.asarray(image))[0, 0], expected, 1e-6)
@@ -127,7 +127,7 @@ def test_standardize() -> None:
 
 
 def test_heads_against_a_loop() -> None:
-    """Equations 1 and 14, one text at a time and by their words."""
+    """Computes equations 1 and 14 one text at a time."""
     features = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
     head, context = clip.zero_shot_head(features), clip.context_head(features)
@@ -157,16 +157,16 @@ def tokenizer():
     return weights.openai_tokenizer(shared("weights/openai/bpe_simple_vocab_16e6.txt.gz"))
 
 
-def test_tokenizer_equals_openai(tokenizer) -> None:
+def test_tokenizer_matches_openai(tokenizer) -> None:
     recorded = json.loads(gzip.decompress((REFERENCE / "tokenizer.json.gz").read_bytes()))["strings"]
-    # The texts of the two special tokens always count as such here, in OpenAI's code only where a word may begin.
+    # Here, the text of a special token is always a special token; in OpenAI's code, only where a word may begin.
     strings = [(text, ids) for text, ids in recorded if "oftext" not in clip.clean_text(text)]
     assert len(strings) > 2_700
     for text, ids in strings:
         assert tokenizer.encode(clip.clean_text(text), add_special_tokens=False).ids == ids, text
 
 
-def test_tokenize_frames_and_pads(tokenizer) -> None:
+def test_tokenize_adds_start_end_and_padding(tokenizer) -> None:
     config = clip.PRESETS["ViT-B/32"]
     ids = clip.tokenize(tokenizer, ["a photo of a dog.", ""], config)
     assert ids.shape == (2, 77) and ids.dtype == np.int32
@@ -174,7 +174,7 @@ def test_tokenize_frames_and_pads(tokenizer) -> None:
     assert ids[1, :3].tolist() == [49406, 49407, 0]
 
 
-def test_tokenize_past_the_context(tokenizer) -> None:
+def test_tokenize_text_longer_than_the_context(tokenizer) -> None:
     config, text = clip.PRESETS["ViT-B/32"], "dog " * 76
     with pytest.raises(InputError, match="has 76 tokens, the model takes 75"):
         clip.tokenize(tokenizer, [text], config)
@@ -184,11 +184,11 @@ def test_tokenize_past_the_context(tokenizer) -> None:
 
 
 def test_tokenizers_of_one_model_agree(tokenizer, tmp_path) -> None:
-    """OpenAI's file, tokenizer.json, and vocab.json with merges.txt."""
+    """Compares OpenAI's file, tokenizer.json, and vocab.json with merges.txt."""
     folder = shared("weights/pacs-clip/hf")
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    texts = [text for text in ("a photo of a dog.", "it's CLIP's 1st  &amp; best; naïve café 🙂!!", "x" * 60)]
+    texts = ["a photo of a dog.", "it's CLIP's 1st  &amp; best; naïve café 🙂!!", "x" * 60]
     expected = [tokenizer.encode(clip.clean_text(text)).ids for text in texts]
     for other in (weights.hugging_face_tokenizer(folder), weights.hugging_face_tokenizer(tmp_path)):
         assert [other.encode(clip.clean_text(text)).ids for text in texts] == expected
@@ -198,7 +198,7 @@ def test_tokenizers_of_one_model_agree(tokenizer, tmp_path) -> None:
 @pytest.mark.parametrize(
     "content",
     [None, b"", b"not gzip", gzip.compress(b"header\nonly one line\n"), gzip.compress(b"\xff")],
-    ids=["missing", "empty", "text", "one line", "no UTF-8"],  # compressed bytes hold the time: no name is made of them
+    ids=["missing", "empty", "text", "one line", "no UTF-8"],  # gzip stores the time, so its bytes cannot be names
 )
 def test_broken_vocabulary_is_named(content: bytes | None, tmp_path) -> None:
     path = tmp_path / "bpe.txt.gz"
@@ -208,5 +208,5 @@ def test_broken_vocabulary_is_named(content: bytes | None, tmp_path) -> None:
         weights.openai_tokenizer(path)
 
 
-def test_unknown_names_the_nearest() -> None:
+def test_unknown_preset_suggests_the_nearest() -> None:
     assert "did you mean ViT-B/16" in str(errors.unknown("model preset", "ViT-B16", clip.PRESETS))

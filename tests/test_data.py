@@ -1,4 +1,4 @@
-"""The preprocessing, augmentation, batches and placement of data.py, on small trees of real image files."""
+"""Preprocessing, augmentation, batches and placement of data.py, on small real image files."""
 
 import dataclasses
 import itertools
@@ -37,7 +37,7 @@ def train(file: data.ListedFile, resolution: int, seed: int) -> np.ndarray:
 
 
 def split_of(paths: list[Path]) -> data.Split:
-    """A split whose labels tell its images apart."""
+    """A split with one class per image."""
     files = tuple(data.ListedFile(path, f"list line {number}") for number, path in enumerate(paths, start=1))
     return data.Split("made", tuple(map(str, range(len(files)))), files, np.arange(len(files), dtype=np.int32))
 
@@ -46,7 +46,7 @@ def split_of(paths: list[Path]) -> data.Split:
 
 
 def bicubic_weights(size: int, new_size: int) -> np.ndarray:
-    """Pillow's bicubic filter as a matrix of integers in units of 2^-22, a row per new pixel."""
+    """Pillow's bicubic filter as a matrix of integers in units of 2^-22, one row per new pixel."""
     scale = size / new_size
     stretch = max(scale, 1.0)
     support = 2 * stretch
@@ -75,7 +75,7 @@ def resize_bicubic(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def centre_crop(image: np.ndarray, resolution: int) -> np.ndarray:
-    """Half the surplus is cut off before the crop, rounded to even."""
+    """Cuts off half the surplus, rounded to even, on the left and at the top."""
     halves = [divmod(side - resolution, 2) for side in image.shape[:2]]
     top, left = (half + (odd and half % 2) for half, odd in halves)
     return image[top : top + resolution, left : left + resolution]
@@ -90,7 +90,7 @@ SIZES = [
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_evaluation_image_bit_for_bit(size: tuple[int, int], mode: str, tmp_path: Path) -> None:
-    """Against the filter written out in numpy."""
+    """Equal to the filter written out in numpy."""
     resolution, original = 32, pixels(*size, channels=len(mode))
     file = saved(Image.fromarray(original.squeeze(2) if mode == "L" else original), tmp_path / "image.png")
     width, height = (resolution * side // min(size) for side in size)
@@ -100,7 +100,7 @@ def test_evaluation_image_bit_for_bit(size: tuple[int, int], mode: str, tmp_path
     np.testing.assert_array_equal(actual, np.broadcast_to(expected, (resolution, resolution, 3)))
 
 
-def test_evaluation_image_at_clips_resolution(tmp_path: Path) -> None:
+def test_evaluation_image_at_the_resolution_of_clip(tmp_path: Path) -> None:
     original = pixels(500, 333)
     expected = centre_crop(resize_bicubic(original, int(224 * 500 / 333), 224), 224)
     file = saved(Image.fromarray(original), tmp_path / "image.png")
@@ -116,7 +116,7 @@ def test_centre_crop_rounds_ties_to_even(surplus: int, cut: int) -> None:
 
 @pytest.mark.parametrize("transparency", [None, 2, b"\x00\x80\xff\x10\x00"], ids=repr)
 def test_palette_images(transparency: bytes | int | None, tmp_path: Path) -> None:
-    """In OpenAI's order: enlarged by the nearest pixel, and only then RGB. Transparency plays no part."""
+    """In OpenAI's order: resized by the nearest pixel, then converted to RGB. Transparency is ignored."""
     indices, palette = pixels(49, 30, 1, seed=1)[:, :, 0] % 5, pixels(5, 1, 3, seed=2)[0]
     image = Image.fromarray(indices)
     image.putpalette(palette.tobytes())
@@ -145,7 +145,7 @@ def picture(mode: str) -> Image.Image:
      ("RGB", "jpg", 2), ("CMYK", "jpg", 2), ("RGB", "webp", 10), ("P", "png", 15), ("P", "gif", 15)],
 )  # fmt: skip
 def test_every_kind_of_image(mode: str, suffix: str, tolerance: int, tmp_path: Path) -> None:
-    """Near what the picture in RGB or grey gives, on average. 16-bit images count by their high byte."""
+    """On average near the result for the picture in RGB or grey. Of 16-bit images, the high byte counts."""
     options = {"quality": 95, "subsampling": 0} if suffix == "jpg" else {}
     file = saved(picture(mode), tmp_path / f"image.{suffix}", **options)
     same = saved(smooth(50, 40).convert("RGB" if mode in ("RGB", "CMYK", "P") else "L"), tmp_path / "same.png")
@@ -156,14 +156,14 @@ def test_every_kind_of_image(mode: str, suffix: str, tolerance: int, tmp_path: P
 
 
 def test_cmyk_jpeg_keeps_its_colour(tmp_path: Path) -> None:
-    """JPEG stores CMYK inverted: a sign error turns orange into blue."""
+    """JPEG stores CMYK inverted: without the inversion, orange becomes blue."""
     file = saved(Image.new("RGB", (40, 30), (230, 120, 20)).convert("CMYK"), tmp_path / "image.jpg")
     assert np.max(np.abs(evaluate(file, 16).astype(int) - (230, 120, 20))) <= 6
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "1"])
 def test_conversion_comes_last(mode: str, tmp_path: Path) -> None:
-    """OpenAI's order of Pillow's own operations."""
+    """OpenAI resizes, crops, and then converts to RGB."""
     alpha = smooth(50, 40, seed=1).convert("L").point(lambda value: max(value, 1))
     image = Image.merge("RGBA", (*smooth(50, 40).split(), alpha)).convert(mode)
     expected = image.resize((40, 32), Image.Resampling.BICUBIC).crop((4, 0, 36, 32)).convert("RGB")
@@ -171,7 +171,7 @@ def test_conversion_comes_last(mode: str, tmp_path: Path) -> None:
 
 
 def test_alpha_is_dropped(tmp_path: Path) -> None:
-    """The colour is not blended with a background."""
+    """The colour is not blended with any background."""
     file = saved(Image.new("RGBA", (20, 20), (200, 100, 50, 128)), tmp_path / "image.png")
     for actual in (evaluate(file, 8), train(file, 8, seed=0)):
         assert np.max(np.abs(actual.astype(int) - (200, 100, 50))) <= 1
@@ -199,14 +199,14 @@ def test_random_crop_distribution() -> None:
 
 
 class NeverFits(np.random.Generator):
-    """Draws sides that are longer than any image's."""
+    """Draws crops that are larger than any image."""
 
     def uniform(self, *bounds: float) -> float:
         return 100.0
 
 
 def test_fallback_crop_is_the_largest() -> None:
-    """Among all crops with a ratio in bounds, by brute force; in the middle."""
+    """The largest of all crops with a ratio in bounds, found by brute force, and centred."""
     for width, height in itertools.product(range(1, 14), repeat=2):
         left, top, w, h = data.random_crop(width, height, NeverFits(np.random.PCG64(0)))
         candidates = itertools.product(range(1, width + 1), range(1, height + 1))
@@ -221,7 +221,7 @@ def test_extreme_shapes_fall_back(width: int, height: int) -> None:
     long = short * 4 // 3
     for seed in range(20):
         left, top, w, h = data.random_crop(width, height, np.random.default_rng(seed))
-        if short == 10:  # here small draws may fit
+        if short == 10:  # small crops may fit here
             assert 7 <= w <= 13 and 7 <= h <= 13
         else:
             assert (w, h) == ((1, long) if width == 1 else (long, 1))
@@ -238,7 +238,7 @@ def test_random_crop_is_inside(width: int, height: int, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A large JPEG whose sides no power of two divides, and its decoded pixels as PNG."""
+    """A large JPEG with sides that no power of two divides, and its decoded pixels as PNG."""
     folder = tmp_path_factory.mktemp("large")
     detail = Image.fromarray(pixels(160, 120)).resize((1_601, 1_203), Image.Resampling.BICUBIC)
     Image.blend(smooth(1_601, 1_203), detail, 0.05).save(folder / "image.jpg", quality=90)
@@ -251,7 +251,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_training_decodes_large_jpegs_small(
     resolution: int, expected_scales: set[int], large: tuple[Path, Path]
 ) -> None:
-    """Never smaller than the crop needs, and with nearly the same result (seen: up to 0.59 of 255 apart)."""
+    """Never smaller than the crop needs, and with nearly the same result (measured: at most 0.59 of 255 apart)."""
     scales = set()
     with Image.open(large[1]) as whole:
         for seed in range(12):
@@ -268,7 +268,7 @@ def test_training_decodes_large_jpegs_small(
 
 
 def test_draft_does_not_shift_the_crop(tmp_path: Path) -> None:
-    """Decoded sizes are rounded up: 1601 pixels become 201, but span 200.125 of them."""
+    """Decoded sizes are rounded up: 1601 pixels become 201, but fill only 200.125 of them."""
     ramp = np.linspace(0, 255, 1_601)
     image = Image.fromarray(np.broadcast_to(np.round(ramp)[None, :, None], (1_601, 1_601, 3)).astype(np.uint8))
     image.save(tmp_path / "image.jpg", quality=100)
@@ -279,7 +279,7 @@ def test_draft_does_not_shift_the_crop(tmp_path: Path) -> None:
         centres = left + (np.arange(32) + 0.5) * w / 32 - 0.5
         expected = np.interp(centres, np.arange(1_601), ramp)
         assert image.size == (201, 201)
-        # Seen: 0.03 to 0.13; from 0.52 where the two sizes' ratio stood for the scale.
+        # Measured: 0.03 to 0.13, and at least 0.52 if the scale is the ratio of the two sizes.
         assert abs(np.mean((np.sort(row) - expected)[2:-2])) < 0.25
 
 
@@ -293,7 +293,7 @@ def test_evaluation_decodes_whole_jpegs(large: tuple[Path, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def ramps(tmp_path_factory: pytest.TempPathFactory) -> data.Split:
-    """Ten images that get brighter from left to right; labels tell them apart."""
+    """Ten images that get brighter from left to right, each with its own label."""
     folder = tmp_path_factory.mktemp("ramps")
     paths = []
     for index in range(10):
@@ -312,7 +312,7 @@ def assert_equal(actual: list[data.HostBatch], expected: list[data.HostBatch]) -
 
 
 def test_training_batches_are_a_function_of_seed_and_number(ramps: data.Split) -> None:
-    """Whatever the threads, and wherever they start."""
+    """They depend neither on the number of threads nor on the first batch."""
     expected = take(data.training_batches(ramps, 8, 4, seed=5, workers=1), 9)
     assert_equal(take(data.training_batches(ramps, 8, 4, seed=5, workers=4), 9), expected)
     assert_equal(take(data.training_batches(ramps, 8, 4, seed=5, workers=2, start=3), 6), expected[3:])
@@ -323,7 +323,7 @@ def test_training_batches_are_a_function_of_seed_and_number(ramps: data.Split) -
 
 
 def test_training_batches_shuffle_and_augment_anew(ramps: data.Split) -> None:
-    """Every epoch has each image once, in an order and with crops of its own; so has every seed."""
+    """Each epoch has each image once; order and crops differ between epochs and between seeds."""
     orders, crops = [], set()
     for seed in range(3):
         batches = take(data.training_batches(ramps, 8, 5, seed, workers=2), 8)
@@ -346,7 +346,7 @@ def test_half_of_the_training_images_are_mirrored(ramps: data.Split) -> None:
 @pytest.mark.parametrize(("batch_size", "batches"), [(4, 3), (5, 2), (10, 1), (16, 1), (1, 10)])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_evaluation_batches(ramps: data.Split, batch_size: int, batches: int, workers: int) -> None:
-    """Each image once, in order; what fills up the last batch is not valid."""
+    """Each image once, in order; images that fill up the last batch are not valid."""
     taken = list(data.evaluation_batches(ramps, 8, batch_size, workers))
     assert len(taken) == batches
     image, label, valid = (np.concatenate([batch[key] for batch in taken]) for key in ("image", "label", "valid"))
@@ -363,26 +363,26 @@ def test_evaluation_batches(ramps: data.Split, batch_size: int, batches: int, wo
 def test_processes_read_parts_of_the_same_batches(
     ramps: data.Split, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Side by side they are the whole batches, from wherever they start; no image is read by two of them."""
+    """Concatenated, they are the whole batches, whatever the first batch; no two processes read the same image."""
     parts = [data.Part(index, count) for index in range(count)]
 
-    def side_by_side(of_parts: list[list[data.HostBatch]]) -> list[data.HostBatch]:
+    def concatenated(per_part: list[list[data.HostBatch]]) -> list[data.HostBatch]:
         return [
             {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-            for batches in zip(*of_parts, strict=True)
+            for batches in zip(*per_part, strict=True)
         ]
 
     whole = take(data.training_batches(ramps, 8, 4, seed=5, workers=1), 7)
-    of_parts = [take(data.training_batches(ramps, 8, 4, 5, workers=2, start=2, part=part), 5) for part in parts]
-    assert all(len(batch["label"]) == 4 // count for batches in of_parts for batch in batches)
-    assert_equal(side_by_side(of_parts), whole[2:])
+    per_part = [take(data.training_batches(ramps, 8, 4, 5, workers=2, start=2, part=part), 5) for part in parts]
+    assert all(len(batch["label"]) == 4 // count for batches in per_part for batch in batches)
+    assert_equal(concatenated(per_part), whole[2:])
 
     whole = list(data.evaluation_batches(ramps, 8, 8, workers=1))
     copies = tuple(data.ListedFile(Path(shutil.copy(file.path, tmp_path))) for file in ramps.images)
     read, open_image = [], data.open_image
     monkeypatch.setattr(data, "open_image", lambda file: read.append(file) or open_image(file))
     copied = dataclasses.replace(ramps, images=copies)
-    assert_equal(side_by_side([list(data.evaluation_batches(copied, 8, 8, 1, part)) for part in parts]), whole)
+    assert_equal(concatenated([list(data.evaluation_batches(copied, 8, 8, 1, part)) for part in parts]), whole)
     assert sorted(file for file in read if file in copies) == sorted(copies)
 
 
@@ -392,7 +392,7 @@ def test_processes_read_parts_of_the_same_batches(
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 5), min_size=10, max_size=200))
 def test_hold_out_tenth(labels: list[int]) -> None:
-    """Disjoint, complete, in the list's order, and even over classes."""
+    """The two are disjoint, complete, in the order of the list, and spread evenly over classes."""
     whole = split_of([Path(str(index)) for index in range(len(labels))])
     whole = data.Split(whole.name, whole.classes, whole.images, np.array(labels, np.int32))
     train, held_out = data.hold_out(whole)
@@ -432,7 +432,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_found_at_once(name: str, tmp_path: Path) -> None:
-    """The one among many, by name and list line; and again when it is decoded."""
+    """The error names file and list line, before training and again when the file is decoded."""
     whole = tmp_path / "whole.png"
     content = encoded(name[-3:], tmp_path)
     smooth(20, 20).save(whole)
@@ -445,7 +445,7 @@ def test_broken_files_are_found_at_once(name: str, tmp_path: Path) -> None:
     assert_batches_raise(split, message)
 
 
-def test_a_folder_is_no_image(tmp_path: Path) -> None:
+def test_a_folder_is_not_an_image(tmp_path: Path) -> None:
     with raises("list line 1: .* is no readable image"):
         data.check_images([split_of([tmp_path])], workers=1)
 
@@ -470,13 +470,13 @@ def test_files_with_all_their_pixels_pass(suffix: str, change: Callable[[bytes],
 
 
 def bad_marker(content: bytes) -> bytes:
-    """A Huffman table of zeros amid the pixels."""
+    """Puts a Huffman table of zeros among the pixels."""
     middle = len(content) // 2
     return content[:middle] + b"\xff\xc4" + b"\0" * 50 + content[middle + 52 :]
 
 
 def bad_pixels(content: bytes) -> bytes:
-    """Pixels that are no zlib stream, under a checksum that is right."""
+    """Puts an invalid zlib stream under a correct checksum."""
     start = content.index(b"IDAT")
     (length,) = struct.unpack(">I", content[start - 4 : start])
     body = b"IDAT" + content[start + 4 : start + 40] + b"\xff" * (length - 36)
@@ -489,7 +489,7 @@ def test_files_that_break_only_when_decoded(suffix: str, damage: Callable[[bytes
     path.write_bytes(damage(encoded(suffix, tmp_path)))
     smooth(20, 20).save(tmp_path / "whole.png")
     split = split_of([tmp_path / "whole.png", path, tmp_path / "whole.png"])
-    data.check_images([split], workers=1)  # its two ends are in place
+    data.check_images([split], workers=1)  # passes: start and end are intact
     assert_batches_raise(split, rf"list line 2: .*damaged.{suffix} is no readable image")
 
 
@@ -525,19 +525,19 @@ def test_batches_that_do_not_divide(batch_size: int) -> None:
     ("batch_size", "accumulate", "expected"), [(256, 1, 256), (1024, 1, 512), (256, 4, 64), (8, 1, 8), (8, 4, 8)]
 )
 def test_evaluation_batches_fit(batch_size: int, accumulate: int, expected: int) -> None:
-    """Eight devices take what they train on at once, but no more than 64 images each."""
+    """Each of eight devices evaluates as many images as it trains on at once, but at most 64."""
     assert data.evaluation_batch_size(batch_size, accumulate) == expected
 
 
-def test_what_one_process_tells_itself() -> None:
-    """Several processes are tried in test_resume.py."""
+def test_one_process_gathers_its_own_values() -> None:
+    """test_resume.py tests several processes."""
     assert processes.gathered({"a": [1, "ü"]}) == [{"a": [1, "ü"]}]
     assert processes.from_writer(lambda: {"step": 3}) == {"step": 3} and data.writes_files()
     assert int(processes.largest_anywhere(15, data.device_mesh(8))) == 15
 
 
 def test_fetched_arrays_are_copies() -> None:
-    """On CPU, a view of an array whose memory is donated would change."""
+    """On CPU, a view of a donated array would change."""
     mesh = data.device_mesh(8)
     given = data.place({"spread": np.arange(16.0, dtype=np.float32), "copied": np.float32(3)}, mesh, fsdp=True)
     fetched = data.fetch(given)

@@ -1,18 +1,24 @@
 """Metrics against brute force and hand-made cases, whole splits against PyTorch, tables by hand."""
 
 import json
+import sys
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import shared
-from helpers import seeded_model
+from helpers import changed, seeded_model, tiny_command
+from PIL import Image
+from safetensors.numpy import load_file
 
 import clip
 import data
 import eval as evaluation
 import lipsum
-from support import layouts, weights
+import train
+from support import errors, layouts, opening, tables, weights
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
@@ -68,6 +74,11 @@ def test_nll_of_a_probability_that_underflows() -> None:
     assert not correct.any() and np.all(confidence == 1)
 
 
+def test_harmonic_mean_by_hand() -> None:
+    assert evaluation.harmonic_mean(0.6, 0.3) == pytest.approx(0.4)
+    assert evaluation.harmonic_mean(0.0, 0.0) == 0.0
+
+
 # ------------------------------------------------------------------------------------------------------- whole splits
 
 
@@ -100,3 +111,165 @@ def test_zero_shot_on_real_images_equals_pytorch() -> None:
     other = evaluation.metrics(evaluation.predict([classifier], tau, split, 8, 2, data.device_mesh(8)))
     for metric in ("accuracy", "ece", "nll"):
         np.testing.assert_allclose(other[metric], actual[metric], rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- post-hoc methods
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of FT and Lipsum-FT with two seeds each; `other` holds a run on two prompts."""
+    out = tmp_path_factory.mktemp("runs")
+    command = changed(tiny_command(model, root, out), method=("ft", "lipsum"), seed=(0, 1), steps=(4,), eval_every=1000)
+    train.main(command)
+    train.main(changed(command, method=("ft",), seed=(0,), templates="a sketch of a {}.", out=out / "other"))
+    return out
+
+
+def classifier_of(folder: Path) -> list[np.ndarray]:
+    run = opening.read_run(folder)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(run.classifier)]
+
+
+def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [finished / "ft" / "seed-0", finished / "lipsum" / "seed-0", finished / "lipsum" / "seed-1"]
+    evaluation.wise_command((runs[0],), alphas=(0.0, 0.5, 1.0))
+    results = json.loads((runs[0] / "results.json").read_text())
+    ends = {
+        alpha: json.loads((finished / f"ft+wise-{alpha}" / "seed-0" / "results.json").read_text()) for alpha in (0, 1)
+    }
+    for split in ("real", "sketch"):
+        assert ends[1]["splits"][split] == results["splits"][split]
+        assert ends[0]["splits"][split] == results["zero_shot"][split]
+    for mixed, tuned in zip(classifier_of(finished / "ft+wise-1" / "seed-0"), classifier_of(runs[0]), strict=True):
+        np.testing.assert_array_equal(mixed, tuned)
+    assert "FT + WiSE 0.5" in capsys.readouterr().out
+
+    evaluation.tpgm_command((runs[1],), penalty=(0.5,), norm="mars", steps=3, batch_size=8)
+    assert "Lipsum-FT + TPGM-C 0.5 mars" in capsys.readouterr().out
+    how = json.loads((finished / "lipsum+tpgm-c-0.5-mars" / "seed-0" / "results.json").read_text())["post_hoc"]
+    assert how["select_on"] == "val"
+
+    evaluation.greedy_command(tuple(runs), "soup")
+    evaluation.greedy_command(tuple(runs), "ensemble")
+    selection = [json.loads((run / "results.json").read_text())["selection"]["accuracy"] for run in runs]
+    for kind in ("soup", "ensemble"):
+        made = json.loads((finished / f"ft,lipsum+{kind}" / "seed-0" / "results.json").read_text())
+        assert made["selection"]["accuracy"] >= max(selection)
+    evaluation.greedy_command((runs[1],), "soup")
+    for mixed, tuned in zip(classifier_of(finished / "lipsum+soup" / "seed-0"), classifier_of(runs[1]), strict=True):
+        np.testing.assert_array_equal(mixed, tuned)
+    tables.table_command((finished / "ft", finished / "ft+wise-0.5", finished / "ft,lipsum+ensemble"))
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[-3:]] == [
+        "FT", "FT + WiSE 0.5", "FT, Lipsum-FT + ensemble",
+    ]  # fmt: skip
+
+
+def test_post_hoc_bad_input(finished: Path, tmp_path: Path) -> None:
+    run = finished / "ft" / "seed-1"
+    with pytest.raises(errors.InputError, match=r"--alphas has 1\.5"):
+        evaluation.wise_command((run,), alphas=(1.5,))
+    with pytest.raises(errors.InputError, match=r"has no config\.json"):
+        evaluation.wise_command((tmp_path,))
+    with pytest.raises(errors.InputError, match="no run is given"):
+        evaluation.greedy_command((), "soup")
+    with pytest.raises(errors.InputError, match="has templates 'a photo of a"):
+        evaluation.greedy_command((run, finished / "other" / "ft" / "seed-0"), "soup")
+    with pytest.raises(errors.InputError, match="penalty has -1"):
+        evaluation.tpgm_command((run,), penalty=(-1.0,))
+    evaluation.wise_command((run,), alphas=(0.7,))
+    with pytest.raises(errors.InputError, match="give --overwrite"):
+        evaluation.wise_command((run,), alphas=(0.7,))
+    evaluation.wise_command((run,), alphas=(0.7,), overwrite=True)
+
+
+# ------------------------------------------------------------------------------------------- analysis of finished runs
+
+
+def test_predict(finished: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The printed classes against the model's own probabilities; a run, its best/ and an ensemble."""
+    run = finished / "ft" / "seed-0"
+    images = (root / "real" / "dog" / "test0.png", root / "sketch" / "guitar" / "test1.png")
+    evaluation.predict_command(images, run, top=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[3]] == [str(image) for image in images] and len(lines) == 6
+    classifier, model = opening.read_classifier(run / "best")
+    features = clip.image_features(
+        classifier.vision, jnp.asarray(data.read_image(data.ListedFile(images[0], ""), 16))[None]
+    )
+    probabilities = np.asarray(jax.nn.softmax(jnp.exp(model.logit_scale) * (features @ classifier.head)))[0]
+    order = np.argsort(-probabilities)
+    names = json.loads((run / "best" / "classes.json").read_text())
+    assert lines[1] == f"  {100 * probabilities[order[0]]:5.1f} %  {names[order[0]]}"
+    evaluation.predict_command(images, run / "best", top=2)
+    assert capsys.readouterr().out.splitlines() == lines
+    evaluation.greedy_command((run, finished / "lipsum" / "seed-0"), "ensemble", overwrite=True)
+    evaluation.predict_command(images[:1], finished / "ft,lipsum+ensemble" / "seed-0", top=1)
+    assert len(capsys.readouterr().out.splitlines()[-2:]) == 2
+    with pytest.raises(errors.InputError, match=r"missing\.png does not exist"):
+        evaluation.predict_command((Path("missing.png"),), run)
+    with pytest.raises(errors.InputError, match=r"has no head\.safetensors"):
+        evaluation.predict_command(images, finished)
+
+
+def test_energy_gap_command(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both ways agree to 1e-5, and with results.json if the texts are the same."""
+    run = finished / "ft" / "seed-0"
+    evaluation.energy_gap_command((run,), brute_force=True)
+    results = json.loads((run / "results.json").read_text())["splits"]
+    for line in capsys.readouterr().out.splitlines():
+        _, name, closed, _, _, brute_force = line.split()
+        np.testing.assert_allclose(float(closed), float(brute_force), rtol=1e-5)
+        np.testing.assert_allclose(float(closed), results[name]["energy_gap"], rtol=1e-5)
+        assert float(closed) > 0
+
+
+def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Every figure is written; what the runs do not hold is named; without matplotlib, the extra to install."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    evaluation.wise_command((finished / "ft" / "seed-0",), alphas=(0.25,), overwrite=True)
+    capsys.readouterr()
+    runs = (finished / "ft", finished / "lipsum", finished / "ft+wise-0.25")
+    evaluation.figures_command(runs, tmp_path)
+    output = capsys.readouterr().out
+    assert "soups: nothing to show yet, it needs python eval.py soup RUNS" in output
+    names = {
+        "trade_off", "distortion", "energy_gap", "post_hoc_curves", "reliability",  "energy_vectors",
+        "contact_sheet",
+    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    for name in names:
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert np.asarray(image.convert("L")).std() > 1, name
+    assert "Pearson's correlation of relative accuracy with energy gap" in output
+    monkeypatch.setitem(sys.modules, "support.figures", None)
+    monkeypatch.delattr("support.figures")
+    with pytest.raises(errors.InputError, match=r"pip install '\.\[plots\]'"):
+        evaluation.figures_command(runs, tmp_path)
+
+
+def test_best_opens_in_transformers(finished: Path, root: Path, tmp_path: Path) -> None:
+    """Features, tokens and, with head.safetensors, logits, through PyTorch's CLIPModel and CLIPProcessor.
+
+    The image is square: of an odd number of pixels to crop, transformers leaves the spare one on the other
+    side than torchvision, which OpenAI used, and this project.
+    """
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    best = finished / "lipsum" / "seed-0" / "best"
+    theirs = transformers.CLIPModel.from_pretrained(best)
+    processor = transformers.CLIPProcessor.from_pretrained(best)
+    ours, tokenizer = weights.load(str(best))
+    head, tau = load_file(best / "head.safetensors")["head"], np.exp(float(ours.logit_scale))
+    path, texts = tmp_path / "square.png", ["a photo of a dog", "ice cream"]
+    Image.open(next((root / "sketch/dog").iterdir())).crop((0, 0, 20, 20)).save(path)
+    inputs = processor(text=texts, images=Image.open(path), return_tensors="np", padding=True)
+    with torch.no_grad():
+        features = theirs.get_image_features(torch.tensor(inputs["pixel_values"])).pooler_output.numpy()
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    pixels = data.read_image(data.ListedFile(path), ours.config.image_size)
+    actual = np.asarray(clip.image_features(ours.vision, jnp.asarray(pixels)[None]))
+    np.testing.assert_allclose(actual, features, atol=2e-6)
+    np.testing.assert_allclose(tau * actual @ head, tau * features @ head, atol=2e-6 * tau)
+    width = inputs["input_ids"].shape[1]
+    np.testing.assert_array_equal(clip.tokenize(tokenizer, texts, ours.config)[:, :width][0], inputs["input_ids"][0])

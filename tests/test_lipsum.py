@@ -1,8 +1,10 @@
-"""The equations of lipsum.py by hand, and its steps against what the authors' own script computes."""
+"""The equations of lipsum.py against computations by hand, its steps against the authors' own script."""
 
 import dataclasses
 import functools
+import hashlib
 import math
+import zlib
 
 import equinox as eqx
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import scaling
 import seeded
-from conftest import REFERENCE, shared
+from conftest import REFERENCE
 from helpers import config_of, seeded_model
 
 import clip
@@ -53,7 +55,7 @@ def test_equations_4_and_5() -> None:
 
 
 def test_equations_6_to_8() -> None:
-    """The energy gap by loops; the regulariser is tau^2 / 2 of it where both use the same texts."""
+    """The energy gap by loops. Lipsum-FT's loss by loops, which is tau^2 / 2 times the gap over the same texts."""
     gaps = [(sum(t * x) - sum(t * y)) ** 2 for x, y in zip(IMAGES, OTHER, strict=True) for t in TEXTS]
     gap = lipsum.energy_gap(IMAGES, OTHER, TEXTS)
     np.testing.assert_allclose(gap, sum(gaps) / 12, rtol=1e-5)
@@ -123,7 +125,7 @@ SIZES = seeded.ARCHITECTURES["tiny"] | {
 
 @functools.cache
 def original() -> dict[str, np.ndarray]:
-    with np.load(shared("reference/original_tiny.npz")) as file:
+    with np.load(REFERENCE / "original.npz") as file:
         return dict(file)
 
 
@@ -131,11 +133,48 @@ def entries(prefix: str) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): array for name, array in original().items() if name.startswith(prefix)}
 
 
+def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal numbers from a generator per name."""
+    generator = np.random.default_rng([int(original()["meta/seed"]), zlib.crc32(name.encode())])
+    return generator.standard_normal(shape, dtype=np.float32)
+
+
+@functools.cache
+def original_weights() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Zero-shot weights, and the same with a perturbed vision tower, as the recording of `original.npz` drew them."""
+    skeleton = eqx.filter_eval_shape(clip.CLIP, config_of(SIZES), jax.random.key(0))
+    zero_shot = {"logit_scale": np.array(np.log(100.0), np.float32)}
+    for name, leaf in eqx.filter_eval_shape(clip.to_state_dict, skeleton, "hugging_face").items():
+        z = draw(name, leaf.shape)
+        if "norm" in name or "layrnorm" in name:
+            zero_shot[name] = 1.0 + 0.1 * z if name.endswith("weight") else 0.1 * z
+        elif name.endswith(".bias"):
+            zero_shot[name] = 0.05 * z
+        elif "embedding" in name and "patch" not in name:
+            zero_shot[name] = (0.5 if "token" in name else 0.3) * z
+        elif name != "logit_scale":
+            zero_shot[name] = z / np.float32(np.sqrt(np.prod(leaf.shape[1:])))
+    trained = dict(zero_shot)
+    for name, weight in zero_shot.items():
+        if name.startswith("vision_model.") or name == "visual_projection.weight":
+            scale = np.float32(0.05) * np.float32(np.sqrt(np.mean(np.square(weight, dtype=np.float64))))
+            trained[name] = weight + scale * draw(f"perturb/{name}", weight.shape)
+    return zero_shot, trained
+
+
+def test_original_weights_are_those_recorded() -> None:
+    digest = hashlib.sha256()
+    for name, weight in sorted(original_weights()[0].items()):
+        digest.update(name.encode() + np.asarray(weight).tobytes())
+    assert digest.hexdigest() == str(original()["meta/fingerprint_w0"])
+
+
 def original_models() -> tuple[clip.CLIP, lipsum.Frozen, lipsum.Classifier]:
     """The zero-shot model, what is frozen, and the perturbed classifier that the script's step starts from."""
-    values, config = original(), config_of(SIZES)
-    zero_shot = clip.from_state_dict(entries("w0/"), config, "hugging_face", "original")
-    trained = clip.from_state_dict(entries("w0/") | entries("w1/"), config, "hugging_face", "original")
+    values = original()
+    zero_shot, trained = (
+        clip.from_state_dict(weights, config_of(SIZES), "hugging_face", "original") for weights in original_weights()
+    )
     frozen = lipsum.Frozen(
         zero_shot=lipsum.Classifier(zero_shot.vision, jnp.asarray(values["cls0"])),
         text=zero_shot.text,
@@ -159,7 +198,7 @@ def named(zero_shot: clip.CLIP, classifier: lipsum.Classifier) -> dict[str, np.n
 
 
 def with_texts(frozen: lipsum.Frozen, step: int) -> lipsum.Frozen:
-    """`frozen` with the script's texts of the given step to draw from: all of them are drawn."""
+    """`frozen` with the script's texts of the given step as guidance: all of them are drawn."""
     texts = jnp.asarray(original()["token_ids"][step])
     return eqx.tree_at(lambda frozen: frozen.guidance, frozen, texts, is_leaf=lambda leaf: leaf is None)
 
@@ -217,7 +256,7 @@ def test_original_three_steps() -> None:
             "learning_rate": "lr",
         }.items():
             np.testing.assert_allclose(metrics[name], expected[theirs], rtol=1e-5, err_msg=f"step {step}: {name}")
-    leaves, start = named(zero_shot, state.classifier), entries("w1/")
+    leaves, start = named(zero_shot, state.classifier), original_weights()[1]
     for name, expected in entries("after3/").items():
         if name in leaves and name != "logit_scale" and not name.endswith("k_proj.bias"):
             np.testing.assert_allclose(leaves[name], expected, rtol=0, atol=1e-7, err_msg=name)
@@ -237,7 +276,7 @@ def methods_reference() -> dict[str, np.ndarray]:
 
 
 def nano_setup(dtype: type = np.float32) -> tuple[clip.CLIP, lipsum.Frozen, lipsum.Classifier, lipsum.Batch]:
-    """The inputs of `record_reference.py methods`, guidance being its very texts."""
+    """The inputs of `record_reference.py methods`, with its texts as guidance."""
     inputs = seeded.fine_tuning(seeded.SEED)
     config = config_of(seeded.ARCHITECTURES["nano"])
     models = [clip.from_state_dict(inputs[name], config, "hugging_face", "seeded") for name in ("zero_shot", "trained")]
@@ -342,7 +381,7 @@ def test_exact_lipsum_is_the_average_over_all_texts() -> None:
     np.testing.assert_allclose(exact, 20**2 / 2 * lipsum.energy_gap(features, zero_shot, texts), rtol=1e-5)
 
 
-def test_linear_probe_reaches_the_least_loss() -> None:
+def test_linear_probe_minimises_the_loss() -> None:
     inputs, expected = seeded.fine_tuning(seeded.SEED), methods_reference()
     features, labels = inputs["probe_features"], inputs["probe_labels"]
     for head in (np.zeros((8, 5), np.float32), inputs["zero_shot_head"]):  # it is convex: the start does not matter
@@ -393,7 +432,7 @@ def equal_leaves(one: lipsum.Classifier, other: lipsum.Classifier) -> bool:
     return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
 
 
-def test_wise_ends_are_the_models() -> None:
+def test_wise_with_alpha_0_and_1_returns_the_models() -> None:
     _, frozen, classifier, _ = nano_setup()
     assert equal_leaves(lipsum.wise(frozen.zero_shot, classifier, 0.0), frozen.zero_shot)
     assert equal_leaves(lipsum.wise(frozen.zero_shot, classifier, 1.0), classifier)
@@ -452,7 +491,7 @@ def test_tpgm_gradient_is_that_of_finite_differences() -> None:
     np.testing.assert_allclose(slopes[1], (values[2] - values[0]) / 2e-5, rtol=1e-6)
 
 
-def test_soup_is_the_mean_and_of_one_is_that_one() -> None:
+def test_soup_is_the_mean() -> None:
     _, frozen, classifier, _ = nano_setup()
     third = lipsum.wise(frozen.zero_shot, classifier, 3.0)
     assert equal_leaves(lipsum.soup([classifier]), classifier)
@@ -462,7 +501,7 @@ def test_soup_is_the_mean_and_of_one_is_that_one() -> None:
 
 
 def test_greedy_members() -> None:
-    """Best first, ties in the order given, kept only if strictly better, at most so many; never below the best."""
+    """Best first, ties in the given order, kept only if strictly better, at most as many as asked for."""
     alone = [0.5, 0.8, 0.8, 0.7]
     asked = []
 
@@ -498,7 +537,7 @@ def tiny_setup() -> tuple[lipsum.Frozen, lipsum.Batch]:
 
 @pytest.mark.parametrize("method", ["ft", "lipsum"])
 def test_steps_are_pure_and_compile_once(method: str) -> None:
-    """The same bits again; the state given is donated, the one that comes out lies where that lay."""
+    """Equal inputs give equal bits. The given state is donated, and the returned one has its shardings."""
     frozen, batch = tiny_setup()
     batch = {name: np.asarray(array) for name, array in batch.items()}
     mesh = scaling.mesh_of(8)
@@ -545,7 +584,7 @@ def test_regulariser_is_zero_at_the_start() -> None:
 
 @pytest.mark.parametrize("method", ["lipsum", "car-ft", "ema"])
 def test_a_sweep_compiles_once(method: str) -> None:
-    """Rate, lambda, temperature and decay are data: other values give other numbers by the same program."""
+    """Rate, lambda, temperature and decay are data: one program computes different results for different values."""
     frozen, batch = tiny_setup()
     step = lipsum.training_step(lipsum.METHODS[method].loss)
     compiled = step._cache_size()

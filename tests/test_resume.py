@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, out of space or in each other's way, and how they go on."""
+"""Runs that are stopped, killed, out of disk space or in conflict, and how they resume."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ from support.options import Command
 
 @pytest.fixture(scope="module")
 def unbroken(model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of `command` that nothing disturbed."""
+    """The folder of an undisturbed run of `command`."""
     out = tmp_path_factory.mktemp("unbroken")
     train.main(tiny_command(model, root, out))
     return out / "lipsum" / "seed-0"
@@ -37,7 +37,7 @@ def unbroken(model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def folder(command: Command) -> Path:
-    """Of the run of `command`."""
+    """The folder of the run of `command`."""
     return command.out / "lipsum" / "seed-0"
 
 
@@ -89,10 +89,8 @@ def test_resume_keeps_finished_runs_and_refuses_other_settings(
     assert (folder / "results.json").exists()
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    command: Command, folder: Path, unbroken: Path, capsys
-) -> None:
-    """Of the two that are kept: the run ends with the same bits."""
+def test_resume_skips_a_damaged_checkpoint(command: Command, folder: Path, unbroken: Path, capsys) -> None:
+    """The run resumes from the one before, and ends with the same bits."""
     shutil.copytree(unbroken, folder)
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == [
         "step-4.safetensors", "step-6.safetensors",
@@ -102,8 +100,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     newest = folder / "checkpoint" / "step-6.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100] + bytes(100))  # of the right size, with a right header
     train.main(changed(command, resume=True))
-    told = capsys.readouterr()
-    assert f"checkpoint {newest} is damaged (its content has changed" in told.err and "from step 4" in told.out
+    printed = capsys.readouterr()
+    assert f"checkpoint {newest} is damaged (its content has changed" in printed.err and "from step 4" in printed.out
     assert best_of(folder) == best_of(unbroken)
     assert files.read_checkpoint(newest).progress["step"] == 6
 
@@ -111,7 +109,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 def test_earlier_runs_open_and_resume(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    """Of commit e2f2ed0: a finished run; one of EMA, stopped after step 4, with what it would have become."""
+    """Runs made at commit e2f2ed0: a finished one, and one of EMA stopped after step 4, with its expected results."""
     shutil.copytree(REFERENCE / "earlier", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)  # where the model and the data lie is in their config.json, as it was typed
     save_model(tmp_path / "model", **seeded.ARCHITECTURES["nano"])
@@ -137,7 +135,7 @@ def test_earlier_runs_open_and_resume(
 # ------------------------------------------------------------------------------------------------- killed, full, locked
 
 
-def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(
+def test_a_signal_saves_after_the_step_and_prints_how_to_continue(
     command: Command, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     step = lipsum.training_step(lipsum.lipsum_loss)
@@ -163,7 +161,7 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(
 def test_a_signal_in_an_evaluation_acts_at_once(
     command: Command, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was saved just before it goes on with that evaluation; the second signal does not wait for a step."""
+    """The run resumes with that evaluation. A second signal does not wait for a step."""
     accuracy = evaluation.Evaluator.selection_accuracy
 
     def interrupted(*_):
@@ -193,7 +191,7 @@ def test_a_signal_in_an_evaluation_acts_at_once(
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_was_saved(
+def test_a_loss_that_is_not_finite_is_an_error_and_keeps_checkpoints(
     command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     step = lipsum.training_step(lipsum.lipsum_loss)
@@ -212,7 +210,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_what_was_saved(
 
 
 def test_two_runs_on_one_folder(command: Command, folder: Path, capsys) -> None:
-    """The second is refused before it loads anything; no lock stays behind."""
+    """The second is refused before it loads anything. No lock file remains."""
     with files.locked(folder):
         assert errors.exit_code(lambda: train.main(changed(command, model="missing.pt"))) == 2
         assert f"another process writes to {folder}: wait until it ends" in capsys.readouterr().err
@@ -220,8 +218,8 @@ def test_two_runs_on_one_folder(command: Command, folder: Path, capsys) -> None:
     assert [path.name for path in command.out.rglob(".*")] == []
 
 
-def test_a_full_disk_is_named_and_the_run_goes_on(command: Command, folder: Path, unbroken: Path, capsys) -> None:
-    """A limit on the size of files stands for it: no half file stays, and later the run goes on."""
+def test_a_full_disk_is_an_error_and_the_run_resumes(command: Command, folder: Path, unbroken: Path, capsys) -> None:
+    """A limit on file sizes simulates it. No partial file remains, and the run resumes later."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -239,7 +237,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(command: Command, folder: Path
 
 
 def test_tensorboard_and_profile(command: Command) -> None:
-    """TensorBoard's files hold the figures of metrics.jsonl, also of a run that went on; a trace is written."""
+    """TensorBoard's files contain the numbers of metrics.jsonl, also after --resume; a trace is written."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     command = changed(command, method=("ft",), tensorboard=True, profile=True, steps=(20,), eval_every=20)
     train.main(command)
@@ -290,8 +288,8 @@ def test_tensorboard_needs_its_extra(command: Command, monkeypatch: pytest.Monke
 # --------------------------------------------------------------------------------------------------- several processes
 
 
-def test_a_run_of_two_processes_goes_on_in_one(command: Command, tmp_path: Path) -> None:
-    """One process of two gets a signal: both end after the same step, and one alone continues, to the same figures."""
+def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path) -> None:
+    """One of two processes gets a signal: both end after the same step. One process continues to the same numbers."""
     said = [
         *(
             "--model",

@@ -1,4 +1,4 @@
-"""The same numbers on 1, 2 and 8 devices, spread or not, split or not, and on two processes of four devices each."""
+"""Same losses on any devices and processes, with and without --fsdp and --accumulate; precision; remat."""
 
 import functools
 import json
@@ -20,18 +20,18 @@ import lipsum
 
 
 @functools.cache
-def on_one_device(method: str) -> list[float]:
-    found = scaling.losses(method, scaling.mesh_of(1))
-    assert found[-1] < found[1]
-    return found
+def losses_on_one_device(method: str) -> list[float]:
+    losses = scaling.losses(method, scaling.mesh_of(1))
+    assert losses[-1] < losses[1]
+    return losses
 
 
-def assert_same_losses(method: str, devices: int, **how: Any) -> None:
-    found = scaling.losses(method, scaling.mesh_of(devices), **how)
-    np.testing.assert_allclose(found, on_one_device(method), rtol=1e-5)
+def assert_same_losses(method: str, devices: int, **options: Any) -> None:
+    losses = scaling.losses(method, scaling.mesh_of(devices), **options)
+    np.testing.assert_allclose(losses, losses_on_one_device(method), rtol=1e-5)
 
 
-WAYS = [
+COMBINATIONS = [
     (devices, {"fsdp": fsdp, "accumulate": parts})
     for devices in (1, 2, 8)
     for fsdp in (False, True)
@@ -41,7 +41,7 @@ WAYS = [
 
 @pytest.mark.parametrize("method", scaling.METHODS)
 def test_losses_do_not_depend_on_devices(method: str) -> None:
-    """Spread over eight, and split; FT and Lipsum-FT also copied to each, and whole."""
+    """On eight devices with --fsdp and --accumulate. FT and Lipsum-FT also without."""
     assert_same_losses(method, 8, fsdp=True, accumulate=4)
     if method in ("ft", "lipsum"):
         assert_same_losses(method, 8)
@@ -49,16 +49,17 @@ def test_losses_do_not_depend_on_devices(method: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", scaling.METHODS)
-@pytest.mark.parametrize(("devices", "how"), WAYS)
-def test_losses_in_every_way(method: str, devices: int, how: dict[str, Any]) -> None:
-    assert_same_losses(method, devices, **how)
+@pytest.mark.parametrize(("devices", "options"), COMBINATIONS)
+def test_losses_in_every_combination(method: str, devices: int, options: dict[str, Any]) -> None:
+    assert_same_losses(method, devices, **options)
     jax.clear_caches()  # hundreds of programs: see conftest.py
 
 
 @pytest.mark.slow
-def test_losses_of_two_processes() -> None:
-    """Four devices each: every process has the losses of one device. test_resume.py has a run of two, by default."""
-    script, address = Path(scaling.__file__), scaling.free_address()
+def test_losses_on_two_processes() -> None:
+    """With four devices each, both processes have the losses of one device. test_resume.py runs train.py on two."""
+    script = Path(scaling.__file__)
+    address = scaling.free_address()
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     processes = [
         subprocess.Popen(
@@ -72,13 +73,13 @@ def test_losses_of_two_processes() -> None:
         assert process.returncode == 0, errors
         found = json.loads(output.splitlines()[-1])
         assert len(found) == 2 * len(scaling.METHODS)
-        for name, of_method in found.items():
-            np.testing.assert_allclose(of_method, on_one_device(name.split()[0]), rtol=1e-5, err_msg=name)
+        for name, losses in found.items():
+            np.testing.assert_allclose(losses, losses_on_one_device(name.split()[0]), rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("method", ["ft", "ema"])
-def test_spread_state_takes_under_a_sixth_on_each_device(method: str) -> None:
-    """Before and after a step; what does not divide by the devices is copied to each."""
+def test_fsdp_keeps_under_a_sixth_on_each_device(method: str) -> None:
+    """Before and after a step. An array that does not divide evenly is copied to every device."""
     mesh = scaling.mesh_of(8)
     state, frozen, batch = scaling.start(method, mesh, fsdp=True)
     step = lipsum.training_step(lipsum.METHODS[method].loss, data.shardings(state, mesh, fsdp=True))
@@ -98,8 +99,8 @@ def test_spread_state_takes_under_a_sixth_on_each_device(method: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- precision
 
 
-def test_bfloat16_is_in_the_towers_alone() -> None:
-    """Features near float32's, but not them; weights, optimiser, losses and gradients stay float32."""
+def test_only_the_towers_compute_in_bfloat16() -> None:
+    """Features are near those of float32, but differ. Weights, optimizer, losses and gradients stay float32."""
     mesh = scaling.mesh_of(1)
     state, frozen, batch = scaling.start("lipsum", mesh, False, precision="bfloat16")
     exact = clip.image_features(frozen.zero_shot.vision, batch["image"])
@@ -110,11 +111,11 @@ def test_bfloat16_is_in_the_towers_alone() -> None:
     with jax.numpy_dtype_promotion("standard"):  # the gradient of JAX's own attention mixes types
         state, metrics = lipsum.training_step(lipsum.lipsum_loss)(state, frozen, batch, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves((state, metrics))} == {jnp.dtype("float32"), jnp.dtype("int32")}
-    np.testing.assert_allclose(metrics["cross_entropy"], on_one_device("lipsum")[0], rtol=0.02)
+    np.testing.assert_allclose(metrics["cross_entropy"], losses_on_one_device("lipsum")[0], rtol=0.02)
 
 
 def operations(jaxpr: Any) -> list[Any]:
-    """Every equation, with those of the functions inside."""
+    """Returns every equation, including those of nested functions."""
     found = []
     for equation in jaxpr.eqns:
         found.append(equation)
@@ -125,8 +126,8 @@ def operations(jaxpr: Any) -> list[Any]:
     return found
 
 
-def test_bfloat16_multiplies_and_float32_normalises() -> None:
-    """Matrix products in bfloat16; exponentials, roots and divisions by norms in float32."""
+def test_bfloat16_in_matrix_products_only() -> None:
+    """Matrix products are in bfloat16; exponentials, roots and maxima are in float32."""
     tower = clip.compute_in(scaling.random_model().vision, "bfloat16")
     images = jnp.zeros((2, 16, 16, 3), jnp.uint8)
     found = operations(jax.make_jaxpr(clip.image_features)(tower, images).jaxpr)
@@ -138,16 +139,16 @@ def test_bfloat16_multiplies_and_float32_normalises() -> None:
     assert types["dot_general"] == {"bfloat16"}
 
 
-def test_remat_keeps_less() -> None:
-    """Of each block its input alone is kept for the backward pass."""
+def test_remat_stores_less_for_the_backward_pass() -> None:
+    """Only the input of each block is stored."""
     frozen, batch = scaling.inputs()
     images = jnp.asarray(batch["image"])
 
-    def kept(recompute: bool) -> int:
+    def stored(recompute: bool) -> int:
         def features(vision: clip.VisionTower) -> jax.Array:
             return clip.image_features(vision, images, recompute)
 
         _, pull_back = jax.eval_shape(lambda vision: jax.vjp(features, vision), frozen.zero_shot.vision)
         return sum(leaf.size for leaf in jax.tree.leaves(pull_back))
 
-    assert kept(True) < kept(False) / 3
+    assert stored(True) < stored(False) / 3

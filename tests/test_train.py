@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import changed, tiny_command
-from PIL import Image
+from helpers import changed
 from safetensors.numpy import load_file
 
 import clip
@@ -76,7 +75,7 @@ def test_same_seed_same_bits(command: Command) -> None:
 
 
 def test_the_most_accurate_model_is_kept(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Selection accuracies 0.2, 0.6, 0.6 after steps 2, 4 and 6: the first of the best wins."""
+    """Selection accuracies are 0.2, 0.6, 0.6 after steps 2, 4 and 6: the first of the best is kept."""
     kept = []
     selection = iter([1, 3, 3])
     predict = evaluation.predict
@@ -97,7 +96,7 @@ def test_the_most_accurate_model_is_kept(command: Command, monkeypatch: pytest.M
 def test_exported_benchmark_gives_the_same_numbers(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--data minidomain`, and `--data domainnet` on what `minidomain.py --export` wrote."""
+    """`--data minidomain`, and `--data domainnet` on the exported PNG files."""
     monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(minidomain, "SIZES", {"train": 40, "val": 20, "test": 20})
     minidomain.main(export=tmp_path / "export")
@@ -193,7 +192,7 @@ def test_broken_image_stops_before_training(command: Command, tmp_path: Path, ro
 
 
 def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
-    """The real commands in processes of their own: --help, a run, its table, an unknown method."""
+    """The real commands in their own processes: --help, a run, its table, an unknown method."""
     folder = Path(train.__file__).parent
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -236,27 +235,8 @@ def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- sweeps
 
 
-def test_runs_of_a_sweep(command: Command) -> None:
-    """A run for each value that the method reads, no two in one folder; a value said twice is one."""
-    command = changed(
-        command, method=("lp", "ft", "lipsum", "lipsum-exact"), seed=(0, 1), learning_rate=(1e-3, 3e-4, 0.001),
-        num_texts=(4, 8), text_length=(3, 5),
-    )  # fmt: skip
-    folders = [str(plan.folder.relative_to(command.out)) for plan in options.runs(command)]
-    assert len(set(folders)) == len(folders) == 2 * (1 + 2 + 2 * 2 * 2 + 2 * 2)
-    assert folders[:4] == [
-        "lp/seed-0", "lp/seed-1", "ft/seed-0-learning-rate-0.001", "ft/seed-1-learning-rate-0.001",
-    ]  # fmt: skip
-    assert "lipsum/seed-1-learning-rate-0.0003-num-texts-8-text-length-5" in folders
-    plan = next(plan for plan in options.runs(command) if "0.0003-num-texts-8-text-length-5" in str(plan.folder))
-    own = plan.settings
-    assert (own.learning_rate, own.num_texts, own.text_length, plan.seed) == (3e-4, 8, 5, 0)
-    one = changed(command, learning_rate=(1e-3,), num_texts=(4,), text_length=(3,))
-    assert str(list(options.runs(one))[-1].folder) == str(command.out / "lipsum-exact" / "seed-1")
-
-
 def test_sweep_over_references_and_rates(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each reference has its own data and table; finished runs are kept, with their settings or not at all."""
+    """Each reference has its own data and table. Finished runs are kept if their settings are unchanged."""
     sweep = changed(command, method=("ft",), reference=("real", "sketch"), learning_rate=(1e-3, 1e-2))
     train.main(sweep)
     output = capsys.readouterr().out
@@ -303,11 +283,6 @@ def test_unseen_classes_are_reported_and_not_trained(command: Command, tmp_path:
     assert "harmonic mean of seen and unseen" in capsys.readouterr().out
 
 
-def test_harmonic_mean_by_hand() -> None:
-    assert evaluation.harmonic_mean(0.6, 0.3) == pytest.approx(0.4)
-    assert evaluation.harmonic_mean(0.0, 0.0) == 0.0
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -325,23 +300,8 @@ def test_bad_unseen_classes(changes: dict[str, object], message: str, command: C
 # ----------------------------------------------------------------------------------------------- all methods, post-hoc
 
 
-@pytest.fixture(scope="module")
-def finished(model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of FT and Lipsum-FT with two seeds each; `other` holds a run on two prompts."""
-    out = tmp_path_factory.mktemp("runs")
-    command = changed(tiny_command(model, root, out), method=("ft", "lipsum"), seed=(0, 1), steps=(4,), eval_every=1000)
-    train.main(command)
-    train.main(changed(command, method=("ft",), seed=(0,), templates="a sketch of a {}.", out=out / "other"))
-    return out
-
-
-def classifier_of(folder: Path) -> list[np.ndarray]:
-    run = opening.read_run(folder)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(run.classifier)]
-
-
 def test_methods_that_start_elsewhere(command: Command, tmp_path: Path) -> None:
-    """LP trains the head alone; LP-FT starts there, Scratch-FT at zeros; a fixed head stays; guidance is read."""
+    """LP trains only the head, LP-FT starts there, Scratch-FT at zeros; a fixed head stays; guidance is read."""
     (tmp_path / "texts.txt").write_text("red\nblue paint\na dog\nthe guitar\n")
     command = changed(
         command, method=("scratch-ft", "lp", "lp-ft", "lipsum-exact"), fixed_head=True, guidance=tmp_path / "texts.txt"
@@ -356,58 +316,6 @@ def test_methods_that_start_elsewhere(command: Command, tmp_path: Path) -> None:
     assert runs["lp"].results["steps"] == 0 and runs["lp-ft"].results["steps"] == 6
     # Three colours are three classes: a linear probe of a random tower tells them apart better than chance.
     assert runs["lp"].results["splits"]["real"]["accuracy"] > 0.5
-
-
-def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [finished / "ft" / "seed-0", finished / "lipsum" / "seed-0", finished / "lipsum" / "seed-1"]
-    evaluation.wise_command((runs[0],), alphas=(0.0, 0.5, 1.0))
-    results = json.loads((runs[0] / "results.json").read_text())
-    ends = {
-        alpha: json.loads((finished / f"ft+wise-{alpha}" / "seed-0" / "results.json").read_text()) for alpha in (0, 1)
-    }
-    for split in ("real", "sketch"):
-        assert ends[1]["splits"][split] == results["splits"][split]
-        assert ends[0]["splits"][split] == results["zero_shot"][split]
-    for mixed, tuned in zip(classifier_of(finished / "ft+wise-1" / "seed-0"), classifier_of(runs[0]), strict=True):
-        np.testing.assert_array_equal(mixed, tuned)
-    assert "FT + WiSE 0.5" in capsys.readouterr().out
-
-    evaluation.tpgm_command((runs[1],), penalty=(0.5,), norm="mars", steps=3, batch_size=8)
-    assert "Lipsum-FT + TPGM-C 0.5 mars" in capsys.readouterr().out
-    how = json.loads((finished / "lipsum+tpgm-c-0.5-mars" / "seed-0" / "results.json").read_text())["post_hoc"]
-    assert how["select_on"] == "val"
-
-    evaluation.greedy_command(tuple(runs), "soup")
-    evaluation.greedy_command(tuple(runs), "ensemble")
-    selection = [json.loads((run / "results.json").read_text())["selection"]["accuracy"] for run in runs]
-    for kind in ("soup", "ensemble"):
-        made = json.loads((finished / f"ft,lipsum+{kind}" / "seed-0" / "results.json").read_text())
-        assert made["selection"]["accuracy"] >= max(selection)
-    evaluation.greedy_command((runs[1],), "soup")
-    for mixed, tuned in zip(classifier_of(finished / "lipsum+soup" / "seed-0"), classifier_of(runs[1]), strict=True):
-        np.testing.assert_array_equal(mixed, tuned)
-    tables.table_command((finished / "ft", finished / "ft+wise-0.5", finished / "ft,lipsum+ensemble"))
-    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[-3:]] == [
-        "FT", "FT + WiSE 0.5", "FT, Lipsum-FT + ensemble",
-    ]  # fmt: skip
-
-
-def test_post_hoc_bad_input(finished: Path, tmp_path: Path) -> None:
-    run = finished / "ft" / "seed-1"
-    with pytest.raises(errors.InputError, match=r"--alphas has 1\.5"):
-        evaluation.wise_command((run,), alphas=(1.5,))
-    with pytest.raises(errors.InputError, match=r"has no config\.json"):
-        evaluation.wise_command((tmp_path,))
-    with pytest.raises(errors.InputError, match="no run is given"):
-        evaluation.greedy_command((), "soup")
-    with pytest.raises(errors.InputError, match="has templates 'a photo of a"):
-        evaluation.greedy_command((run, finished / "other" / "ft" / "seed-0"), "soup")
-    with pytest.raises(errors.InputError, match="penalty has -1"):
-        evaluation.tpgm_command((run,), penalty=(-1.0,))
-    evaluation.wise_command((run,), alphas=(0.7,))
-    with pytest.raises(errors.InputError, match="give --overwrite"):
-        evaluation.wise_command((run,), alphas=(0.7,))
-    evaluation.wise_command((run,), alphas=(0.7,), overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -427,69 +335,6 @@ def test_bad_guidance(command: Command, tmp_path: Path, text: str, message: str)
 # ------------------------------------------------------------------------------------------- analysis of finished runs
 
 
-def test_predict(finished: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The printed classes against the model's own probabilities; a run, its best/ and an ensemble."""
-    run = finished / "ft" / "seed-0"
-    images = (root / "real" / "dog" / "test0.png", root / "sketch" / "guitar" / "test1.png")
-    evaluation.predict_command(images, run, top=2)
-    lines = capsys.readouterr().out.splitlines()
-    assert [lines[0], lines[3]] == [str(image) for image in images] and len(lines) == 6
-    classifier, model = opening.read_classifier(run / "best")
-    features = clip.image_features(
-        classifier.vision, jnp.asarray(data.read_image(data.ListedFile(images[0], ""), 16))[None]
-    )
-    probabilities = np.asarray(jax.nn.softmax(jnp.exp(model.logit_scale) * (features @ classifier.head)))[0]
-    order = np.argsort(-probabilities)
-    names = json.loads((run / "best" / "classes.json").read_text())
-    assert lines[1] == f"  {100 * probabilities[order[0]]:5.1f} %  {names[order[0]]}"
-    evaluation.predict_command(images, run / "best", top=2)
-    assert capsys.readouterr().out.splitlines() == lines
-    evaluation.greedy_command((run, finished / "lipsum" / "seed-0"), "ensemble", overwrite=True)
-    evaluation.predict_command(images[:1], finished / "ft,lipsum+ensemble" / "seed-0", top=1)
-    assert len(capsys.readouterr().out.splitlines()[-2:]) == 2
-    with pytest.raises(errors.InputError, match=r"missing\.png does not exist"):
-        evaluation.predict_command((Path("missing.png"),), run)
-    with pytest.raises(errors.InputError, match=r"has no head\.safetensors"):
-        evaluation.predict_command(images, finished)
-
-
-def test_energy_gap_command(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both ways agree to 1e-5, and with what results.json tells where the texts are the same."""
-    run = finished / "ft" / "seed-0"
-    evaluation.energy_gap_command((run,), brute_force=True)
-    results = json.loads((run / "results.json").read_text())["splits"]
-    for line in capsys.readouterr().out.splitlines():
-        _, name, closed, _, _, brute_force = line.split()
-        np.testing.assert_allclose(float(closed), float(brute_force), rtol=1e-5)
-        np.testing.assert_allclose(float(closed), results[name]["energy_gap"], rtol=1e-5)
-        assert float(closed) > 0
-
-
-def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    """Every figure is written; what the runs do not hold is named; without matplotlib, the extra to install."""
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("sklearn")
-    evaluation.wise_command((finished / "ft" / "seed-0",), alphas=(0.25,), overwrite=True)
-    capsys.readouterr()
-    runs = (finished / "ft", finished / "lipsum", finished / "ft+wise-0.25")
-    evaluation.figures_command(runs, tmp_path)
-    output = capsys.readouterr().out
-    assert "soups: nothing to show yet, it needs python eval.py soup RUNS" in output
-    names = {
-        "trade_off", "distortion", "energy_gap", "post_hoc_curves", "reliability", "training_curves", "energy_vectors",
-        "contact_sheet",
-    }  # fmt: skip
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
-    for name in names:
-        with Image.open(tmp_path / f"{name}.png") as image:
-            assert np.asarray(image.convert("L")).std() > 1, name
-    assert "Pearson's correlation of relative accuracy with energy gap" in output
-    monkeypatch.setitem(sys.modules, "support.figures", None)
-    monkeypatch.delattr("support.figures")
-    with pytest.raises(errors.InputError, match=r"pip install '\.\[plots\]'"):
-        evaluation.figures_command(runs, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("data_set", "tree", "reference"),
     [("cub", "cub", "cub"), ("folder", "zoo", "val"), ("imagenet",) * 3],
@@ -503,7 +348,7 @@ def test_every_layout_trains_and_evaluates(
     capsys,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """From the command line's command to a table; domainnet has its own tests above."""
+    """From the options to a table. domainnet has its own tests above."""
     root = request.getfixturevalue(tree)
     said = {"data": data_set, "data_root": root, "templates": "{}", "steps": (2,), "method": ("lipsum",)}
     command = changed(command, out=tmp_path_factory.mktemp("runs"))  # not where the images are
@@ -511,29 +356,3 @@ def test_every_layout_trains_and_evaluates(
     assert "Lipsum-FT" in capsys.readouterr().out
     results = json.loads((command.out / "lipsum/seed-0/results.json").read_text())
     assert next(iter(results["splits"])) == reference and results["steps"] == 2
-
-
-def test_best_opens_in_transformers(finished: Path, root: Path, tmp_path: Path) -> None:
-    """Features, tokens and, with head.safetensors, logits, through PyTorch's CLIPModel and CLIPProcessor.
-
-    Of a square image: where an odd number of pixels is to be cropped, transformers leaves the spare one on the other
-    side than torchvision, which OpenAI used, and this project.
-    """
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    best = finished / "lipsum" / "seed-0" / "best"
-    theirs = transformers.CLIPModel.from_pretrained(best)
-    processor = transformers.CLIPProcessor.from_pretrained(best)
-    ours, tokenizer = weights.load(str(best))
-    head, tau = load_file(best / "head.safetensors")["head"], np.exp(float(ours.logit_scale))
-    path, texts = tmp_path / "square.png", ["a photo of a dog", "ice cream"]
-    Image.open(next((root / "sketch/dog").iterdir())).crop((0, 0, 20, 20)).save(path)
-    inputs = processor(text=texts, images=Image.open(path), return_tensors="np", padding=True)
-    with torch.no_grad():
-        features = theirs.get_image_features(torch.tensor(inputs["pixel_values"])).pooler_output.numpy()
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
-    pixels = data.read_image(data.ListedFile(path), ours.config.image_size)
-    actual = np.asarray(clip.image_features(ours.vision, jnp.asarray(pixels)[None]))
-    np.testing.assert_allclose(actual, features, atol=2e-6)
-    np.testing.assert_allclose(tau * actual @ head, tau * features @ head, atol=2e-6 * tau)
-    width = inputs["input_ids"].shape[1]
-    np.testing.assert_array_equal(clip.tokenize(tokenizer, texts, ours.config)[:, :width][0], inputs["input_ids"][0])

@@ -1,4 +1,4 @@
-"""Downloads from a server on loopback that breaks off, lies or refuses; the prompts of OpenAI's notebook."""
+"""Downloads from a local server that breaks off, sends wrong bytes or refuses; the prompts in OpenAI's notebook."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` and remembers the `Range` of every request; the rest is how it misbehaves."""
+    """Serves `files` and records the `Range` of every request. The other attributes make it misbehave."""
 
     daemon_threads = True
 
@@ -34,7 +34,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = {"/file": CONTENT}
         self.ranges: list[str | None] = []
-        self.breaks_off_after: list[int] = []  # bytes of each of the first answers
+        self.breaks_off_after: list[int] = []  # bytes sent in each of the first responses
         self.knows_ranges = True
         self.chunked = False
         self.status = 200
@@ -95,14 +95,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def partial(path: Path, content: bytes) -> Path:
-    """What an earlier download left."""
+    """Writes the part of a file that an earlier download left."""
     path.parent.mkdir()
     part = path.with_name("file.part")
     part.write_bytes(content)
     return part
 
 
-def downloaded(server: Server, path: Path) -> None:
+def assert_downloads(server: Server, path: Path) -> None:
     assert download.fetch(server.address, SHA256, path) == path
     assert path.read_bytes() == CONTENT
     assert os.listdir(path.parent) == [path.name]
@@ -111,23 +111,23 @@ def downloaded(server: Server, path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- downloads
 
 
-def test_downloaded_once(server: Server, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    downloaded(server, path)
+def test_file_is_downloaded_once(server: Server, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_downloads(server, path)
     assert "file: 100%" in capsys.readouterr().err
-    downloaded(server, path)
+    assert_downloads(server, path)
     assert server.ranges == [None]
 
 
-def test_what_is_there_is_not_sent_again(server: Server, path: Path) -> None:
+def test_partial_download_is_continued(server: Server, path: Path) -> None:
     partial(path, CONTENT[:1000])
-    downloaded(server, path)
+    assert_downloads(server, path)
     assert server.ranges == ["bytes=1000-"]
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_connection_that_breaks_off_is_taken_up(chunked: bool, server: Server, path: Path) -> None:
+def test_broken_connection_is_resumed(chunked: bool, server: Server, path: Path) -> None:
     server.breaks_off_after, server.chunked = [100_000, 0, 50_000], chunked
-    downloaded(server, path)
+    assert_downloads(server, path)
     assert server.ranges == [None, "bytes=100000-", "bytes=100000-", "bytes=150000-"]
 
 
@@ -137,21 +137,21 @@ def test_server_that_always_breaks_off(server: Server, path: Path) -> None:
     fetch = lambda: download.fetch(server.address, SHA256, path)  # noqa: E731
     refused(fetch, server.address, "5,000 bytes are kept in", part, "run again to continue", path)
     assert part.read_bytes() == CONTENT[:5000] and not path.exists()
-    downloaded(server, path)
+    assert_downloads(server, path)
     assert server.ranges[-1] == "bytes=5000-"
 
 
 def test_server_that_ignores_ranges(server: Server, path: Path) -> None:
     partial(path, CONTENT[:1000])
     server.knows_ranges, server.breaks_off_after = False, [70_000]
-    downloaded(server, path)
+    assert_downloads(server, path)
     assert server.ranges == ["bytes=1000-", "bytes=70000-"]
 
 
-def test_whole_file_that_was_not_yet_renamed(server: Server, path: Path) -> None:
-    """The server answers 416: nothing is left to send."""
+def test_complete_file_that_was_not_renamed(server: Server, path: Path) -> None:
+    """The server answers 416: no bytes are left to send."""
     partial(path, CONTENT)
-    downloaded(server, path)
+    assert_downloads(server, path)
     assert server.ranges == ["bytes=300000-"]
 
 
@@ -164,10 +164,10 @@ def test_wrong_bytes_are_removed(there: bytes, server: Server, path: Path) -> No
     refused(lambda: download.fetch(server.address, SHA256, path), server.address, found, SHA256, path)
     assert not part.exists() and not path.exists()
     server.files["/file"] = CONTENT
-    downloaded(server, path)
+    assert_downloads(server, path)
 
 
-def test_file_of_the_user_is_checked_and_kept(server: Server, path: Path) -> None:
+def test_wrong_file_of_the_user_is_refused_and_kept(server: Server, path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"mine")
     found = hashlib.sha256(b"mine").hexdigest()
@@ -185,15 +185,15 @@ def test_server_that_refuses(status: int, there: bytes, server: Server, path: Pa
     assert part.exists() == bool(there)
 
 
-def test_nobody_answers(path: Path) -> None:
-    with socket.socket() as bound:  # and does not listen
+def test_no_server_answers(path: Path) -> None:
+    with socket.socket() as bound:  # without listening
         bound.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{bound.getsockname()[1]}/file"
         refused(lambda: download.fetch(address, SHA256, path), address, "refused", f"put it at {path}")
     assert not path.with_name("file.part").exists()
 
 
-def test_server_that_falls_silent(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_times_out(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "TIMEOUT", 0.02)
     server.may_answer.clear()
     refused(lambda: download.fetch(server.address, SHA256, path), server.address, "5 times", f"put it at {path}")
@@ -202,14 +202,14 @@ def test_server_that_falls_silent(server: Server, path: Path, monkeypatch: pytes
 
 def test_folder_that_cannot_be_used(server: Server, path: Path) -> None:
     path.parent.write_text("a file")
-    with pytest.raises(errors.InputError, match=f"{path} cannot be used .*: set LIPSUM_CACHE to a folder"):
+    with pytest.raises(errors.InputError, match=f"{path} cannot be used .*: set LIPSUM_CACHE to a writable folder"):
         download.fetch(server.address, SHA256, path)
 
 
 def test_two_processes_download_once(
     server: Server, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The server keeps the first waiting until the second waits for it."""
+    """The server lets the first process wait until the second waits for the lock."""
     server.may_answer.clear()
 
     def observed(text: str, **how: Any) -> None:
@@ -226,7 +226,7 @@ def test_two_processes_download_once(
         while not server.ranges:
             assert other.poll() is None, other.communicate()
             threading.Event().wait(0.01)
-        downloaded(server, path)
+        assert_downloads(server, path)
         assert other.wait(30) == 0
         assert "file: 100%" in other.communicate()[1]
     assert f"waiting for another process that downloads {path}" in capsys.readouterr().err
@@ -253,7 +253,7 @@ def test_preset_is_downloaded_and_then_works_offline(
     assert server.ranges == [None, None]
 
 
-def test_addresses_hold_the_hashes() -> None:
+def test_addresses_contain_the_hashes() -> None:
     for name, (address, sha256) in download.FILES.items():
         assert address.startswith("https://") and address.endswith(f"/{name}")
         assert len(bytes.fromhex(sha256)) == 32
@@ -282,7 +282,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_published_prompts(cache: Path) -> None:
     shutil.copy(shared(f"data/openai/{download.NOTEBOOK}"), cache)
     classes, templates = download.openai_prompts()
-    assert (len(classes), len(set(classes)), len(templates)) == (1000, 998, 80)  # two names stand for two classes each
+    assert (len(classes), len(set(classes)), len(templates)) == (1000, 998, 80)  # two names occur twice
     assert [classes[index] for index in (0, 134, 517, 999)] == [
         "tench",
         "crane bird",
@@ -293,7 +293,7 @@ def test_published_prompts(cache: Path) -> None:
     assert opening.read_templates("openai") == templates
 
 
-def test_lists_among_other_cells(cache: Path) -> None:
+def test_prompts_among_other_cells(cache: Path) -> None:
     lines = f"imagenet_templates = {TEMPLATES!r}\n\nprint(len(imagenet_templates))".splitlines(keepends=True)
     notebook(cache, "! pip install ftfy", "import no_such_module", f"imagenet_classes = {CLASSES!r}", lines)
     assert download.openai_prompts() == (CLASSES, TEMPLATES)
@@ -318,14 +318,14 @@ def test_notebook_is_never_executed(templates: str, cache: Path) -> None:
     path = notebook(cache, f"imagenet_classes = {CLASSES!r}", source)
     refused(download.openai_prompts, path)
     assert not trace.exists()
-    exec(source, {})  # it does what it should where nothing refuses it
+    exec(source, {})  # without the checks, the code is executed
     assert trace.exists()
 
 
 @pytest.mark.parametrize(
     "templates", [TEMPLATES[:-1], ["photo", *TEMPLATES[1:]], [7, *TEMPLATES[1:]], "{}" * 40, {}, None]
 )
-def test_lists_that_are_not_the_prompts(templates: Any, cache: Path) -> None:
+def test_wrong_prompts_are_refused(templates: Any, cache: Path) -> None:
     path = notebook(cache, f"imagenet_classes = {CLASSES!r}\nimagenet_templates = {templates!r}")
     refused(download.openai_prompts, path, download.FILES[download.NOTEBOOK].address)
 
@@ -333,6 +333,6 @@ def test_lists_that_are_not_the_prompts(templates: Any, cache: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"cells": 3}', '{"cells": [{}]}', '{"cells": [{"source": 3}]}', "[" * 100_000]
 )
-def test_file_that_is_no_notebook(content: str, cache: Path) -> None:
+def test_invalid_notebook_is_refused(content: str, cache: Path) -> None:
     (cache / download.NOTEBOOK).write_text(content)
     refused(download.openai_prompts, cache / download.NOTEBOOK)

@@ -1,4 +1,4 @@
-"""What runs write: whole or not there, kept from others, found again, refused where it is damaged."""
+"""Files of runs are whole or absent, locked against others, found again, and refused if damaged."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def save(checkpoints: files.Checkpoints, step: int, value: float = 0.0) -> None:
 # -------------------------------------------------------------------------------------------------- files and folders
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     files.write_json(path, {"a": 1})
 
@@ -60,7 +60,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_locked_to_other_processes(tmp_path: Path) -> None:
-    """Until the holder ends, though it be killed; nothing but the folder stays."""
+    """Until the holder ends, even if it is killed. No lock file remains."""
     folder = tmp_path / "runs" / "ft" / "seed-0"
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import files; from pathlib import Path\n"
@@ -91,7 +91,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_the_two_newest_are_kept(tmp_path: Path) -> None:
-    """One saved twice is one; the newest is found again, bit for bit."""
+    """Saving a step twice makes one file. The newest is restored bit by bit."""
     with files.Checkpoints(tmp_path / "checkpoint") as checkpoints:
         assert checkpoints.newest() is None
         for step in (1, 2, 10, 10):
@@ -109,8 +109,8 @@ def test_the_two_newest_are_kept(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_damaged_ones_give_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A later one than the newest whole one is overwritten or deleted, not kept in its stead."""
+def test_damaged_checkpoints_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A damaged one after the newest intact one is overwritten or deleted, and not kept."""
     with files.Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 4)
         save(checkpoints, 6)
@@ -127,8 +127,8 @@ def test_damaged_ones_give_way(tmp_path: Path, capsys: pytest.CaptureFixture[str
         checkpoints.newest()
 
 
-def test_a_failed_write_is_told(tmp_path: Path) -> None:
-    """By the next call, or at the end of the block."""
+def test_a_failed_write_raises(tmp_path: Path) -> None:
+    """In the next call, or at the end of the block."""
     (tmp_path / "checkpoint").write_text("a file where the folder should be")
     with pytest.raises(InputError, match=r"step-1\.safetensors cannot be written"):  # noqa: SIM117
         with files.Checkpoints(tmp_path / "checkpoint") as checkpoints:
@@ -136,15 +136,15 @@ def test_a_failed_write_is_told(tmp_path: Path) -> None:
             checkpoints.save({"step": 1}, ARRAYS)
     with files.Checkpoints(tmp_path / "checkpoint") as checkpoints:
         checkpoints.save({"step": 1}, ARRAYS)
-        for told in (checkpoints.wait, checkpoints.check, lambda: checkpoints.save({"step": 2}, ARRAYS)):
+        for method in (checkpoints.wait, checkpoints.check, lambda: checkpoints.save({"step": 2}, ARRAYS)):
             with pytest.raises(InputError, match="cannot be written"):
-                told()
+                method()
         checkpoints._writing = None
 
 
 @EXAMPLES
 def test_any_damage_to_a_checkpoint_is_noticed(examples: int, tmp_path: Path) -> None:
-    """With some bytes changed, or an end missing: what is read is what was written, or it is refused."""
+    """With some bytes changed or an end missing, a checkpoint is read as it was written, or refused."""
     with files.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save({"step": 3, "best": 0.5}, ARRAYS)
     path = tmp_path / "step-3.safetensors"

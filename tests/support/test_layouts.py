@@ -1,4 +1,4 @@
-"""The layouts of layouts.py, on trees of small real image files: brute force tells what they hold."""
+"""The readers of layouts.py, on trees of small real image files, against a brute-force reading."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -30,6 +30,7 @@ from support import layouts
 from support.options import Sources
 
 CLASSES = ("The_Eiffel_Tower", "dog", "ice_cream")
+READABLE_CLASSES = ("The Eiffel Tower", "dog", "ice cream")
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -63,8 +64,6 @@ def test_domainnet_layout(root: Path) -> None:
     assert images.selection is images.reports["real"]
     assert [len(split) for split in (images.train, *images.reports.values())] == [36, 6, 6, 3]
     assert images.train.labels.tolist() == [0] * 12 + [1] * 12 + [2] * 12
-    for split in (images.train, *images.reports.values()):
-        assert split.classes == ("The Eiffel Tower", "dog", "ice cream")
     assert images.reports["sketch"].images[1] == (
         root / "sketch/dog/sketch_test_000000.png",
         f"{root / 'sketch_test.txt'} line 2",
@@ -73,9 +72,13 @@ def test_domainnet_layout(root: Path) -> None:
     assert list(layouts.read_domainnet(root, "real", ("sketch",), "test").reports) == ["real", "sketch"]
 
 
-def test_keep_underscores(root: Path) -> None:
-    images = layouts.read_domainnet(root, "real", (), "test", keep_underscores=True)
-    assert images.train.classes == images.reports["clipart"].classes == CLASSES
+def test_class_names(root: Path) -> None:
+    """Spaces replace underscores in every split, unless --keep-underscores is given."""
+    for kept, classes in ((False, READABLE_CLASSES), (True, CLASSES)):
+        sources = Sources(data="domainnet", data_root=root, reference="real", shifts=(), keep_underscores=kept)
+        images = layouts.read(sources)
+        for split in (images.train, images.selection, *images.reports.values()):
+            assert split.classes == classes
 
 
 def test_a_validation_list_is_preferred(root: Path) -> None:
@@ -102,12 +105,12 @@ def test_too_few_images_to_hold_out(root: Path) -> None:
 
 
 def test_a_test_list_may_lack_a_class(root: Path) -> None:
-    """DomainNet's own painting_test.txt does."""
+    """As DomainNet's own painting_test.txt does."""
     path = root / "sketch_test.txt"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if "/dog/" not in line))
     sketch = layouts.read_domainnet(root, "real", (), "test").reports["sketch"]
-    assert sketch.labels.tolist() == [0, 2] and sketch.classes == ("The Eiffel Tower", "dog", "ice cream")
+    assert sketch.labels.tolist() == [0, 2] and sketch.classes == CLASSES
 
 
 def test_quickdraw_is_left_out_unless_named(root: Path) -> None:
@@ -129,7 +132,7 @@ def test_odd_file_names(name: str, root: Path) -> None:
 
 
 def windows(path: Path) -> None:
-    """As Notepad saves it."""
+    """Rewrites the file as Notepad saves it."""
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
 
 
@@ -142,7 +145,7 @@ def no_last_newline(path: Path) -> None:
 
 
 def other_folders(path: Path) -> None:
-    """Absolute and relative paths elsewhere: the class is still the last folder."""
+    """Makes one path absolute and one relative: the class is still the last folder."""
     lines = path.read_text().splitlines()
     lines[0], lines[1] = f"{path.parent}/{lines[0]}", f"clipart/../{lines[1]}"
     path.write_text("\n".join(lines))
@@ -197,11 +200,11 @@ EIFFEL, DOG = "real/The_Eiffel_Tower/real_train_000000.jpg", "real/dog/real_trai
         ("real_train", f"{DOG} 1", "1", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
         ("real_train", f"{DOG} 1", "", "line 13: '' is not 'DOMAIN/CLASS/FILE LABEL'"),
         ("real_train", "dog/real_train_000003.jpg", "dog/real_train_000001.jpg",
-         f"line 16: line 14 has {DOG.replace('000000', '000001')} already: delete one of them"),
+         f"line 16: .*real_train.txt line 14 has {DOG.replace('000000', '000001')} already: delete one of them"),
         ("real_train", "dog/real_train_000003.jpg 1", "dog/real_train_000003.jpg 2",
          "line 16: .*000003.jpg has label 2, but line 13 gives folder 'dog' label 1: correct one"),
         ("real_train", f"{EIFFEL} 0", "real/tower/1.jpg 0",
-         "line 2: .*has label 0, but line 1 gives it to folder 'tower': correct one"),
+         "line 2: .*has label 0, but line 1 gives folder 'tower' label 0: correct one"),
         ("clipart_test", "clipart/dog/", "clipart/wolf/",
          "clipart_test.txt line 3: folder 'wolf' is no class of the training list: correct one"),
         ("clipart_test", "clipart/dog/clipart_test_000000.jpg 1", "clipart/dog/clipart_test_000000.jpg 2",
@@ -214,7 +217,7 @@ def test_wrong_lines(list_name: str, old: str, new: str, message: str, root: Pat
         layouts.read_domainnet(root, "real", (), "test")
 
 
-def test_a_class_that_training_does_not_know(root: Path) -> None:
+def test_a_class_that_is_not_in_the_training_list(root: Path) -> None:
     with (root / "sketch_test.txt").open("a") as file:
         file.write("sketch/wolf/1.png 3\n")
     with raises("sketch_test.txt line 4: folder 'wolf' is no class of the training list"):
@@ -224,7 +227,7 @@ def test_a_class_that_training_does_not_know(root: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "real_train.txt is empty: it needs one 'DOMAIN/CLASS/FILE LABEL' a line"),
+        (b"", "real_train.txt is empty: it needs one 'DOMAIN/CLASS/FILE LABEL' per line"),
         (b"\n \r\n", "real_train.txt is empty"),
         (b"real/dog/1.jpg 0\nreal/cat/2.jpg 2\n", "real_train.txt has no label 1: number the classes from 0"),
         (b"real/dog/1.jpg 1\n", "real_train.txt has no label 0: number the classes from 0"),
@@ -250,23 +253,23 @@ def test_missing_files_are_found_at_once(root: Path) -> None:
 
 
 def test_cub_layout(cub: Path) -> None:
-    """Every image, its label and its part, as its folder and the raw lines tell."""
-    part_of = dict(line.split() for line in (cub / "train_test_split.txt").read_text().splitlines())
+    """Every image, with the label that its folder specifies and the part that the raw lines specify."""
+    part_per_image = dict(line.split() for line in (cub / "train_test_split.txt").read_text().splitlines())
     images = layouts.read_cub(cub, "cub", (), "test")
     assert list(images.reports) == ["cub"] and images.selection is images.reports["cub"]
-    assert images.train.classes == ("Black footed Albatross", "Laysan Albatross", "Chuck will Widow")
+    assert images.train.classes == ("Black_footed_Albatross", "Laysan_Albatross", "Chuck_will_Widow")
     for split, part in ((images.train, "1"), (images.reports["cub"], "0")):
         expected = {
             (path, int(path.parent.name[:3]) - 1)
             for path in cub.glob("images/*/*.jpg")
-            if part_of[str(int(path.stem[-4:]))] == part
+            if part_per_image[str(int(path.stem[-4:]))] == part
         }
         assert len(split) == len(expected) == (12 if part == "1" else 6)
         assert {(file.path, label) for file, label in zip(split.images, split.labels, strict=True)} == expected
     data.check_images([images.train, images.selection], workers=1)
-    held_out = layouts.read_cub(cub, "cub", (), "val", keep_underscores=True)
+    held_out = layouts.read(Sources(data="cub", data_root=cub, reference="cub", shifts=(), select_on="val"))
     assert (len(held_out.train), len(held_out.selection)) == (11, 1)
-    assert held_out.train.classes[0] == "Black_footed_Albatross"
+    assert held_out.train.classes == ("Black footed Albatross", "Laysan Albatross", "Chuck will Widow")
     assert held_out.reports["cub"].images == images.reports["cub"].images
 
 
@@ -314,11 +317,11 @@ def test_cub_without_images_to_train_on(cub: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- class folders
 
 
-def assert_holds(split: data.Split, root: Path, label_of: Mapping[str, int]) -> None:
-    """Folder after folder in label order, all files of each in the order of their names, as the disk tells."""
+def assert_holds(split: data.Split, root: Path, label_per_folder: Mapping[str, int]) -> None:
+    """The split has the files on disk: folders in label order, and the files of each in the order of their names."""
     expected = [
-        (root / folder / name, label_of[folder])
-        for folder in sorted(label_of, key=label_of.__getitem__)
+        (root / folder / name, label_per_folder[folder])
+        for folder in sorted(label_per_folder, key=label_per_folder.__getitem__)
         if (root / folder).is_dir()
         for name in sorted(os.listdir(root / folder))
     ]
@@ -331,19 +334,19 @@ def test_folder_layout(zoo: Path) -> None:
     images = layouts.read_folder(zoo, "val", (), "test")
     assert list(images.reports) == ["val", "a painting", "sketch"]
     assert images.selection is images.reports["val"]
-    for name in ("notes.txt", ".hidden.jpg"):  # which are no images
+    for name in ("notes.txt", ".hidden.jpg"):  # they are not images
         (zoo / "train/zebra" / name).unlink()
     for split in (images.train, *images.reports.values()):
-        assert split.classes == ("ice cream", "zebra", "Éléphant d'Asie", "犬")
+        assert split.classes == ("ice_cream", "zebra", "Éléphant d'Asie", "犬")
         assert split.compared is None
         assert_holds(split, zoo / split.name, ZOO)
     assert images.reports["sketch"].labels.tolist() == [0, 0, 1, 1, 3, 3]
-    kept = layouts.read_folder(zoo, "val", ("sketch",), "test", keep_underscores=True)
-    assert list(kept.reports) == ["val", "sketch"] and kept.train.classes[0] == "ice_cream"
+    named = layouts.read(Sources(data="folder", data_root=zoo, reference="val", shifts=("sketch",)))
+    assert list(named.reports) == ["val", "sketch"] and named.train.classes[0] == "ice cream"
 
 
-def test_what_folder_selects_on(zoo: Path) -> None:
-    """A tenth of train, unless val is there and is not what is reported."""
+def test_selection_data_of_folder(zoo: Path) -> None:
+    """A tenth of train; or val, if it exists and is not the reference."""
     paths = {file.path for file in layouts.read_folder(zoo, "val", (), "test").train.images}
     images = layouts.read_folder(zoo, "val", (), "val")
     assert (len(images.train), len(images.selection)) == (44, 4)
@@ -356,17 +359,17 @@ def test_what_folder_selects_on(zoo: Path) -> None:
 
 
 def test_folder_without_val(zoo: Path) -> None:
-    """A tenth of train is reported, and another tenth selected on: the three are disjoint."""
+    """One tenth of train is reported and another one is selected on; the three are disjoint."""
     whole = layouts.read_folder(zoo, "val", (), "test").train
     (zoo / "val").rename(zoo / ".val")
     images = layouts.read_folder(zoo, "val", ("sketch",), "val")
     parts = [images.train, images.selection, images.reports["val"]]
     assert [len(part) for part in parts] == [40, 4, 4]
-    label_of = dict(zip((file.path for file in whole.images), whole.labels.tolist(), strict=True))
+    label_per_file = dict(zip((file.path for file in whole.images), whole.labels.tolist(), strict=True))
     found = [
         (file.path, label) for part in parts for file, label in zip(part.images, part.labels.tolist(), strict=True)
     ]
-    assert len(found) == len(label_of) and dict(found) == label_of
+    assert len(found) == len(label_per_file) and dict(found) == label_per_file
     with raises("no val/CLASS"):
         layouts.read_folder(zoo, "sketch", ("val",), "val")
 
@@ -433,7 +436,7 @@ def test_imagenet_layout(imagenet: Path, planted: Path) -> None:
     assert_holds(images.selection, planted / "imagenet/val", BY_ID)
     v2 = images.reports["imagenet-v2"]
     assert_holds(v2, planted / "imagenetv2-matched-frequency-format-val", {str(label): label for label in range(1000)})
-    assert v2.labels.tolist() == [0, 2, 10, 100, 999]  # by number: as strings, 10 and 100 come before 2
+    assert v2.labels.tolist() == [0, 2, 10, 100, 999]  # sorted as numbers: as strings, 10 and 100 come before 2
     for name, folder in (("imagenet-r", "imagenet-r"), ("imagenet-a", "imagenet-a"), ("imagenet-sketch", "sketch")):
         assert_holds(images.reports[name], planted / folder, BY_ID)
     for split in (images.train, *images.reports.values()):
@@ -455,7 +458,7 @@ def test_splits_elsewhere(imagenet: Path, planted: Path, tmp_path: Path) -> None
     images = layouts.read_imagenet(None, "imagenet", (), "test", split_roots=places)
     assert list(images.reports) == ["imagenet", "imagenet-r", "imagenet-sketch"]
     assert_holds(images.reports["imagenet-r"], planted / "imagenet-r", BY_ID)
-    plant(tmp_path / "mine", {WNIDS[4]: ["1.jpg"]})  # goes before what lies under the root
+    plant(tmp_path / "mine", {WNIDS[4]: ["1.jpg"]})  # takes precedence over the folder under the root
     own = layouts.read_imagenet(
         imagenet, "imagenet", ("imagenet-r",), "test", split_roots=(f"imagenet-r={tmp_path}/mine",)
     )
@@ -466,7 +469,7 @@ def test_splits_elsewhere(imagenet: Path, planted: Path, tmp_path: Path) -> None
     ("change", "message"),
     [
         (lambda root: (root / "imagenet").rename(root / "in1k"),
-         r"has no ImageNet \(found: imagenet-a, .*\): expected imagenet/train/WNID/IMAGE, imagenet/val/WNID/IM.*sketch"),
+         r"has no ImageNet \(found: imagenet-a, .*\): expected imagenet/train/WNID/IMAGE, imagenet/val/WNID/I.*sketch"),
         (lambda root: (root / "imagenet/val").unlink(),
          r"ImageNet's folder .*/imagenet has no train or no val \(found: train\): expected train/WNID/IMAGE and val"),
         (lambda root: ((root / "imagenet/val").unlink(), (root / "imagenet/val").mkdir()),
@@ -519,7 +522,7 @@ def test_wrong_splits_of_imagenet(
 
 
 def test_classes_that_a_shift_lacks_are_not_compared(imagenet: Path) -> None:
-    """A softmax over the logits of R's classes alone, by brute force."""
+    """The softmax is over the logits of R's classes only."""
     split = layouts.read_imagenet(imagenet, "imagenet", ("imagenet-r",), "test").reports["imagenet-r"]
     vision = seeded_model("tiny").vision
     random, tau = np.random.default_rng(0), jnp.float32(30)
@@ -531,19 +534,19 @@ def test_classes_that_a_shift_lacks_are_not_compared(imagenet: Path) -> None:
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     columns = np.searchsorted(IN_R, split.labels)
     assert columns.tolist() == [0] * 3 + [1] * 3 + [2] * 3
-    of_label = np.log(probabilities[np.arange(9), columns])
-    np.testing.assert_allclose(found.label_log_probability, of_label, rtol=1e-5, atol=1e-5)
+    label_log_probability = np.log(probabilities[np.arange(9), columns])
+    np.testing.assert_allclose(found.label_log_probability, label_log_probability, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found.confidence, probabilities.max(axis=1), rtol=1e-5)
     np.testing.assert_array_equal(found.correct, probabilities.argmax(axis=1) == columns)
     everywhere = (found.features @ head).argmax(axis=1)
-    assert not np.isin(everywhere, IN_R).any()  # where all classes are compared, another one wins
+    assert not np.isin(everywhere, IN_R).any()  # if all classes are compared, another one wins
 
 
 # ----------------------------------------------------------------------------------------------------------- any bytes
 
 
 def check_any_bytes(examples: int, path: Path, root: Path, read: Callable[[], data.Data]) -> None:
-    """Whatever the file holds: splits whose labels are of their classes, or an error of ours."""
+    """Any file content gives splits with valid labels or an InputError."""
 
     def check(content: bytes) -> None:
         path.write_bytes(content)
@@ -563,5 +566,5 @@ def test_any_bytes_in_a_list(name: str, examples: int, root: Path) -> None:
 
 @EXAMPLES
 @pytest.mark.parametrize("name", ["images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"])
-def test_any_bytes_in_cubs_files(name: str, examples: int, cub: Path) -> None:
+def test_any_bytes_in_the_files_of_cub(name: str, examples: int, cub: Path) -> None:
     check_any_bytes(examples, cub / name, cub, lambda: layouts.read_cub(cub, "cub", (), "test"))

@@ -1,10 +1,11 @@
-"""Contrastive pre-training: loss by loops, step, tokenizer, captions, batches, and the stored tiny model."""
+"""Contrastive pre-training: loss, step, tokenizer, captions, batches, the command, and the stored tiny model."""
 
 import dataclasses
 import functools
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import equinox as eqx
@@ -38,18 +39,20 @@ RECIPE = pretrain.Recipe(steps=20, batch_size=8)
 
 
 def loss_by_loops(images: np.ndarray, texts: np.ndarray, ids: np.ndarray, scale: float) -> float:
-    """The mean over pairs and directions of -log of the pair's share among the pair and its negatives."""
-    total, number = 0.0, len(ids)
+    """The contrastive loss from its definition: -log of each pair's softmax among its negatives, both directions."""
+    total = 0.0
+    number = len(ids)
     for i in range(number):
         others = [j for j in range(number) if j == i or tuple(ids[j]) != tuple(ids[i])]
-        of_pair = math.exp(scale * images[i] @ texts[i])
-        total -= math.log(of_pair / sum(math.exp(scale * images[i] @ texts[j]) for j in others))
-        total -= math.log(of_pair / sum(math.exp(scale * images[j] @ texts[i]) for j in others))
+        pair = math.exp(scale * images[i] @ texts[i])
+        total -= math.log(pair / sum(math.exp(scale * images[i] @ texts[j]) for j in others))
+        total -= math.log(pair / sum(math.exp(scale * images[j] @ texts[i]) for j in others))
     return total / (2 * number)
 
 
 @pytest.mark.parametrize("captions", [[0, 1, 2, 3, 4], [0, 1, 0, 2, 0], [3, 3, 3, 3, 3]])
 def test_loss(captions: list[int]) -> None:
+    """Equals the loops; its gradients equal finite differences. Captions may repeat."""
     rng = np.random.default_rng(0)
     images, texts = rng.normal(size=(2, 5, 4)) / 2
     ids = np.array([[9, caption, 7] for caption in captions], np.int32)
@@ -107,16 +110,16 @@ def test_step_is_pure_donates_its_state_and_compiles_once() -> None:
     assert pretrain.clip_step._cache_size() == size
 
 
-def test_scale_is_learnt_and_capped() -> None:
+def test_scale_is_trained_and_capped() -> None:
     state = small_state()
-    for t in range(2):  # the first step of the warm-up has rate 0
+    for t in range(2):  # the learning rate is 0 in the first step of the warm-up
         state, metrics = pretrain.clip_step(state, small_batch(t))
     assert float(state.model.logit_scale) != pytest.approx(math.log(14.0), abs=1e-6)
     _, metrics = pretrain.clip_step(small_state(math.log(130.0)), small_batch(0))
     assert float(metrics["scale"]) == pytest.approx(100, rel=1e-5)
 
 
-def test_every_parameter_has_its_optimizer() -> None:
+def test_kind_of_every_parameter() -> None:
     kinds = pretrain.parameter_kinds(small_model())
     for tower in (kinds.vision, kinds.text):
         for layer in (tower.blocks.query, tower.blocks.key, tower.blocks.value, tower.blocks.out, tower.blocks.fc1):
@@ -128,8 +131,8 @@ def test_every_parameter_has_its_optimizer() -> None:
 
 
 @jax.numpy_dtype_promotion("standard")
-def test_muon_turns_each_layers_matrix_by_itself() -> None:
-    """The update of every layer is a near-orthogonal matrix, a tall one's scaled by the root of its ratio of sides."""
+def test_muon_updates_each_layer_separately() -> None:
+    """Each layer's update is nearly orthogonal. That of a tall matrix is scaled by the root of its aspect ratio."""
     recipe = dataclasses.replace(RECIPE, warmup=0.0, matrix_weight_decay=0.0, learning_rate=0.1)
     model, optimizer = small_model(), pretrain.muon_and_adamw(recipe)
     rng = np.random.default_rng(0)
@@ -148,21 +151,20 @@ def test_muon_turns_each_layers_matrix_by_itself() -> None:
 
 
 def minidomain_captions(number: int = 3000) -> list[str]:
-    rng, texts = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    texts = []
     for index in range(number):
         domain = minidomain.DOMAINS[index % 5]
         colour = None if domain == "sketch" else minidomain.pick(rng, tuple(minidomain.COLOURS))
-        size, position = (
-            minidomain.pick(rng, tuple(minidomain.EXTENTS)),
-            minidomain.pick(rng, tuple(minidomain.POSITIONS)),
-        )
+        size = minidomain.pick(rng, tuple(minidomain.EXTENTS))
+        position = minidomain.pick(rng, tuple(minidomain.POSITIONS))
         background = minidomain.pick(rng, minidomain.BACKDROPS[domain])
         seen = minidomain.Attributes(index % 20, domain, colour, size, position, background)
         texts += minidomain.captions(seen, rng)
     return texts
 
 
-def test_tokenizer_of_the_benchmark() -> None:
+def test_tokenizer_of_the_embedded_corpus() -> None:
     texts = minidomain_captions()
     tokenizer = pretrain.train_tokenizer(texts)
     vocabulary = tokenizer.get_vocab()
@@ -170,13 +172,13 @@ def test_tokenizer_of_the_benchmark() -> None:
     assert sorted(vocabulary.values()) == list(range(size)) and tokenizer.get_vocab_size() == size < 400
     assert (vocabulary[START_TEXT], vocabulary[END_TEXT]) == (size - 2, size - 1)
     config = dataclasses.replace(pretrain.TINY_SIZES, vocabulary_size=size, start_token=size - 2, end_token=size - 1)
-    ids = clip.tokenize(tokenizer, texts, config)  # raises where a caption exceeds the context
+    ids = clip.tokenize(tokenizer, texts, config)  # raises if a caption exceeds the context
     for text in texts[:200]:
         words = re.findall(r"\w+|\.", text)
         assert tokenizer.encode(text).tokens == [START_TEXT, *(f"{word}</w>" for word in words), END_TEXT]
     assert ids.max() == size - 1
 
-    # Every symbol of one character occurs in a word, at its end or before it, and merges build upon symbols.
+    # The one-character tokens are the symbols that occur in words, with `</w>` if they end one.
     words = {word for text in texts for word in re.findall(r"\w+|\.", text)}
     symbols = {symbol for word in words for symbol in [*word[:-1], f"{word[-1]}</w>"]}
     assert {token for token in vocabulary if len(token.removesuffix("</w>")) == 1} == symbols | {"a</w>", ".</w>"}
@@ -184,13 +186,13 @@ def test_tokenizer_of_the_benchmark() -> None:
         assert tokenizer.decode(tokenizer.encode(word).ids).removesuffix("</w>") == word
 
 
-def test_tokenizer_is_the_same_every_time() -> None:
+def test_tokenizer_is_deterministic() -> None:
     texts = minidomain_captions(1000)
     one, other = (pretrain.train_tokenizer(texts).to_str() for _ in range(2))
     assert one == other
 
 
-def test_tokenizer_of_other_languages_and_a_limit() -> None:
+def test_tokenizer_of_other_languages_and_vocabulary_size() -> None:
     texts = ["Grüße aus Köln!", "une fenêtre ouverte &amp; un café", "猫の写真", "it's 1999"] * 3
     tokenizer = pretrain.train_tokenizer(texts, vocabulary_size=60)
     assert tokenizer.get_vocab_size() <= 60
@@ -205,10 +207,12 @@ def test_tokenizer_of_other_languages_and_a_limit() -> None:
 
 
 def captions_folder(folder: Path, number: int = 24, header: str = "filepath\ttitle\n") -> Path:
-    """Red images and blue ones, two captions each."""
-    rng, lines = np.random.default_rng(0), []
+    """Writes red and blue images with two captions each. Returns `folder`."""
+    rng = np.random.default_rng(0)
+    lines = []
     for index in range(number):
-        name, colour = f"{index}.png", ("red", "blue")[index % 2]
+        name = f"{index}.png"
+        colour = ("red", "blue")[index % 2]
         pixels = rng.integers(0, 60, (20, 30, 3), np.uint8)
         pixels[..., 0 if colour == "red" else 2] += 180
         Image.fromarray(pixels).save(folder / name)
@@ -237,14 +241,14 @@ def test_read_captions(tmp_path: Path, header: str) -> None:
         ("\ta cat", r"captions.tsv line 3: .* is not 'path<TAB>text'"),
     ],
 )
-def test_read_captions_names_the_line(tmp_path: Path, line: str, message: str) -> None:
+def test_wrong_line_of_captions(tmp_path: Path, line: str, message: str) -> None:
     lines = (captions_folder(tmp_path, 1) / "captions.tsv").read_text().splitlines()
     (tmp_path / "captions.tsv").write_text("\n".join([*lines[:2], line, lines[2]]) + "\n")
     with pytest.raises(InputError, match=message):
         pretrain.read_captions(tmp_path)
 
 
-def test_captions_files_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_captions_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"captions .*captions.tsv cannot be read"):
         pretrain.read_captions(tmp_path)
     (tmp_path / "captions.tsv").write_text("filepath\ttitle\n")
@@ -256,10 +260,11 @@ def test_captions_files_that_cannot_be_used(tmp_path: Path) -> None:
         pretrain.load_images(files, 12)
 
 
-def test_batches_depend_on_their_number_only() -> None:
+def test_batch_is_a_pure_function_of_its_number() -> None:
+    """Images and captions match, each epoch has every image at most once, and seeds differ."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, 12, 12, 3), np.uint8)
-    images[:, 2:10, 2:10] = np.arange(20, dtype=np.uint8)[:, None, None, None]  # the middle tells the image
+    images[:, 2:10, 2:10] = np.arange(20, dtype=np.uint8)[:, None, None, None]  # the middle identifies the image
     first = np.array([0, *np.cumsum(1 + np.arange(20) % 3)])
     ids = np.repeat(np.arange(20), np.diff(first)).astype(np.int32)[:, None]
     corpus = pretrain.Corpus(images, ids, first)
@@ -269,9 +274,9 @@ def test_batches_depend_on_their_number_only() -> None:
         again = pretrain.draw_batch(corpus, t, RECIPE, 5)
         assert all(np.array_equal(again[name], forward[t][name]) for name in again)
     for batch in forward:
-        np.testing.assert_array_equal(batch["ids"][:, 0], batch["image"][:, 6, 6, 0])  # captions are the image's own
+        np.testing.assert_array_equal(batch["ids"][:, 0], batch["image"][:, 6, 6, 0])
         assert batch["image"].dtype == np.uint8
-    for epoch in range(3):  # two batches of 8 of the 20 images: none twice
+    for epoch in range(3):  # two batches of 8 from 20 images
         assert len({*forward[2 * epoch]["ids"][:, 0], *forward[2 * epoch + 1]["ids"][:, 0]}) == 16
     assert not np.array_equal(forward[0]["ids"], pretrain.draw_batch(corpus, 0, RECIPE, 6)["ids"])
 
@@ -293,10 +298,12 @@ def test_shifts_repeat_the_edges() -> None:
 # --------------------------------------------------------------------------------------------------------- pre-training
 
 
-def test_twenty_steps_on_a_folder_lower_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the command's own function, with the loss of every step recorded."""
+def test_command_on_a_folder_lowers_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 steps, with the loss of every step recorded."""
     monkeypatch.setattr(pretrain, "TINY_SIZES", SMALL)
-    losses, clip_step = [], pretrain.clip_step
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--the", "options"])
+    losses = []
+    clip_step = pretrain.clip_step
 
     def recording_step(state: pretrain.PretrainingState, batch: dict) -> tuple[pretrain.PretrainingState, dict]:
         state, metrics = clip_step(state, batch)
@@ -310,12 +317,17 @@ def test_twenty_steps_on_a_folder_lower_the_loss(tmp_path: Path, monkeypatch: py
         "data_root": captions_folder(tmp_path / "in"),
         "recipe": dataclasses.replace(RECIPE, learning_rate=4e-3),
     }
-    pretrain.main(**options, command="the command")
+    pretrain.main(**options)
     assert len(losses) == 20 and np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
     model, tokenizer = weights.load(str(tmp_path / "out"))
     assert model.config.image_size == 12 and tokenizer.get_vocab_size() == model.config.vocabulary_size
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "`the command`" in card and "seed 0" in card and "steps 20" in card and "accurac" not in card
+    assert (
+        "`python -m support.pretrain --the options`" in card
+        and "seed 0" in card
+        and "steps 20" in card
+        and "accurac" not in card
+    )
     with pytest.raises(InputError, match="is not empty: give --overwrite"):
         pretrain.main(**options)
 
@@ -326,7 +338,7 @@ def test_twenty_steps_on_a_folder_lower_the_loss(tmp_path: Path, monkeypatch: py
         ({"steps": 0}, "--steps is 0"),
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"batch_size": 4}, "does not divide among 8 devices"),
-        ({"batch_size": 32}, "24 images are less than a batch"),
+        ({"batch_size": 32}, "24 images are fewer than a batch"),
         ({"learning_rate": -1.0}, "--learning-rate is -1"),
         ({"seed": -1}, "--seed is -1"),
     ],
@@ -341,8 +353,8 @@ def test_bad_options(tmp_path: Path, changes: dict, message: str) -> None:
 # ------------------------------------------------------------------------------------------------------ the tiny model
 
 
-def test_the_stored_model_is_what_its_card_says() -> None:
-    """Sizes, tokenizer, and zero-shot accuracies on the validation images, within what another CPU may change."""
+def test_stored_model_agrees_with_its_card() -> None:
+    """Sizes, tokenizer, and zero-shot accuracies on `val`, with a tolerance for rounding on other CPUs."""
     assert sum(path.stat().st_size for path in TINY_CLIP.iterdir()) < 2e6
     model, tokenizer = weights.load(str(TINY_CLIP))
     size = model.config.vocabulary_size

@@ -1,4 +1,7 @@
-"""Tables by hand, in every format; files that are broken, or of runs that cannot share a table."""
+"""Tables against values computed by hand, in every format; broken results.json; runs that cannot share a table.
+
+Run them with `python -m pytest tests/support/test_tables.py`.
+"""
 
 import csv
 import io
@@ -14,7 +17,7 @@ from support.errors import InputError
 
 
 def write_run(folder: Path, method: str, seed: int, accuracies: dict[str, float], **more: object) -> None:
-    """A results.json; the first split is the reference. ECE is half the accuracy, the energy gap its square."""
+    """Writes a results.json whose first split is the reference. ECE is accuracy / 2, the energy gap accuracy^2."""
 
     def splits(accuracies: dict[str, float]) -> dict[str, dict[str, object]]:
         return {
@@ -37,7 +40,7 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_table_by_hand(runs: Path) -> None:
+def test_table_matches_hand_computed_values(runs: Path) -> None:
     table = tables.table(tables.read_results([runs]), "accuracy")
     text = tables.rendered(table, "text").splitlines()
     deviation = 100 * 0.1 / math.sqrt(2)
@@ -56,8 +59,8 @@ def test_table_by_hand(runs: Path) -> None:
         tables.table(results, "harmonic-mean")
 
 
-def test_the_best_of_each_column_is_marked(runs: Path) -> None:
-    """Equal figures are marked alike; zero-shot is no candidate; the lowest ECE is the best."""
+def test_best_of_each_column_is_bold(runs: Path) -> None:
+    """The highest accuracy and the lowest ECE are bold; equal numbers are all bold; zero-shot never is."""
     results = tables.read_results([runs])
     markdown = tables.rendered(tables.table(results, "accuracy"), "markdown").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown]
@@ -72,7 +75,7 @@ def test_the_best_of_each_column_is_marked(runs: Path) -> None:
     assert bold.count("\033[1m") == 5 and bold.replace("\033[1m", "").replace("\033[0m", "") == plain
 
 
-def test_formats_for_machines_are_unrounded(runs: Path) -> None:
+def test_csv_and_json_are_unrounded(runs: Path) -> None:
     table = tables.table(tables.read_results([runs]), "accuracy")
     rows = list(csv.reader(io.StringIO(tables.rendered(table, "csv"))))
     assert rows[0][:3] == ["", "photo mean", "photo deviation"]
@@ -82,7 +85,7 @@ def test_formats_for_machines_are_unrounded(runs: Path) -> None:
     assert content["rows"]["Lipsum-FT"]["sketch"] == {"mean": 0.4, "deviation": None}
 
 
-def test_settings_that_vary_make_rows(tmp_path: Path) -> None:
+def test_each_value_of_a_swept_setting_has_its_own_row(tmp_path: Path) -> None:
     for rate in (0.1, 0.2):
         for seed in (0, 1):
             settings = {"learning_rate": rate, "weight": 1.0}
@@ -93,7 +96,7 @@ def test_settings_that_vary_make_rows(tmp_path: Path) -> None:
     assert rows["FT (learning rate 0.2)"][0] == (0.2, 0.0)
 
 
-def test_costs_by_hand(tmp_path: Path) -> None:
+def test_costs_match_hand_computed_values(tmp_path: Path) -> None:
     settings = {"batch_size": 10}
     for method, seconds in (("ft", 0.5), ("lipsum", 0.75)):
         accuracies = {"photo": 0.5, "art": 0.5}
@@ -104,8 +107,8 @@ def test_costs_by_hand(tmp_path: Path) -> None:
     assert [cell.mean for cell in table.rows["Lipsum-FT"]] == [0.75, 1.5, 10 / 0.75, 9.0]
 
 
-def test_correlation_by_hand(tmp_path: Path) -> None:
-    """Energy gaps are the squared accuracies: of 0.1, 0.2 and 0.4 over 0.5 on the reference."""
+def test_correlation_matches_its_definition(tmp_path: Path) -> None:
+    """Accuracies of 0.1, 0.2 and 0.4, and 0.5 on the reference; energy gaps are the squared accuracies."""
     for seed, accuracy in enumerate((0.1, 0.2, 0.4)):
         write_run(tmp_path / str(seed), "ft", seed, {"photo": 0.5, "art": accuracy})
     results = tables.read_results([tmp_path])
@@ -120,18 +123,14 @@ def test_correlation_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "accuracies", "message"),
     [
-        (
-            {},
-            {"photo": 0.8, "clipart": 0.3},
-            r"has splits photo \(10 images\), art .*has photo .*clipart",
-        ),
+        ({}, {"photo": 0.8, "clipart": 0.3}, r"has splits photo \(10 images\), art .*has photo .*clipart"),
         ({"data": "minidomain"}, {"photo": 0.8, "art": 0.3}, "has data set None, .* has minidomain"),
         ({"model": "tiny"}, {"photo": 0.8, "art": 0.3}, "has model None, .* has tiny"),
         ({}, {"art": 0.8, "photo": 0.3}, "has reference photo, .* has art"),
         ({}, {"photo": 0.8, "art": 0.3}, "a/results.json and .*b/results.json are the same run"),
     ],
 )
-def test_runs_that_cannot_share_a_table_are_named(more, accuracies, message: str, tmp_path: Path) -> None:
+def test_incomparable_runs_raise_an_error_that_names_them(more, accuracies, message: str, tmp_path: Path) -> None:
     write_run(tmp_path / "a", "ft", 0, {"photo": 0.8, "art": 0.3})
     write_run(tmp_path / "b", "ft", 0, accuracies, **more)
     with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""Weights in and out: PyTorch archives written here by hand, Hugging Face folders, and what is refused."""
+"""Reading and writing weights: handwritten PyTorch archives, Hugging Face folders, and files that must be refused."""
 
 import functools
 import gzip
@@ -51,7 +51,7 @@ from support import archives, download, weights
 
 
 def assert_same(actual: clip.CLIP, expected: clip.CLIP) -> None:
-    """Every bit, and the configuration."""
+    """Compares all bits of the weights, and the configurations."""
     assert actual.config == expected.config
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -63,7 +63,7 @@ def assert_same(actual: clip.CLIP, expected: clip.CLIP) -> None:
 
 
 def read(path: Path) -> clip.CLIP:
-    """What `load` does with an archive, without the tokenizer."""
+    """Reads an archive as `load` does, without the tokenizer."""
     state = archives.read_torch_archive(path)
     return clip.from_state_dict(state, weights.openai_config(state, str(path)), "openai", str(path))
 
@@ -71,7 +71,7 @@ def read(path: Path) -> clip.CLIP:
 @pytest.mark.parametrize("tree", [state_dict, module])
 @pytest.mark.parametrize("prefix", ["archive/", "x/y/", ""])
 def test_archive(tree: Callable, prefix: str, tmp_path: Path) -> None:
-    """Both kinds, saved on a GPU in mixed precision, with the integers that OpenAI's files carry."""
+    """Both kinds of archive, saved on a GPU in mixed precision, with the integers in OpenAI's files."""
     integers = {name: np.array(8) for name in ("input_resolution", "context_length", "vocab_size")}
     actual = read(write(tmp_path / "clip.pt", archive(openai_state() | integers, tree, prefix, "cuda:0")))
     assert actual.config == CONFIG
@@ -79,8 +79,8 @@ def test_archive(tree: Callable, prefix: str, tmp_path: Path) -> None:
         assert np.asarray(array).tobytes() == openai_state()[name].astype(np.float32).tobytes(), name
 
 
-def test_attributes_of_a_state_dict(tmp_path: Path) -> None:
-    """The `_metadata` of `state_dict()` is no tensor."""
+def test_state_dict_attributes_are_ignored(tmp_path: Path) -> None:
+    """The `_metadata` attribute of a state dict contains no tensors."""
     array = np.arange(3, dtype=np.float32)
     tree = Build(Call(Global("collections OrderedDict"), ()), {"_metadata": {"": {"version": 1}}})
     path = write(tmp_path / "clip.pt", entries({"a": described("0", array), "b": tree}, {"0": array.tobytes()}))
@@ -90,7 +90,7 @@ def test_attributes_of_a_state_dict(tmp_path: Path) -> None:
 
 
 def test_strides_and_offsets(tmp_path: Path) -> None:
-    """Views of shared storages, of every floating dtype, come out as their values."""
+    """Views of storages that tensors share have the right values, in every floating-point dtype."""
     numbers = np.arange(24, dtype=np.float32)
     single, brain = Stored("0", "FloatStorage", 24), Stored("1", "BFloat16Storage", 24)
     tree = {
@@ -160,7 +160,7 @@ def test_hugging_face_names_and_layout() -> None:
 
 
 def test_openai_names_and_layout() -> None:
-    """Query, key and value in one entry, in that order; projections transposed; the rest as it is."""
+    """Query, key and value are one entry, in that order; projections are transposed; the rest is unchanged."""
     source, state = hugging_face_state(), clip.to_state_dict(small_model(), "openai")
     expected = {
         "visual.proj": source["visual_projection.weight"].T,
@@ -197,12 +197,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy of the saved folder, to be damaged."""
+    """A copy of the saved folder, for tests that damage it."""
     return shutil.copytree(saved, tmp_path / "clip")
 
 
 def shard(folder: Path) -> None:
-    """`model.safetensors` in two shards and their index."""
+    """Splits `model.safetensors` into two shards and an index."""
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
@@ -220,7 +220,7 @@ def test_save_then_load(folder: Path) -> None:
 
 
 def test_save_again_over_shards(folder: Path) -> None:
-    """The single file counts, whatever index was left beside it."""
+    """The single file is read even if an old index lies beside it."""
     shard(folder)
     other = eqx.tree_at(lambda model: model.logit_scale, small_model(), jnp.float32(1.25))
     weights.save(folder, other, TOKENIZER)
@@ -247,7 +247,7 @@ def test_vocabulary_and_merges_files(folder: Path) -> None:
 
 
 def edit(folder: Path, keys: tuple[str, ...], value: Any) -> None:
-    """One value of config.json set, or removed where `value` is `...`."""
+    """Sets one value of config.json, or removes it if `value` is `...`."""
     path = folder / "config.json"
     content = inner = json.loads(path.read_text())
     for key in keys[:-1]:
@@ -265,7 +265,7 @@ def test_legacy_end_token_means_the_highest_id(folder: Path) -> None:
 
 
 def test_position_ids_are_ignored(folder: Path) -> None:
-    """Older folders hold them as integers."""
+    """Older folders contain them, as integers."""
     ids = {f"{tower}_model.embeddings.position_ids": np.arange(5)[None] for tower in ("text", "vision")}
     save_file(load_file(folder / "model.safetensors") | ids, folder / "model.safetensors")
     assert_same(weights.load(str(folder))[0], small_model())
@@ -283,7 +283,7 @@ def test_truncated_archive(length: float, tmp_path: Path) -> None:
     path = write(tmp_path / "clip.pt", archive(openai_state()))
     content = path.read_bytes()
     path.write_bytes(content[: int(length * len(content)) if isinstance(length, float) else length])
-    refused(lambda: read(path), path, "not a whole zip archive")
+    refused(lambda: read(path), path, "not a complete zip archive")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_entry_that_cannot_be_read(entry: str, damage: str, tmp_path: Path) -> N
 
 
 def write_tree(tmp_path: Path, tree: Any) -> Path:
-    """An archive of `tree` whose storage 0 holds 6 float32."""
+    """Writes an archive of `tree` whose storage 0 contains 6 float32 numbers."""
     return write(tmp_path / "clip.pt", entries(tree, {"0": np.arange(6, dtype=np.float32).tobytes()}))
 
 
@@ -359,12 +359,12 @@ def test_nothing_is_executed(name: str, code: str, tmp_path: Path) -> None:
     path = write_tree(tmp_path, {"a": payload})
     refused(lambda: read(path), path)
     assert not trace.exists()
-    pickle.loads(pickled(payload) + pickle.STOP)  # the payload does what it should where nothing refuses it
+    pickle.loads(pickled(payload) + pickle.STOP)  # without the checks, the payload is executed
     assert trace.exists()
 
 
 def test_archive_cannot_change_a_dtype(tmp_path: Path) -> None:
-    """NumPy's bfloat16 is one object for the whole process, and BUILD would call its `__setstate__`."""
+    """NumPy's bfloat16 is one object per process, and BUILD would call its `__setstate__`."""
     swapped = Build(Global("torch BFloat16Storage"), (3, ">", None, None, None, -1, -1, 0))
     path = write_tree(tmp_path, {"a": swapped})
     refused(lambda: read(path), path)
@@ -424,7 +424,7 @@ def test_memo_that_would_fill_the_memory(opcode: bytes, tmp_path: Path) -> None:
         pickle.EMPTY_DICT,
         b"\x80\x09}.",
         b"",
-        b"}q\x00X\x01\x00\x00\x00ah\x00s.",  # a dict that holds itself
+        b"}q\x00X\x01\x00\x00\x00ah\x00s.",  # a dict that contains itself
     ],
 )
 def test_malformed_pickle(opcodes: bytes, tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_openai_sizes_that_do_not_fit(name: str, array: np.ndarray | None, word:
         (("vision_config", "patch_size"), 0, "patch_size is 0"),
         (("vision_config", "num_hidden_layers"), 0, "num_hidden_layers is 0"),
         (("vision_config", "num_hidden_layers"), 1.5, "num_hidden_layers is 1.5"),
-        (("text_config", "num_attention_heads"), 3, "no multiple of its 3 attention heads"),
+        (("text_config", "num_attention_heads"), 3, "no multiple of its 3 heads"),
         (("text_config", "num_attention_heads"), 0, "num_attention_heads is 0"),
         (("text_config", "hidden_act"), "gelu", "one hidden_act"),
         (("text_config", "hidden_act"), ["gelu"], "hidden_act"),
@@ -504,7 +504,7 @@ def test_wrong_configuration(keys: tuple[str, ...], value: Any, word: str, folde
 
 
 @pytest.mark.parametrize("key", ["hidden_act", "layer_norm_eps"])
-def test_value_that_no_tower_can_have(key: str, folder: Path) -> None:
+def test_unsupported_value_in_both_towers(key: str, folder: Path) -> None:
     for tower in ("vision_config", "text_config"):
         edit(folder, (tower, key), "relu")
     refused(lambda: weights.load(str(folder)), folder / "config.json", key, "quick_gelu")
@@ -522,7 +522,7 @@ def test_weights_of_another_configuration(folder: Path) -> None:
 
 
 def header(name: str, dtype: str, shape: list[int], size: int) -> bytes:
-    """A safetensors file of one tensor of zeros."""
+    """Returns a safetensors file with one tensor of zeros."""
     content = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
     return struct.pack("<Q", len(content)) + content + bytes(size)
 
@@ -566,7 +566,7 @@ def test_missing_shard_is_named(folder: Path) -> None:
     refused(lambda: weights.load(str(folder)), missing, "do not exist")
 
 
-# ---------------------------------------------------------------------------------------------- load as a whole refused
+# -------------------------------------------------------------------------------------------------------- load refused
 
 
 def test_missing_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,12 +594,12 @@ def test_preset_that_is_not_in_the_cache(name: str, tmp_path: Path, monkeypatch:
     refused(lambda: weights.load(name), download.FILES[file].address, tmp_path / file)
 
 
-# ----------------------------------------------------------------------------------------------------------- any bytes
+# ----------------------------------------------------------------------------------------------------- corrupted bytes
 
 
 @functools.cache
 def packed() -> Mapping[str, bytes]:
-    """An archive whose tensors share one storage, and so is small."""
+    """Returns a small archive: its tensors share one storage."""
     stored = Stored("0", "HalfStorage", max(array.size for array in openai_state().values()))
     steps = {name: tuple(step // array.itemsize for step in array.strides) for name, array in openai_state().items()}
     tree = module({name: rebuilt(stored, 0, array.shape, steps[name]) for name, array in openai_state().items()})
@@ -619,7 +619,7 @@ def test_any_bytes_in_a_pickle(examples: int, tmp_path: Path) -> None:
 
 @EXAMPLES
 def test_any_bytes_in_a_zip(examples: int, tmp_path: Path) -> None:
-    """Checksums stand guard over the contents: what is read is what was written."""
+    """Checksums protect the contents: a file that is not refused has the original values."""
     path = write(tmp_path / "clip.pt", packed())
     original, intact = archives.read_torch_archive(path), path.read_bytes()
     with zipfile.ZipFile(path) as file:
@@ -652,7 +652,7 @@ def test_any_bytes_in_safetensors(examples: int, saved: Path) -> None:
 
 
 def encodes(tokenizer: Tokenizer) -> None:
-    """What was loaded does not fail later either, but for words that it cannot tell."""
+    """Encodes texts, so that a tokenizer that loads but cannot encode fails the test."""
     tokenizer.encode_batch(["dog", "a photo of a dog.", "\U0001f9b4"])
 
 
@@ -675,7 +675,7 @@ def test_any_bytes_in_a_tokenizer(name: str, examples: int, tmp_path: Path) -> N
 
 @EXAMPLES
 def test_any_bytes_in_openais_vocabulary(examples: int, tmp_path: Path) -> None:
-    """In the compressed file, whose checksum tells, and in a tenth as many texts that are compressed afterwards."""
+    """Changes the compressed file, whose checksum fails, and a tenth as often the text before compression."""
     vocabulary_file(tmp_path)
     path = tmp_path / download.VOCABULARY_FILE
     compressed = path.read_bytes()
