@@ -10,7 +10,7 @@ from support import tables
 from support.tables import Runs
 
 if __name__ == "__main__" and sys.argv[1:2] in (["table"], ["costs"]):
-    sys.exit(tables.main())  # they read files alone, and start at once without JAX
+    sys.exit(tables.run())  # they read files alone, and start at once without JAX
 
 import math
 from collections.abc import Callable, Sequence
@@ -379,7 +379,7 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
         opened, setup = opening.open_runs(list(reversed(first_of.values())))
         drawn["energy_vectors"] = lambda: figures.energy_vectors(*energy_vectors_of(opened, Evaluator(setup)))
         drawn["contact_sheet"] = lambda: figures.contact_sheet(setup)
-    figures.save(drawn, out)
+    figures.write_figures(drawn, out)
     print(tables.correlations(results))
 
 
@@ -467,4 +467,4 @@ if __name__ == "__main__":
         "soup": partial(greedy_command, kind="soup"),
         "ensemble": partial(greedy_command, kind="ensemble"),
     }
-    sys.exit(tables.main(commands))
+    sys.exit(tables.run(commands))

@@ -195,7 +195,7 @@ def lipsum_loss(
     classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
 ) -> Scalar:
     """Lipsum-FT: MSE of the energies of random texts, which are drawn afresh at every step and shared by the batch."""
-    texts = text_features(frozen, draw_texts(frozen, key))  # G_phi(t_1), ..., G_phi(t_M)
+    texts = embed_texts(frozen, draw_texts(frozen, key))  # G_phi(t_1), ..., G_phi(t_M)
     v = frozen.tau * (features @ texts.T)  # equation 8
     zero_shot_v = frozen.tau * (zero_shot_features @ texts.T)
     return jnp.mean(jnp.sum((v - zero_shot_v) ** 2, axis=1)) / (2 * len(texts))  # equation 7
@@ -251,7 +251,7 @@ def kld_random_loss(
     classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
 ) -> Scalar:
     """Tables 3 and 9: KLD on random texts."""
-    texts = text_features(frozen, draw_texts(frozen, key))
+    texts = embed_texts(frozen, draw_texts(frozen, key))
     v = frozen.tau * (features @ texts.T)
     zero_shot_v = frozen.tau * (zero_shot_features @ texts.T)
     return kld_with_temperature(v, zero_shot_v, frozen.settings.temperature)
@@ -311,13 +311,13 @@ METHODS = {
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
-def image_features(vision: clip.VisionTower, frozen: Frozen, batch: Batch) -> Features:
+def embed_images(vision: clip.VisionTower, frozen: Frozen, batch: Batch) -> Features:
     """`F_theta(x)` of a batch."""
     computation = frozen.computation
     return clip.image_features(clip.compute_in(vision, computation.precision), batch["image"], computation.remat)
 
 
-def text_features(frozen: Frozen, ids: Int[Array, "texts tokens"]) -> Float[Array, "texts dim"]:
+def embed_texts(frozen: Frozen, ids: Int[Array, "texts tokens"]) -> Float[Array, "texts dim"]:
     """`G_phi(t)` of tokenized texts."""
     return clip.text_features(clip.compute_in(frozen.text, frozen.computation.precision), ids)
 
@@ -326,11 +326,11 @@ def objective(
     loss: MethodLoss | None, classifier: Classifier, frozen: Frozen, batch: Batch, key: PRNGKeyArray
 ) -> tuple[Scalar, Metrics]:
     """The training loss: cross-entropy (equation 3) plus lambda times the method's loss. Also returns its terms."""
-    features = image_features(classifier.vision, frozen, batch)
+    features = embed_images(classifier.vision, frozen, batch)
     fit = cross_entropy(logits(features, classifier.head, frozen.tau), batch["label"])
     if loss is None:
         return fit, {}
-    penalty = loss(classifier, features, image_features(frozen.zero_shot.vision, frozen, batch), frozen, key)
+    penalty = loss(classifier, features, embed_images(frozen.zero_shot.vision, frozen, batch), frozen, key)
     return fit + frozen.settings.weight * penalty, {"cross_entropy": fit, "regularizer": penalty}
 
 

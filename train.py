@@ -125,7 +125,7 @@ def freeze(run: Run, setup: opening.Setup) -> lipsum.Frozen:
 
 
 @functools.cache
-def linear_probe(evaluator: evaluation.Evaluator) -> lipsum.Classifier:
+def train_probe(evaluator: evaluation.Evaluator) -> lipsum.Classifier:
     """LP: the zero-shot tower with the head trained to convergence on its features, without augmentation."""
     setup = evaluator.setup
     features = evaluator.predict([setup.zero_shot], setup.data.train).features
@@ -144,7 +144,7 @@ def begin(
     """
     setup = evaluator.setup
     method = lipsum.METHODS[run.method]
-    classifier = linear_probe(evaluator) if method.start == "probe" else frozen.zero_shot
+    classifier = train_probe(evaluator) if method.start == "probe" else frozen.zero_shot
     if method.start == "zeros":
         classifier = lipsum.Classifier(classifier.vision, 0 * classifier.head)
     state = lipsum.initial_state(frozen, classifier, method.averaged)
@@ -289,7 +289,7 @@ def describe_execution(run: Run, setup: opening.Setup, compile_seconds: float) -
     )
 
 
-def prepare(command: Command, runs: list[Run]) -> evaluation.Evaluator:
+def open_evaluator(command: Command, runs: list[Run]) -> evaluation.Evaluator:
     """Loads and checks what runs on one reference share. Raises InputError before any long work."""
     for size in command.settings.batch_size:
         data.device_mesh(size, command.execution.accumulate)
@@ -306,7 +306,7 @@ def main(command: Command) -> None:
     """
     signals = Signals()
     with signals.heard(), contextlib.ExitStack() as locks:
-        command = options.completed(command)
+        command = options.resolved(command)
         options.check(command)
         runs = list(options.runs(command))
         check_processes(command)
@@ -327,7 +327,7 @@ def main(command: Command) -> None:
         groups: dict[str, list[Run]] = {}
         for run in runs:
             groups.setdefault(run.sources.reference, []).append(run)
-        evaluators = {reference: prepare(command, group) for reference, group in groups.items()}
+        evaluators = {reference: open_evaluator(command, group) for reference, group in groups.items()}
         for reference, group in groups.items():
             print(describe(evaluators[reference].setup))
             for run in group:

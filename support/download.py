@@ -52,11 +52,11 @@ CHUNK = 2**20  # bytes
 
 
 def published(name: str) -> Path:
-    """Returns the path of a file of `FILES` in the cache; downloads it if it is missing, like `fetch`."""
-    return fetch(*FILES[name], cache_folder() / name)
+    """Returns the path of a file of `FILES` in the cache; downloads it if it is missing, like `download_once`."""
+    return download_once(*FILES[name], cache_folder() / name)
 
 
-def fetch(address: str, sha256: str, path: Path) -> Path:
+def download_once(address: str, sha256: str, path: Path) -> Path:
     """Returns `path`; downloads it from `address` if it is missing, resuming an interrupted download.
 
     If several processes ask for the same file, one downloads it. Raises InputError if the file cannot be downloaded

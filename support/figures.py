@@ -85,7 +85,7 @@ def accuracies(runs: Sequence[Results]) -> Float[np.ndarray, "2 runs"]:
     return 100 * np.array([shifts, [run["splits"][tables.reference_of(run)]["accuracy"] for run in runs]])
 
 
-def completed(figure: Figure, results: Sequence[Results]) -> Figure:
+def with_axes(figure: Figure, results: Sequence[Results]) -> Figure:
     """Adds the zero-shot accuracy, axis labels and legend to a figure of reference against shifts."""
     (axes,) = figure.axes
     zero_shot = accuracies([results[0] | {"splits": results[0]["zero_shot"]}])
@@ -98,7 +98,7 @@ def completed(figure: Figure, results: Sequence[Results]) -> Figure:
 # --------------------------------------------------------------------------------- from results.json and metrics.jsonl
 
 
-def trade_off(results: Sequence[Results]) -> Figure:
+def trade_off_plot(results: Sequence[Results]) -> Figure:
     """Figures 2, 7 and 8: each method's accuracy on the reference against that on the shifts.
 
     Points are means over seeds with standard deviations. A line joins runs that differ in one swept setting, which is
@@ -122,10 +122,10 @@ def trade_off(results: Sequence[Results]) -> Figure:
             axes.errorbar(x, y, y_error, x_error, label=tables.names(method)["label"], **style)
     if swept:
         axes.set_title("at the points: " + ", ".join(swept).replace("_", " "), fontsize=7, loc="left")
-    return completed(figure, results)
+    return with_axes(figure, results)
 
 
-def distortion(results: Sequence[Results]) -> Figure:
+def distortion_plot(results: Sequence[Results]) -> Figure:
     """Figures 3 and 9 to 12: the feature distortion per split and method; means over seeds, standard deviations."""
     splits = list(results[0]["splits"])
     groups = {}
@@ -149,7 +149,7 @@ def distortion(results: Sequence[Results]) -> Figure:
     return with_legend(figure)
 
 
-def energy_gap(results: Sequence[Results]) -> Figure:
+def energy_gap_plot(results: Sequence[Results]) -> Figure:
     """Figures 4 and 13: relative accuracy against the energy gap, a panel per shift, a point per run.
 
     Gaps span three orders of magnitude: the axis is linear to 1e-3 and logarithmic above. The correlation is that of
@@ -174,7 +174,7 @@ def energy_gap(results: Sequence[Results]) -> Figure:
     return with_legend(figure)
 
 
-def post_hoc_curves(results: Sequence[Results]) -> Figure:
+def post_hoc_curves_plot(results: Sequence[Results]) -> Figure:
     """Figures 5 and 14: WiSE over alpha and TPGM over the penalty, for each fine-tuned run; means over seeds."""
     groups = tables.groups([*main_settings(results), *(run for run in results if "+" in run["method"])]).values()
     curves: dict[tuple[str, str], list[tuple[float, list[Results]]]] = {}
@@ -202,10 +202,10 @@ def post_hoc_curves(results: Sequence[Results]) -> Figure:
         style = look(base) | {"marker": markers[kind], "linestyle": lines[kind]}
         label = f"{tables.names(base)['label']} + {tables.POST_HOC[kind]}"
         axes.plot(*np.transpose(means), label=label, **style)
-    return completed(figure, results)
+    return with_axes(figure, results)
 
 
-def soups(results: Sequence[Results]) -> Figure:
+def soups_plot(results: Sequence[Results]) -> Figure:
     """Figure 6: soups and ensembles beside the runs that they were chosen from."""
     made = [run for run in results if run["method"].endswith(("+soup", "+ensemble"))]
     if not made:
@@ -221,10 +221,10 @@ def soups(results: Sequence[Results]) -> Figure:
         color = look(base)["color"] if base in lipsum.METHODS else "0.4"
         style = {"color": color, "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 2}
         axes.plot(*accuracies([run]), {"soup": "s", "ensemble": "D"}[kind], label=run["label"], **style)
-    return completed(figure, results)
+    return with_axes(figure, results)
 
 
-def reliability(results: Sequence[Results]) -> Figure:
+def reliability_plot(results: Sequence[Results]) -> Figure:
     """Accuracy against confidence in 15 bins: a panel per method, a line per split, seeds pooled."""
     groups = {"zero-shot": [results[0]["zero_shot"]]}
     groups |= {label: [run["splits"] for run in runs] for label, runs in tables.groups(main_settings(results)).items()}
@@ -302,7 +302,7 @@ def contact_sheet(setup: Setup, most: int = 20) -> Figure:
     return figure
 
 
-def save(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> None:
+def write_figures(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> None:
     """Writes each figure as PNG and SVG. Prints the paths, or the data that a figure lacks."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in figures.items():
@@ -316,5 +316,5 @@ def save(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> None:
         print(f"{folder / name}.png, .svg")
 
 
-DRAWN_FROM_FILES = (trade_off, distortion, energy_gap, post_hoc_curves, soups, reliability)
-FROM_FILES = {draw.__name__: draw for draw in DRAWN_FROM_FILES}
+DRAWN = (trade_off_plot, distortion_plot, energy_gap_plot, post_hoc_curves_plot, soups_plot, reliability_plot)
+FROM_FILES = {draw.__name__.removesuffix("_plot"): draw for draw in DRAWN}

@@ -22,7 +22,7 @@ from support import download, minidomain
 from support.errors import InputError, read_lines, unknown
 from support.options import Sources
 
-Names = tuple[str, ...]
+Words = tuple[str, ...]
 NUMBER = re.compile("[0-9]{1,9}")
 
 
@@ -39,7 +39,7 @@ def needed_root(root: Path | None, data_set: str, layout: str) -> Path:
     return root
 
 
-def choose_shifts(splits: Sequence[str], reference: str, shifts: Names, left_out: Collection[str] = ()) -> Names:
+def choose_shifts(splits: Sequence[str], reference: str, shifts: Words, left_out: Collection[str] = ()) -> Words:
     """Returns `shifts` or, if empty, all splits except the reference and those `left_out`.
 
     Raises InputError if a split is unknown, or if a shift is given twice or is the reference.
@@ -75,7 +75,7 @@ def refuse_duplicate(places: dict[str, str], item: str, place: str, advice: str 
 # ---------------------------------------------------------------------------------------------------- DomainNet's lists
 
 
-def read_list(source: Path, train_folders: Names = ()) -> tuple[tuple[ListedFile, ...], Int[np.ndarray, " _"], Names]:
+def read_list(source: Path, train_folders: Words = ()) -> tuple[tuple[ListedFile, ...], Int[np.ndarray, " _"], Words]:
     """Returns the files, labels and class folders (in label order) of a list: one `DOMAIN/CLASS/FILE LABEL` per line.
 
     `train_folders` are the training list's: another list may lack some, but contains no others. Raises InputError, with
@@ -113,7 +113,7 @@ def read_list(source: Path, train_folders: Names = ()) -> tuple[tuple[ListedFile
     return tuple(files), np.array(labels, np.int32), folders
 
 
-def read_domainnet(root: Path | None, reference: str, shifts: Names, select_on: str) -> Data:
+def read_domainnet(root: Path | None, reference: str, shifts: Words, select_on: str) -> Data:
     """Reads `DOMAIN/CLASS/FILE`, listed in `DOMAIN_train.txt`, `DOMAIN_test.txt` and, optionally, `DOMAIN_val.txt`.
 
     Default shifts: all other domains with a test list, except Quickdraw. `val`: the validation list or, without one, a
@@ -162,7 +162,7 @@ def read_numbered(path: Path) -> dict[int, tuple[str, str]]:
     return values
 
 
-def read_cub(root: Path | None, reference: str, shifts: Names, select_on: str) -> Data:
+def read_cub(root: Path | None, reference: str, shifts: Words, select_on: str) -> Data:
     """Reads CUB-200-2011 (Wah et al. 2011) from its own files: one reported split, `cub`, and no shifts.
 
     Labels follow the ids of classes.txt, whose names lose their numbers. `val`: a tenth of the training images.
@@ -220,14 +220,14 @@ def image_names(folder: Path) -> list[str]:
     return sorted((entry.name for entry in entries(folder) if entry.name.lower().endswith(SUFFIXES)), key=os.fsencode)
 
 
-def class_folders(root: Path) -> Names:
+def class_folders(root: Path) -> Words:
     """The sorted names of the folders, and links to folders, in `root` that are not hidden."""
     # Only links are followed: a look at each of 50,000 images in one folder would take a network disk a minute.
     folders = (e for e in entries(root) if e.is_dir(follow_symlinks=False) or (e.is_symlink() and os.path.isdir(e)))
     return tuple(sorted(entry.name for entry in folders))
 
 
-def read_class_folders(name: str, root: Path, classes: Names, label_per_folder: dict[str, int], source: str) -> Split:
+def read_class_folders(name: str, root: Path, classes: Words, label_per_folder: dict[str, int], source: str) -> Split:
     """The split of the images `root/CLASS/IMAGE`, in label order.
 
     Raises InputError if a folder contains no image or has no label; `source` names what specifies the labels.
@@ -251,7 +251,7 @@ def read_class_folders(name: str, root: Path, classes: Names, label_per_folder: 
 FOLDER_LAYOUT = "train/CLASS/IMAGE to train on, val/CLASS/IMAGE to report, and SHIFT/CLASS/IMAGE for each shift"
 
 
-def read_folder(root: Path | None, reference: str, shifts: Names, select_on: str) -> Data:
+def read_folder(root: Path | None, reference: str, shifts: Words, select_on: str) -> Data:
     """Reads `train/CLASS/IMAGE` to train on, and `REFERENCE/CLASS/IMAGE` and `SHIFT/CLASS/IMAGE` to report.
 
     If the reference val has no folder, it is a tenth of the training images. Default shifts: all other folders with
@@ -297,12 +297,12 @@ IMAGENET_LAYOUT = "imagenet/train/WNID/IMAGE, imagenet/val/WNID/IMAGE, and of th
 )
 
 
-def imagenet_classes() -> Names:
+def imagenet_classes() -> Words:
     """OpenAI's names of the 1,000 classes, in the order of their WordNet ids. Raises InputError without its file."""
     return tuple(download.openai_prompts()[0])
 
 
-def imagenet_places(root: Path | None, split_roots: Names) -> dict[str, Path]:
+def imagenet_places(root: Path | None, split_roots: Words) -> dict[str, Path]:
     """Returns each split's folder: from `split_roots` (`NAME=FOLDER`), else under the root, if it is there."""
     places: dict[str, Path] = {}
     for split_root in split_roots:
@@ -321,7 +321,7 @@ def imagenet_places(root: Path | None, split_roots: Names) -> dict[str, Path]:
     return places
 
 
-def read_imagenet(root: Path | None, reference: str, shifts: Names, select_on: str, split_roots: Names = ()) -> Data:
+def read_imagenet(root: Path | None, reference: str, shifts: Words, select_on: str, split_roots: Words = ()) -> Data:
     """Reads ImageNet and its shifts: V2, R, A and Sketch. Default shifts: those that are there.
 
     Labels follow the order of the WordNet ids; class names are OpenAI's. For R and A, only
@@ -367,14 +367,14 @@ def read_imagenet(root: Path | None, reference: str, shifts: Names, select_on: s
 # ----------------------------------------------------------------------------------------------------------- minidomain
 
 
-def read_minidomain(root: Path | None, reference: str, shifts: Names, select_on: str) -> Data:
+def read_minidomain(root: Path | None, reference: str, shifts: Words, select_on: str) -> Data:
     """Returns the embedded benchmark. Raises InputError if a domain is unknown, or if a root is given."""
     if root is not None:
         raise InputError(f"--data minidomain is drawn, not read from --data-root {root}: give --data domainnet")
     shifts = choose_shifts(minidomain.DOMAINS, reference, shifts)
 
     def read(name: str, domain: str, split: str) -> Split:
-        return Split(name, minidomain.CLASSES, *minidomain.load(domain, split))
+        return Split(name, minidomain.CLASSES, *minidomain.load_domain(domain, split))
 
     reports = {domain: read(domain, domain, "test") for domain in (reference, *shifts)}
     return with_selection(read("train", reference, "train"), reports, select_on, lambda: read("val", reference, "val"))

@@ -50,7 +50,7 @@ EXTENTS = {"small": (0.60, 0.68), "medium": (0.74, 0.82), "large": (0.88, 0.96)}
 POSITIONS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
 
 Random = np.random.Generator
-Number = int | float
+Real = int | float
 Points = Float[np.ndarray, "_ 2"]
 Colour = Float[np.ndarray, "3"]
 Arrays = dict[str, np.ndarray]
@@ -59,27 +59,27 @@ Arrays = dict[str, np.ndarray]
 # --------------------------------------------------------------------------------------------------------------- shapes
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """A filled polygon in [-1, 1]^2, y pointing down."""
 
     outline: Points
-    shade: Number = 1  # below 1: darker; above 1: closer to white
+    shade: Real = 1  # below 1: darker; above 1: closer to white
     accent: bool = False  # filled with the subject's second colour
 
 
-Shape = Iterator[Part]  # back to front
-accent = functools.partial(Part, accent=True)  # a part in the subject's second colour
+Shape = Iterator[Piece]  # back to front
+accent = functools.partial(Piece, accent=True)  # a part in the subject's second colour
 
 
-def polygon(*coordinates: Number) -> Points:
+def polygon(*coordinates: Real) -> Points:
     return np.array(coordinates, float).reshape(-1, 2)
 
 
-def box(left: Number, top: Number, right: Number, bottom: Number) -> Points:
+def box(left: Real, top: Real, right: Real, bottom: Real) -> Points:
     return polygon(left, top, right, top, right, bottom, left, bottom)
 
 
-def ellipse(x: Number, y: Number, rx: float, ry: float, start: Number = 0, stop: Number = 2, number: int = 0) -> Points:
+def ellipse(x: Real, y: Real, rx: float, ry: float, start: Real = 0, stop: Real = 2, number: int = 0) -> Points:
     """Points on an ellipse between two angles, in units of pi, clockwise from the right."""
     number = number or round(6 + 9 * rx * abs(stop - start))
     angles = math.pi * np.linspace(start, stop, number, endpoint=stop - start < 2)
@@ -94,7 +94,7 @@ def band(line: Points, half_width: float) -> Points:
     return np.concatenate([line + across, (line - across)[::-1]])
 
 
-def union(x: Number, y: Number, ellipses: Sequence[tuple[Number, Number, float, float]], number: int = 48) -> Points:
+def union(x: Real, y: Real, ellipses: Sequence[tuple[Real, Real, float, float]], number: int = 48) -> Points:
     """Outline of overlapping ellipses (x, y, rx, ry) as seen from the point (x, y), which must lie in one of them."""
     angles = 2 * math.pi * np.arange(number) / number
     rays = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -107,7 +107,7 @@ def union(x: Number, y: Number, ellipses: Sequence[tuple[Number, Number, float, 
     return [x, y] + reach[:, None] * rays
 
 
-def sometimes(rng: Random, chance: float, part: Part) -> Shape:
+def sometimes(rng: Random, chance: float, part: Piece) -> Shape:
     if rng.random() < chance:
         yield part
 
@@ -116,19 +116,19 @@ def star(rng: Random) -> Shape:
     points = (5, 5, 5, 6)[rng.integers(4)]
     radius = np.where(np.arange(2 * points) % 2 == 0, 1, rng.uniform(0.36, 0.5))
     angle = np.arange(2 * points) * math.pi / points - math.pi / 2
-    yield Part(np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1))
+    yield Piece(np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1))
 
 
 def heart(rng: Random) -> Shape:
     t = np.linspace(0, 2 * math.pi, 30, endpoint=False)
     height = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    yield Part(np.stack([16 / 17 * np.sin(t) ** 3, -(height + 1) / 16 * rng.uniform(0.85, 1.05)], axis=1))
+    yield Piece(np.stack([16 / 17 * np.sin(t) ** 3, -(height + 1) / 16 * rng.uniform(0.85, 1.05)], axis=1))
 
 
 def house(rng: Random) -> Shape:
     eaves = rng.uniform(-0.25, 0.05)
-    yield from sometimes(rng, 0.4, Part(box(0.4, -0.9, 0.65, -0.3), 0.7))  # a chimney
-    yield Part(box(-0.7, eaves, 0.7, 0.9))
+    yield from sometimes(rng, 0.4, Piece(box(0.4, -0.9, 0.65, -0.3), 0.7))  # a chimney
+    yield Piece(box(-0.7, eaves, 0.7, 0.9))
     yield accent(polygon(-0.95, eaves, 0, -0.95, 0.95, eaves), 0.6)
     yield from sometimes(rng, 0.7, accent(box(-0.15, 0.3, 0.2, 0.9), 0.45))  # a door
     yield from sometimes(rng, 0.7, accent(box(0.32, 0.2, 0.58, 0.5), 1.5))  # a window
@@ -137,51 +137,51 @@ def house(rng: Random) -> Shape:
 def tree(rng: Random) -> Shape:
     yield accent(box(-0.15, 0.1, 0.15, 1), 0.5)
     if rng.random() < 0.5:  # a conifer
-        yield Part(polygon(-0.75, 0.55, 0, -0.35, 0.75, 0.55), 0.9)
-        yield Part(polygon(-0.55, 0, 0, -0.95, 0.55, 0), 1.1)
+        yield Piece(polygon(-0.75, 0.55, 0, -0.35, 0.75, 0.55), 0.9)
+        yield Piece(polygon(-0.55, 0, 0, -0.95, 0.55, 0), 1.1)
     else:
         lobes = [(x, y, 0.36, 0.35) for x, y in ((-0.4, 0), (0.4, 0), (-0.25, -0.5), (0.25, -0.5))]
-        yield Part(union(0, -0.2, [(0, -0.2, 0.4, 0.5), *lobes]))
+        yield Piece(union(0, -0.2, [(0, -0.2, 0.4, 0.5), *lobes]))
 
 
 def fish(rng: Random) -> Shape:
     depth = rng.uniform(0.36, 0.52)
-    yield Part(polygon(0.4, 0, 1, -0.55, 0.85, 0, 1, 0.55), 0.8)
-    yield Part(ellipse(-0.15, 0, 0.8, depth))
+    yield Piece(polygon(0.4, 0, 1, -0.55, 0.85, 0, 1, 0.55), 0.8)
+    yield Piece(ellipse(-0.15, 0, 0.8, depth))
     yield accent(ellipse(-0.58, -0.12, 0.1, 0.1), 0.2)
     fin = polygon(-0.2, -depth * 0.95, 0.2, -depth - 0.28, 0.25, -depth * 0.85)
-    yield from sometimes(rng, 0.5, Part(fin, 0.8))
+    yield from sometimes(rng, 0.5, Piece(fin, 0.8))
 
 
 def car(rng: Random) -> Shape:
     roof = rng.uniform(-0.55, -0.38)
-    yield Part(polygon(-0.58, 0, -0.38, roof, 0.36, roof, 0.64, 0), 0.85)
+    yield Piece(polygon(-0.58, 0, -0.38, roof, 0.36, roof, 0.64, 0), 0.85)
     yield accent(polygon(-0.43, -0.03, -0.3, roof + 0.12, 0.29, roof + 0.12, 0.46, -0.03), 1.6)
-    yield Part(box(-1, -0.02, 1, 0.45))
+    yield Piece(box(-1, -0.02, 1, 0.45))
     yield accent(ellipse(-0.55, 0.47, 0.26, 0.26), 0.25)
     yield accent(ellipse(0.55, 0.47, 0.26, 0.26), 0.25)
 
 
 def cup(rng: Random) -> Shape:
     foot = rng.uniform(0.5, 0.68)
-    yield Part(band(ellipse(0.52, -0.05, 0.4, 0.4, -0.41, 0.48), 0.1), 0.8)
-    yield Part(polygon(-0.68, -0.65, 0.62, -0.65, foot * 0.8, 0.75, -foot * 0.85, 0.75))
+    yield Piece(band(ellipse(0.52, -0.05, 0.4, 0.4, -0.41, 0.48), 0.1), 0.8)
+    yield Piece(polygon(-0.68, -0.65, 0.62, -0.65, foot * 0.8, 0.75, -foot * 0.85, 0.75))
     yield accent(ellipse(-0.03, -0.65, 0.65, 0.17), 0.5)
 
 
 def key(rng: Random) -> Shape:
-    yield Part(band(ellipse(-0.58, 0, 0.31, 0.33, 0, 1.99), 0.12))
-    yield Part(box(-0.28, -0.11, 0.95, 0.11))
-    yield Part(box(0.74, 0.1, 0.94, 0.5))
-    yield from sometimes(rng, 0.8, Part(box(0.4, 0.1, 0.58, 0.4)))
+    yield Piece(band(ellipse(-0.58, 0, 0.31, 0.33, 0, 1.99), 0.12))
+    yield Piece(box(-0.28, -0.11, 0.95, 0.11))
+    yield Piece(box(0.74, 0.1, 0.94, 0.5))
+    yield from sometimes(rng, 0.8, Piece(box(0.4, 0.1, 0.58, 0.4)))
 
 
 def umbrella(rng: Random) -> Shape:
     handle = np.concatenate([polygon(0, -0.1, 0, 0.3, 0, 0.7), ellipse(0.16, 0.75, 0.16, 0.2, 1, 0)])
     yield accent(band(handle, 0.065), 0.4)
     scallops = [ellipse(x, 0, 0.245, -0.16, 0, 1, number=7) for x in (0.735, 0.245, -0.245, -0.735)]
-    yield Part(np.concatenate([ellipse(0, 0, 0.98, 0.9, 1, 2), *scallops]))
-    yield from sometimes(rng, 0.5, Part(polygon(0, -0.9, 0.25, -0.02, -0.25, -0.02), 0.7))
+    yield Piece(np.concatenate([ellipse(0, 0, 0.98, 0.9, 1, 2), *scallops]))
+    yield from sometimes(rng, 0.5, Piece(polygon(0, -0.9, 0.25, -0.02, -0.25, -0.02), 0.7))
 
 
 def moon(rng: Random) -> Shape:
@@ -192,19 +192,19 @@ def moon(rng: Random) -> Shape:
     centre = (0.95**2 - inner**2) / (2 * inner + 2 * x)
     angle = math.atan2(y, x - centre) / math.pi
     inner_edge = ellipse(0.2 + centre, 0, centre + inner, centre + inner, 2 - angle, angle)
-    yield Part(np.concatenate([ellipse(0.2, 0, 0.95, 0.95, horn, 2 - horn), inner_edge]))
+    yield Piece(np.concatenate([ellipse(0.2, 0, 0.95, 0.95, horn, 2 - horn), inner_edge]))
 
 
 def cloud(rng: Random) -> Shape:
     puffs = [(-0.58, 0.1, 0.36, 0.34), (-0.14, -0.15, 0.32, rng.uniform(0.38, 0.5)), (0.3, -0.05, 0.29, 0.38)]
     outline = union(0, 0.15, [*puffs, (0.62, 0.16, 0.34, 0.29), (0, 0.2, 0.6, 0.3)])
-    yield Part(np.minimum(outline, [1, 0.45]))  # a flat bottom
+    yield Piece(np.minimum(outline, [1, 0.45]))  # a flat bottom
 
 
 def mushroom(rng: Random) -> Shape:
     yield accent(polygon(-0.24, 0, 0.24, 0, 0.32, 0.95, -0.32, 0.95), 1.5)
     dome = ellipse(0, 0.1, 0.95, rng.uniform(0.8, 1.05), 1, 2)
-    yield Part(np.concatenate([dome, polygon(0.6, 0.22, -0.6, 0.22)]))
+    yield Piece(np.concatenate([dome, polygon(0.6, 0.22, -0.6, 0.22)]))
     for x, y in ((-0.4, -0.2), (0.15, -0.5), (0.45, -0.1)):
         yield from sometimes(rng, 0.6, accent(ellipse(x, y, 0.15, 0.13), 1.6))
 
@@ -213,13 +213,13 @@ def rocket(rng: Random) -> Shape:
     yield from sometimes(rng, 0.5, accent(polygon(-0.2, 0.7, 0, 1.1, 0.2, 0.7), 1.4))  # a flame
     yield accent(polygon(-0.3, 0.3, -0.78, 0.9, -0.3, 0.75), 0.7)
     yield accent(polygon(0.3, 0.3, 0.78, 0.9, 0.3, 0.75), 0.7)
-    yield Part(polygon(0, -1, 0.28, -0.55, 0.34, 0, 0.28, 0.75, -0.28, 0.75, -0.34, 0, -0.28, -0.55))
+    yield Piece(polygon(0, -1, 0.28, -0.55, 0.34, 0, 0.28, 0.75, -0.28, 0.75, -0.34, 0, -0.28, -0.55))
     yield accent(ellipse(0, -0.25, 0.16, 0.16), 1.6)
 
 
 def crown(rng: Random) -> Shape:
     tip = rng.uniform(-0.75, -0.5)
-    yield Part(polygon(-0.85, 0.65, -0.95, tip, -0.45, 0, 0, tip - 0.15, 0.45, 0, 0.95, tip, 0.85, 0.65))
+    yield Piece(polygon(-0.85, 0.65, -0.95, tip, -0.45, 0, 0, tip - 0.15, 0.45, 0, 0.95, tip, 0.85, 0.65))
     yield accent(box(-0.85, 0.45, 0.85, 0.7), 0.7)
     if rng.random() < 0.6:
         for x, y in ((-0.95, tip), (0, tip - 0.15), (0.95, tip)):
@@ -230,12 +230,12 @@ def bell(rng: Random) -> Shape:
     flare = rng.uniform(0.82, 0.95)
     yield accent(ellipse(0, 0.72, 0.2, 0.2), 0.5)
     right = polygon(flare, 0.68, 0.62, 0.4, 0.52, -0.2, 0.35, -0.65)
-    yield Part(np.concatenate([right, polygon(0, -0.85), right[::-1] * [-1, 1]]))
+    yield Piece(np.concatenate([right, polygon(0, -0.85), right[::-1] * [-1, 1]]))
     yield accent(ellipse(0, -0.88, 0.12, 0.12), 0.8)
 
 
 def boat(rng: Random) -> Shape:
-    yield Part(polygon(-0.95, 0.4, 0.95, 0.4, 0.6, 0.85, -0.6, 0.85))
+    yield Piece(polygon(-0.95, 0.4, 0.95, 0.4, 0.6, 0.85, -0.6, 0.85))
     yield accent(box(-0.06, -0.95, 0.04, 0.4), 0.4)
     yield accent(polygon(0.1, -0.9, 0.75, 0.3, 0.1, 0.3), 1.5)
     yield from sometimes(rng, 0.6, accent(polygon(-0.12, -0.7, -0.6, 0.3, -0.12, 0.3), 1.3))  # a jib
@@ -244,34 +244,34 @@ def boat(rng: Random) -> Shape:
 def flower(rng: Random) -> Shape:
     yield accent(box(-0.06, 0.1, 0.06, 1), 0.5)
     for x, y in ellipse(0, -0.3, 0.42, 0.42, number=int(rng.integers(5, 8))):
-        yield Part(ellipse(x, y, 0.26, 0.26))
+        yield Piece(ellipse(x, y, 0.26, 0.26))
     yield accent(ellipse(0, -0.3, 0.23, 0.23), 1.5)
 
 
 def apple(rng: Random) -> Shape:
     width = rng.uniform(0.5, 0.58)
     yield accent(band(polygon(0, -0.35, 0.04, -0.7, 0.12, -0.95), 0.06), 0.4)
-    yield Part(union(0, 0.15, [(-0.28, 0.15, width, 0.68), (0.28, 0.15, width, 0.68)]))
+    yield Piece(union(0, 0.15, [(-0.28, 0.15, width, 0.68), (0.28, 0.15, width, 0.68)]))
     yield accent(polygon(0.1, -0.6, 0.4, -0.95, 0.6, -0.75, 0.35, -0.58), 0.8)
 
 
 def chair(rng: Random) -> Shape:
     if rng.random() < 0.5:  # from the side
-        yield Part(box(-0.6, -0.95, -0.42, 0.95))
-        yield Part(box(0.42, 0.15, 0.6, 0.95), 0.8)
-        yield Part(box(-0.6, 0, 0.65, 0.22))
-        yield Part(box(-0.6, -0.95, -0.3, 0), 0.85)
+        yield Piece(box(-0.6, -0.95, -0.42, 0.95))
+        yield Piece(box(0.42, 0.15, 0.6, 0.95), 0.8)
+        yield Piece(box(-0.6, 0, 0.65, 0.22))
+        yield Piece(box(-0.6, -0.95, -0.3, 0), 0.85)
     else:
-        yield Part(box(-0.55, -0.95, 0.55, -0.1), 0.8)
-        yield Part(box(-0.65, 0, 0.65, 0.25))
-        yield Part(box(-0.6, 0.25, -0.42, 0.98), 0.7)
-        yield Part(box(0.42, 0.25, 0.6, 0.98), 0.7)
+        yield Piece(box(-0.55, -0.95, 0.55, -0.1), 0.8)
+        yield Piece(box(-0.65, 0, 0.65, 0.25))
+        yield Piece(box(-0.6, 0.25, -0.42, 0.98), 0.7)
+        yield Piece(box(0.42, 0.25, 0.6, 0.98), 0.7)
 
 
 def bottle(rng: Random) -> Shape:
     width = rng.uniform(0.3, 0.42)
     neck = (-0.13, -0.8, 0.13, -0.8, 0.14, -0.4)
-    yield Part(polygon(*neck, width, -0.1, width, 0.95, -width, 0.95, -width, -0.1, -0.14, -0.4))
+    yield Piece(polygon(*neck, width, -0.1, width, 0.95, -width, 0.95, -width, -0.1, -0.14, -0.4))
     yield accent(box(-0.17, -1, 0.17, -0.8), 0.5)
     yield from sometimes(rng, 0.7, accent(box(-width, 0.2, width, 0.6), 1.5))  # a label
 
@@ -288,13 +288,13 @@ CLASSES = tuple(SHAPES)  # in label order
 class Subject(NamedTuple):
     """The object that a style paints. Lengths are in canvas pixels."""
 
-    parts: list[Part]
+    parts: list[Piece]
     centre: Float[np.ndarray, "2"]
     radius: float
     colour: Colour
     second: Colour
     background: str
-    difficulty: tuple[Number, ...]
+    difficulty: tuple[Real, ...]
 
 
 def pick(rng: Random, options: Sequence[str]) -> str:
@@ -310,11 +310,11 @@ def ink(colour: Colour) -> tuple[int, ...]:
     return tuple(np.clip(colour, 0, 255).astype(int).tolist())
 
 
-def shaded(colour: Colour, shade: Number) -> tuple[int, ...]:
+def shaded(colour: Colour, shade: Real) -> tuple[int, ...]:
     return ink(colour * shade if shade <= 1 else colour + (255 - colour) * (shade - 1) * 1.3)
 
 
-def flat(points: Points) -> list[float]:
+def flattened(points: Points) -> list[float]:
     """Coordinates x0, y0, x1, y1, ... for Pillow, which reads them several times faster than pairs."""
     return points.ravel().tolist()
 
@@ -334,7 +334,7 @@ def noise(rng: Random, size: int) -> Float[np.ndarray, "size size 3"]:
     return 0.5 * values + values.mean(axis=2, keepdims=True)
 
 
-def texture(rng: Random, colour: Colour, *octaves: tuple[int, Number]) -> Image.Image:
+def texture(rng: Random, colour: Colour, *octaves: tuple[int, Real]) -> Image.Image:
     """Returns a colour plus smooth noise: octaves (knots per side, amplitude), coarsest first."""
     surface = Image.new("RGB", (1, 1), ink(colour))
     for knots, amplitude in octaves:
@@ -356,20 +356,20 @@ def real(subject: Subject, rng: Random) -> np.ndarray:
         spot = rng.uniform(0, CANVAS, 2)
         extent = rng.uniform(0.05, 0.2) * CANVAS
         if rng.random() < 0.5:
-            pen.ellipse(flat(spot + extent * np.array([[-1, -0.6], [1, 0.6]])), fill=fill)
+            pen.ellipse(flattened(spot + extent * np.array([[-1, -0.6], [1, 0.6]])), fill=fill)
         else:
-            pen.polygon(flat(spot + rng.normal(0, extent, (4, 2))), fill=fill)
+            pen.polygon(flattened(spot + rng.normal(0, extent, (4, 2))), fill=fill)
 
     main = subject.colour + rng.normal(0, 18, 3)
     second = 0.5 * subject.colour + 0.2 * subject.second + 50 + rng.normal(0, 14, 3)
     mask, shadow = Image.new("L", scene.size), Image.new("L", scene.size)
     mask_pen, shadow_pen = ImageDraw.Draw(mask), ImageDraw.Draw(shadow)
     for part in subject.parts:
-        pen.polygon(flat(part.outline), fill=shaded(second if part.accent else main, 1 + 0.6 * (part.shade - 1)))
-        mask_pen.polygon(flat(part.outline), fill=255)
-        shadow_pen.polygon(flat(part.outline + radius * np.array([0.1, 0.12])), fill=104)
+        pen.polygon(flattened(part.outline), fill=shaded(second if part.accent else main, 1 + 0.6 * (part.shade - 1)))
+        mask_pen.polygon(flattened(part.outline), fill=255)
+        shadow_pen.polygon(flattened(part.outline + radius * np.array([0.1, 0.12])), fill=104)
     if rng.random() < occlusion:
-        outline = flat(centre + rng.normal(0, 0.6 * radius, 2) + rng.normal(0, 0.28 * radius, (5, 2)))
+        outline = flattened(centre + rng.normal(0, 0.6 * radius, 2) + rng.normal(0, 0.28 * radius, (5, 2)))
         pen.polygon(outline, fill=ink(0.8 * (ground + rng.normal(0, 20, 3))))
         mask_pen.polygon(outline, fill=0)
         shadow_pen.polygon(outline, fill=0)
@@ -399,7 +399,7 @@ def painting(subject: Subject, rng: Random) -> np.ndarray:
     main = subject.colour + rng.normal(0, 15, 3)
     second = 0.7 * subject.second + 40 + rng.normal(0, 14, 3)
     for part in subject.parts:
-        pen.polygon(flat(part.outline), fill=shaded(second if part.accent else main, part.shade))
+        pen.polygon(flattened(part.outline), fill=shaded(second if part.accent else main, part.shade))
     plan = np.asarray(image)
     direction = rng.uniform(0, math.pi)
     everywhere = rng.uniform(0, CANVAS, (300, 2))
@@ -426,11 +426,11 @@ def clipart(subject: Subject, rng: Random) -> np.ndarray:
     black = (15, 15, 20)
     width = int(rng.integers(3, 6))
     for part in subject.parts:
-        pen.line(flat(closed(part.outline)), fill=black, width=2 * width, joint="curve")
+        pen.line(flattened(closed(part.outline)), fill=black, width=2 * width, joint="curve")
     for part in subject.parts:
-        pen.polygon(flat(part.outline), fill=shaded(subject.second if part.accent else subject.colour, part.shade))
+        pen.polygon(flattened(part.outline), fill=shaded(subject.second if part.accent else subject.colour, part.shade))
         if part.accent or part.shade != 1:
-            pen.line(flat(closed(part.outline)), fill=black, width=max(2, width - 1), joint="curve")
+            pen.line(flattened(closed(part.outline)), fill=black, width=max(2, width - 1), joint="curve")
     return np.asarray(image.reduce(SCALE))
 
 
@@ -459,15 +459,15 @@ def infograph(subject: Subject, rng: Random) -> np.ndarray:
     icon = subject.colour
     extent = 1.28 * subject.radius * np.array([[-1, -1], [1, 1]])
     if rng.random() < 0.4:
-        pen.rectangle(flat(subject.centre + 0.95 * extent), fill=(250, 250, 250))
+        pen.rectangle(flattened(subject.centre + 0.95 * extent), fill=(250, 250, 250))
     else:
         badge = np.full(3, 255.0)
         if rng.random() < 0.5:
             badge, icon = icon, badge
-        pen.ellipse(flat(subject.centre + extent), fill=ink(badge), outline=ink(subject.colour), width=2)
+        pen.ellipse(flattened(subject.centre + extent), fill=ink(badge), outline=ink(subject.colour), width=2)
     for part in subject.parts:
         tone = 1 if part.shade == 1 else 0.72 if part.shade < 1 else 0.86
-        pen.polygon(flat(part.outline), fill=ink(icon * tone))
+        pen.polygon(flattened(part.outline), fill=ink(icon * tone))
     return np.asarray(image.reduce(SCALE))
 
 
@@ -479,12 +479,12 @@ def sketch(subject: Subject, rng: Random) -> np.ndarray:
     filled = rng.random() < 0.5
     for part in subject.parts:
         paper = ink(rng.normal((236, 234, 226), 3))
-        pen.polygon(flat(part.outline), fill=(185, 183, 178) if filled and part.shade < 0.7 else paper)
+        pen.polygon(flattened(part.outline), fill=(185, 183, 178) if filled and part.shade < 0.7 else paper)
         line = closed(part.outline)
         for _ in range(rng.integers(2, 4)):
             shaky = line + rng.normal(0, 0.02 * subject.radius + 0.5, line.shape) + rng.normal(0, 0.6, 2)
             tone = grey + int(rng.integers(30))
-            pen.line(flat(shaky), fill=(tone, tone, tone), width=int(rng.integers(2, 4)), joint="curve")
+            pen.line(flattened(shaky), fill=(tone, tone, tone), width=int(rng.integers(2, 4)), joint="curve")
     for _ in range(rng.integers(4)):
         start = rng.uniform(0, CANVAS, 2)
         pen.line([*start, *(start + rng.normal(0, 16, 2))], fill=(grey + 60,) * 3, width=2)
@@ -518,7 +518,7 @@ def stream(name: str, domain: str | None, index: int, seed: int) -> Random:
     return np.random.default_rng([STREAMS.index(name), DOMAINS.index(domain) if domain else 0, index, seed])
 
 
-def check(split: str, domain: str | None, index: int, seed: int) -> None:
+def check_arguments(split: str, domain: str | None, index: int, seed: int) -> None:
     """Raises InputError if there is no such split or domain, or if a number is negative. `web` has the domain None."""
     if split not in (*SIZES, "web"):
         raise InputError(f"unknown split {split!r}: give {' or '.join(SIZES)} or web")
@@ -530,11 +530,11 @@ def check(split: str, domain: str | None, index: int, seed: int) -> None:
 
 
 def draw(split: str, domain: str | None, index: int, seed: int = 0) -> tuple[UInt8[np.ndarray, "36 36 3"], Attributes]:
-    """Draws an image, always the same one for the same arguments. Raises InputError as `check` does.
+    """Draws an image, always the same one for the same arguments. Raises InputError as `check_arguments` does.
 
     The label is `index % 20`. In `web`, `domain` is None, and the image's domain and label are random.
     """
-    check(split, domain, index, seed)
+    check_arguments(split, domain, index, seed)
     rng = stream(split, domain, index, seed)
     label = index % len(CLASSES)
     if split == "web":
@@ -620,21 +620,23 @@ VERSIONS = f"numpy {np.__version__}, pillow {PIL.__version__}"
 FINGERPRINT = hashlib.sha256(Path(__file__).read_bytes() + VERSIONS.encode()).hexdigest()[:12]
 
 
-def load(domain: str, split: str, seed: int = 0) -> tuple[UInt8[np.ndarray, "n 36 36 3"], Int32[np.ndarray, " n"]]:
+def load_domain(
+    domain: str, split: str, seed: int = 0
+) -> tuple[UInt8[np.ndarray, "n 36 36 3"], Int32[np.ndarray, " n"]]:
     """Returns images and labels of a domain's `train`, `val` or `test`, drawn on the first call and then cached.
 
     Raises InputError for other names, a negative seed, and a cache folder that cannot be used.
     """
     if split == "web":
         raise InputError("`web` mixes all domains and has captions instead of labels: load it with load_web")
-    check(split, domain, 0, seed)
+    check_arguments(split, domain, 0, seed)
     arrays = cached(split, domain, SIZES[split], seed)
     return arrays["images"], arrays["labels"]
 
 
 def load_web(seed: int = 0) -> tuple[UInt8[np.ndarray, "n 36 36 3"], list[list[str]]]:
-    """Returns the pre-training corpus, four captions per image, cached. Raises InputError as `load` does."""
-    check("web", None, 0, seed)
+    """Returns the pre-training corpus, four captions per image, cached. Raises InputError as `load_domain` does."""
+    check_arguments("web", None, 0, seed)
     arrays = cached("web", None, WEB_SIZE, seed)
     return arrays["images"], arrays["captions"].tolist()
 
@@ -684,7 +686,7 @@ def main(export: Path, seed: int = 0) -> None:
     if export.exists() and not (export.is_dir() and not any(export.iterdir())):
         raise InputError(f"{export} is not an empty folder: give a new or empty one")
     for domain, split in itertools.product(DOMAINS, SIZES):
-        images, labels = load(domain, split, seed)
+        images, labels = load_domain(domain, split, seed)
         lines = []
         with reported(export):
             for index, (image, label) in enumerate(zip(images, labels, strict=True)):

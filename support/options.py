@@ -195,10 +195,8 @@ def check_unchanged(run: Run, path: Path, config: dict[str, Any]) -> None:
     before = flat(restored(Sources, config["settings"]), restored(lipsum.Settings, config["settings"]))
     now = flat(run.sources, run.settings)
     if changed := [f"{flag(name)} {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]:
-        other = ", ".join(changed)
-        raise InputError(
-            f"{path} was made with other settings ({other}): give the same ones, --overwrite or another --out"
-        )
+        problem = f"{path} was made with other settings ({', '.join(changed)})"
+        raise InputError(f"{problem}: give the same ones, --overwrite or another --out")
 
 
 def flag(name: str) -> str:
@@ -206,7 +204,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def completed(command: Command) -> Command:
+def resolved(command: Command) -> Command:
     """The command with `all`, --unseen-file and the precision spelt out. Raises InputError for an unreadable file."""
     methods = [name for given in command.method for name in (lipsum.METHODS if given == "all" else [given])]
     unseen = command.sources.unseen

@@ -283,7 +283,7 @@ def zero_shot_accuracies(model: clip.CLIP, tokenizer: Tokenizer, split: str) -> 
     mesh = data.device_mesh(batch_size)
     accuracies = {}
     for domain in minidomain.DOMAINS:
-        images = data.Split(domain, minidomain.CLASSES, *minidomain.load(domain, split))
+        images = data.Split(domain, minidomain.CLASSES, *minidomain.load_domain(domain, split))
         predictions = evaluation.predict([classifier], tau, images, batch_size, 1, mesh)
         accuracies[domain] = float(np.mean(predictions.correct))
     return accuracies

@@ -359,7 +359,7 @@ def costs_command(runs: Runs, format: Format = "text") -> None:
     print(rendered(costs(read_results(runs)), format))
 
 
-def main(more: Mapping[str, Callable[..., None]] | None = None) -> int:
+def run(more: Mapping[str, Callable[..., None]] | None = None) -> int:
     """Runs eval.py's command line: `table`, `costs` and `more` commands. Returns the exit code."""
     app = tyro.extras.SubcommandApp()
     for name, command in {"table": table_command, "costs": costs_command, **(more or {})}.items():

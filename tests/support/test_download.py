@@ -103,7 +103,7 @@ def partial(path: Path, content: bytes) -> Path:
 
 
 def assert_downloads(server: Server, path: Path) -> None:
-    assert download.fetch(server.address, SHA256, path) == path
+    assert download.download_once(server.address, SHA256, path) == path
     assert path.read_bytes() == CONTENT
     assert os.listdir(path.parent) == [path.name]
 
@@ -134,7 +134,7 @@ def test_broken_connection_is_resumed(chunked: bool, server: Server, path: Path)
 def test_server_that_always_breaks_off(server: Server, path: Path) -> None:
     server.breaks_off_after = [1000] * download.ATTEMPTS
     part = path.with_name("file.part")
-    fetch = lambda: download.fetch(server.address, SHA256, path)  # noqa: E731
+    fetch = lambda: download.download_once(server.address, SHA256, path)  # noqa: E731
     refused(fetch, server.address, "5,000 bytes are kept in", part, "run again to continue", path)
     assert part.read_bytes() == CONTENT[:5000] and not path.exists()
     assert_downloads(server, path)
@@ -161,7 +161,7 @@ def test_wrong_bytes_are_removed(there: bytes, server: Server, path: Path) -> No
     if there in CONTENT:
         server.files["/file"] = CONTENT[:-1] + b"?"
     found = hashlib.sha256(there + server.files["/file"][len(there) :]).hexdigest()
-    refused(lambda: download.fetch(server.address, SHA256, path), server.address, found, SHA256, path)
+    refused(lambda: download.download_once(server.address, SHA256, path), server.address, found, SHA256, path)
     assert not part.exists() and not path.exists()
     server.files["/file"] = CONTENT
     assert_downloads(server, path)
@@ -171,7 +171,7 @@ def test_wrong_file_of_the_user_is_refused_and_kept(server: Server, path: Path) 
     path.parent.mkdir()
     path.write_bytes(b"mine")
     found = hashlib.sha256(b"mine").hexdigest()
-    refused(lambda: download.fetch(server.address, SHA256, path), server.address, found, SHA256, path)
+    refused(lambda: download.download_once(server.address, SHA256, path), server.address, found, SHA256, path)
     assert path.read_bytes() == b"mine" and not server.ranges
 
 
@@ -180,7 +180,13 @@ def test_server_that_refuses(status: int, there: bytes, server: Server, path: Pa
     part = partial(path, there)
     server.status, server.knows_ranges = status, False
     words = ["1,000 bytes are kept in", part] if there else []
-    refused(lambda: download.fetch(server.address, SHA256, path), server.address, status, f"put it at {path}", *words)
+    refused(
+        lambda: download.download_once(server.address, SHA256, path),
+        server.address,
+        status,
+        f"put it at {path}",
+        *words,
+    )
     assert len(server.ranges) == 1
     assert part.exists() == bool(there)
 
@@ -189,21 +195,23 @@ def test_no_server_answers(path: Path) -> None:
     with socket.socket() as bound:  # without listening
         bound.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{bound.getsockname()[1]}/file"
-        refused(lambda: download.fetch(address, SHA256, path), address, "refused", f"put it at {path}")
+        refused(lambda: download.download_once(address, SHA256, path), address, "refused", f"put it at {path}")
     assert not path.with_name("file.part").exists()
 
 
 def test_server_that_times_out(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "TIMEOUT", 0.02)
     server.may_answer.clear()
-    refused(lambda: download.fetch(server.address, SHA256, path), server.address, "5 times", f"put it at {path}")
+    refused(
+        lambda: download.download_once(server.address, SHA256, path), server.address, "5 times", f"put it at {path}"
+    )
     assert len(server.ranges) == download.ATTEMPTS
 
 
 def test_folder_that_cannot_be_used(server: Server, path: Path) -> None:
     path.parent.write_text("a file")
     with pytest.raises(errors.InputError, match=f"{path} cannot be used .*: set LIPSUM_CACHE to a writable folder"):
-        download.fetch(server.address, SHA256, path)
+        download.download_once(server.address, SHA256, path)
 
 
 def test_two_processes_download_once(
@@ -217,9 +225,8 @@ def test_two_processes_download_once(
         print(text, **how)
 
     monkeypatch.setattr(files, "print", observed, raising=False)
-    script = (
-        "import pathlib, sys; from support import download; download.fetch(*sys.argv[1:3], pathlib.Path(sys.argv[3]))"
-    )
+    script = "import sys; from pathlib import Path; from support import download\n"
+    script += "download.download_once(*sys.argv[1:3], Path(sys.argv[3]))"
     command = [sys.executable, "-W", "error", "-c", script, server.address, SHA256, str(path)]
     environment = os.environ | {"PYTHONPATH": str(Path(download.__file__).parents[1])}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as other:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from support import minidomain
 from support.errors import InputError
-from support.minidomain import CLASSES, COLOURS, DOMAINS, TEMPLATES, captions, draw, load, load_web
+from support.minidomain import CLASSES, COLOURS, DOMAINS, TEMPLATES, captions, draw, load_domain, load_web
 
 pytestmark = pytest.mark.filterwarnings("error")
 MODULE = Path(minidomain.__file__)
@@ -154,7 +154,7 @@ def test_errors_name_the_bad_argument(arguments, named):
 def test_load_raises_for_unknown_names_and_negative_seeds(cache):
     for arguments in (("real", "web"), ("real", "tests"), ("photo", "test"), ("real", "test", -1)):
         with pytest.raises(InputError):
-            load(*arguments)
+            load_domain(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------- captions
@@ -201,7 +201,7 @@ def test_templates_contain_the_class():
 
 def test_load_returns_the_images_of_draw(cache):
     for _ in ("drawn", "cached"):
-        images, labels = load("painting", "val", seed=2)
+        images, labels = load_domain("painting", "val", seed=2)
         assert (images.shape, images.dtype, labels.dtype) == ((20, 36, 36, 3), np.uint8, np.int32)
         assert all(np.array_equal(images[index], draw("val", "painting", index, 2)[0]) for index in range(20))
         assert labels.tolist() == list(range(20))
@@ -212,17 +212,17 @@ def test_load_returns_the_images_of_draw(cache):
 
 
 def test_load_draws_one_split_and_only_once(cache, capsys):
-    load("sketch", "test")
+    load_domain("sketch", "test")
     (file,) = cache.iterdir()
     assert capsys.readouterr().err.count("\n") == 1
     stamp = file.stat().st_mtime_ns
-    load("sketch", "test")
+    load_domain("sketch", "test")
     assert (file.stat().st_mtime_ns, capsys.readouterr().err) == (stamp, "")
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut off", "flipped byte", "flipped checksum", "appended"])
 def test_a_damaged_cache_is_drawn_again(cache, capsys, damage):
-    images, labels = load("clipart", "test")
+    images, labels = load_domain("clipart", "test")
     (file,) = cache.iterdir()
     content = file.read_bytes()
     capsys.readouterr()
@@ -239,20 +239,20 @@ def test_a_damaged_cache_is_drawn_again(cache, capsys, damage):
         case "appended":
             bad += b"\0"
     file.write_bytes(bad)
-    again, labels_again = load("clipart", "test")
+    again, labels_again = load_domain("clipart", "test")
     assert np.array_equal(images, again) and np.array_equal(labels, labels_again)
     assert capsys.readouterr().err == f"minidomain: {file} was cut off or altered: drawing it again\n"
     assert [file] == list(cache.iterdir())
-    load("clipart", "test")
+    load_domain("clipart", "test")
     assert capsys.readouterr().err == ""
 
 
 def test_two_processes_load_the_same_images_at_once(cache):
-    code = FEW + "import hashlib; print(hashlib.sha256(minidomain.load('real', 'train')[0]).hexdigest())"
+    code = FEW + "import hashlib; print(hashlib.sha256(minidomain.load_domain('real', 'train')[0]).hexdigest())"
     processes = [python("-c", code) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert outputs == [digest(load("real", "train")[0])] * 2
+    assert outputs == [digest(load_domain("real", "train")[0])] * 2
     assert [file.suffix for file in cache.iterdir()] == [".cache"]
 
 
@@ -262,12 +262,12 @@ def test_a_failed_write_leaves_nothing_behind(cache, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left"):
-        load("clipart", "val")
+        load_domain("clipart", "val")
     assert not cache.exists()
 
 
 def test_changed_code_draws_new_images(cache, tmp_path, monkeypatch, capsys):
-    before, _ = load("clipart", "val")
+    before, _ = load_domain("clipart", "val")
     source = MODULE.read_text()
     assert '"red": (205, 45, 45)' in source
     changed = tmp_path / "changed.py"
@@ -277,7 +277,7 @@ def test_changed_code_draws_new_images(cache, tmp_path, monkeypatch, capsys):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "SIZES", SMALL)
     capsys.readouterr()
-    after, _ = module.load("clipart", "val")
+    after, _ = module.load_domain("clipart", "val")
     assert "drawing" in capsys.readouterr().err
     assert not np.array_equal(before, after)
     assert len(list(cache.iterdir())) == 2
@@ -287,7 +287,7 @@ def test_an_unusable_cache_folder_is_an_input_error(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="LIPSUM_CACHE"):
-        load("clipart", "val")
+        load_domain("clipart", "val")
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -302,7 +302,7 @@ def test_an_export_contains_the_loaded_images(cache, tmp_path):
         assert {path.name for path in (root / domain).iterdir()} == set(CLASSES)
         for split, size in SMALL.items():
             rows = [line.split(" ") for line in (root / f"{domain}_{split}.txt").read_text().splitlines()]
-            images, labels = load(domain, split)
+            images, labels = load_domain(domain, split)
             assert len(rows) == size
             for (path, label), image, expected in zip(rows, images, labels, strict=True):
                 assert int(label) == expected and path.split("/")[:2] == [domain, CLASSES[expected]]
