@@ -106,7 +106,8 @@ def outcomes(members: Members, tau: Float[Array, ""], compared: Compared, batch:
     """The `Predictions` of a batch."""
     per_class, features = log_probabilities(members, tau, batch["image"], compared)
     per_label = jnp.take_along_axis(per_class, batch["label"][:, None], axis=1)[:, 0]
-    return features, per_label, jnp.exp(jnp.max(per_class, axis=1)), jnp.argmax(per_class, axis=1) == batch["label"]
+    confidence = jnp.minimum(jnp.exp(jnp.max(per_class, axis=1)), 1)  # rounding may exceed 1
+    return features, per_label, confidence, jnp.argmax(per_class, axis=1) == batch["label"]
 
 
 def per_image(
@@ -440,9 +441,8 @@ def predict_command(images: Runs, model: Path, top: int = 5) -> None:
     best = model / "best" if (model / "best").is_dir() else model
     folders = sorted(best.glob("member-*")) or [best]  # an ensemble has several
     members, models = zip(*map(opening.read_classifier, folders), strict=True)
-    classes = read_json(folders[0] / "classes.json")
-    listed = tuple(data.ListedFile(path) for path in images)
-    split = data.Split("images", tuple(classes), listed, np.zeros(len(listed), np.int32))
+    classes = tuple(read_json(folders[0] / "classes.json"))
+    split = data.Split("images", classes, tuple(map(data.ListedFile, images)), np.zeros(len(images), np.int32))
     data.check_images([split], 1)
     batch_size = data.evaluation_batch_size(64)
 

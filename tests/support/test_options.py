@@ -1,6 +1,8 @@
 """The runs that a command makes, the defaults of data sets, and options in files."""
 
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,18 @@ def test_settings_that_a_method_does_not_read_make_no_runs() -> None:
         "ft/seed-0", "ema/seed-0-decay-0.5", "ema/seed-0-decay-0.9", "car-ft/seed-0-temperature-1.0",
         "car-ft/seed-0-temperature-2.0",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("data_set", options.DEFAULTS)
+def test_help_is_tidy(data_set: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every default is shown, and a line ends only where the next word does not fit."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        options.parse(["--data", data_set, "--help"])
+    text = capsys.readouterr().out
+    assert "(default: )" not in text and "(default: None)" not in text
+    found = [re.fullmatch(r"[│ ] {21}(\S.*?)[│ ]*", line) for line in text.splitlines()]
+    width = max(len(line[1]) for line in found if line)
+    for line, following in itertools.pairwise(found):
+        if line and following:
+            assert len(line[1]) + 1 + len(following[1].split()[0]) > width, line[1]
