@@ -509,7 +509,8 @@ def tpgm_projection(zero_shot: Classifier, fine_tuned: Classifier, gamma: Radii,
     """Equation 18: `theta_0 + min(1, gamma / |theta_T - theta_0|) (theta_T - theta_0)`, per parameter tensor."""
 
     def project(start: Array, end: Array, radius: Array, distance: Array) -> Array:
-        ratio = jnp.minimum(1, radius / jnp.where(distance > 0, distance, 1))
+        # Unlike that of jnp.minimum, the gradient is 0 at the bound: a radius that reaches it stays there.
+        ratio = jnp.where(radius < distance, radius / jnp.where(distance > 0, distance, 1), 1)
         return (1 - ratio) * start + ratio * end  # exact at both ends
 
     with jax.numpy_rank_promotion("allow"):

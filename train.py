@@ -138,7 +138,7 @@ def train_probe(evaluator: evaluation.Evaluator) -> lipsum.Classifier:
 def begin(
     run: Run, evaluator: evaluation.Evaluator, frozen: lipsum.Frozen, checkpoints: files.Checkpoints, resume: bool
 ) -> tuple[Progress, lipsum.State, lipsum.Classifier]:
-    """Where a run starts or, with `resume`, goes on: its state on the devices, its best classifier so far on the host.
+    """The start of a run or, with `resume`, its continuation: the state on devices, the best classifier on the host.
 
     Raises InputError like `restore`.
     """

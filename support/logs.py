@@ -72,7 +72,7 @@ class Log:
             jax.profiler.stop_trace()
 
     def settle(self) -> None:
-        """Waits for the last step added, and writes its metrics if they are to be written.
+        """Waits for the last added step, and writes its metrics if `add` was called with `written`.
 
         Raises InputError naming the step if loss or gradient are not finite, or if the line cannot be written.
         """

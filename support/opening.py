@@ -69,7 +69,7 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
     """Loads and checks the model and the data. Raises InputError before any long work."""
     mesh = data.device_mesh(data.evaluation_batch_size(batch_size, execution.accumulate))
     images = layouts.read(sources)
-    # After the data, whose root may be wrong: these two may download.
+    # These two may download, so they come after the data, whose root may be wrong.
     templates = read_templates(sources.templates)
     model, tokenizer = weights.load(sources.model)
     classes = images.train.classes

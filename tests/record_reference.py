@@ -28,6 +28,15 @@ methods.npz contains one step per fine-tuning method at the size `nano`, on `see
     probe/loss          the minimal cross-entropy of a linear probe
     probe/logits        the logits of that probe on its training data
 
+tpgm.npz contains TPGM at the size `nano`, on the same inputs in float64, as its authors' class computes it (Tian et al.
+2023: the ratio of radius and distance through Hardtanh, whose gradient is 0 at its bounds):
+
+    NORM/losses         the cross-entropy before each of 200 steps of Adam on the radii; NORM is frobenius or mars
+    NORM/radii/LEAF     the radii after them, under PyTorch's names
+
+original.npz is not recorded here. It contains the inputs, outputs and gradients of the Lipsum-FT authors' own step (Flax,
+float32), and three optimizer steps, for weights that `test_lipsum.py` draws from a seed.
+
 tokenizer.json.gz contains {"versions": {...}, "strings": [[text, ids], ...]}, the ids without start and end token.
 OpenAI's tokenizer first applies `ftfy` to texts. It is left out here; otherwise the ids would depend on its version.
 """
@@ -60,7 +69,7 @@ MODELS = {
     "vit-b-16": ("ViT-B/16", "quick_gelu"),
     "vit-l-14": ("ViT-L/14", "quick_gelu"),
 }
-NAMES = [*MODELS, "methods", "tokenizer"]
+NAMES = [*MODELS, "methods", "tpgm", "tokenizer"]
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
@@ -245,6 +254,59 @@ def record_methods() -> None:
     np.savez_compressed(REFERENCE / "methods.npz", **values)
 
 
+def record_tpgm() -> None:
+    import torch
+    from torch.nn.functional import cross_entropy, hardtanh, normalize
+
+    inputs = seeded.fine_tuning(seeded.SEED)
+    pixels = (inputs["images"].astype(np.float32) / np.float32(255) - MEAN) / DEVIATION
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).double()
+    labels = torch.from_numpy(inputs["labels"]).long()
+    model = build_model(seeded.ARCHITECTURES["nano"], "quick_gelu", inputs["zero_shot"]).double()
+
+    def parameters(kind: str) -> dict:
+        weights = {name: weight for name, weight in inputs[kind].items() if name.startswith("vis")}
+        weights["head"] = inputs[f"{kind}_head"]
+        return {name: torch.from_numpy(weight).double() for name, weight in weights.items()}
+
+    class Tower(torch.nn.Module):
+        def forward(self):
+            return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+
+    tower = Tower()
+    tower.model = model
+    start, end = parameters("zero_shot"), parameters("trained")
+    values = {}
+    for norm in ("frobenius", "mars"):
+        norms = {}
+        for name, weight in end.items():
+            moved = weight - start[name]
+            rows = moved.abs().flatten(1).sum(1) if moved.ndim > 1 else moved.abs().sum()
+            norms[name] = moved.norm() if norm == "frobenius" else rows.reshape(-1, *[1] * (moved.ndim - 1))
+        radii = {name: (each.min() / 2).clone().requires_grad_() for name, each in norms.items()}
+        adam = torch.optim.Adam(radii.values(), lr=1e-2)
+        losses = []
+        for _ in range(200):
+            projected = {
+                name: start[name] + hardtanh(radii[name] / norms[name], 0, 1) * (end[name] - start[name])
+                for name in end
+            }
+            head = projected.pop("head")
+            named = {f"model.{name}": weight for name, weight in projected.items()}
+            features = normalize(torch.func.functional_call(tower, named, ()), dim=-1)
+            loss = cross_entropy(TAU * features @ head, labels)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            with torch.no_grad():
+                for name, radius in radii.items():
+                    radius.clamp_(1e-8, norms[name].max().item())
+            losses.append(loss.item())
+        values[f"{norm}/losses"] = np.array(losses)
+        values |= {f"{norm}/radii/{name}": radius.detach().numpy() for name, radius in radii.items()}
+    np.savez_compressed(REFERENCE / "tpgm.npz", **values)
+
+
 # -------------------------------------------------------------------------------------------------------- the tokenizer
 
 
@@ -389,8 +451,8 @@ def main() -> None:
         began = time.perf_counter()
         if name == "tokenizer":
             record_tokenizer(arguments.shared)
-        elif name == "methods":
-            record_methods()
+        elif name in ("methods", "tpgm"):
+            {"methods": record_methods, "tpgm": record_tpgm}[name]()
         else:
             record_model(name)
         print(f"{name}: {time.perf_counter() - began:.1f} s")

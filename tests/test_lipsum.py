@@ -476,6 +476,28 @@ def test_tpgm_projection(norm: lipsum.Norm) -> None:
         assert np.all(radius >= 1e-8) and np.all(radius <= np.maximum(most, 1e-8))
 
 
+@pytest.mark.parametrize("norm", ["frobenius", "mars"])
+def test_tpgm_equals_its_authors_class(norm: lipsum.Norm) -> None:
+    """Losses of 200 steps, in which radii reach their bounds and stay there, and the radii after them."""
+    zero_shot, frozen, classifier, batch = nano_setup()
+    with np.load(REFERENCE / "tpgm.npz") as file:
+        expected = dict(file)
+    gamma, bound, optimizer = lipsum.tpgm_start(frozen.zero_shot, classifier, norm)
+    losses = []
+    for _ in range(200):
+        gamma, optimizer, loss = lipsum.tpgm_step(
+            gamma, bound, optimizer, frozen.zero_shot, classifier, frozen.tau, batch, norm, 0.0
+        )
+        losses.append(float(loss))
+    np.testing.assert_allclose(losses, expected[f"{norm}/losses"], rtol=1e-5)
+    at_bound = [np.isclose(radius, most) for radius, most in zip(*map(jax.tree.leaves, (gamma, bound)), strict=True)]
+    assert 0 < np.mean(np.concatenate([each.ravel() for each in at_bound])) < 1
+    np.testing.assert_allclose(gamma.head[0, 0], expected[f"{norm}/radii/head"], rtol=1e-4)
+    np.testing.assert_allclose(
+        gamma.vision.projection.weight[0, 0], expected[f"{norm}/radii/visual_projection.weight"], rtol=1e-4
+    )
+
+
 @pytest.mark.usefixtures("float64")
 def test_tpgm_gradient_is_that_of_finite_differences() -> None:
     _, frozen, classifier, batch = nano_setup(np.float64)

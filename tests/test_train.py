@@ -314,7 +314,7 @@ def test_methods_that_start_elsewhere(command: Command, tmp_path: Path) -> None:
     for old, new in zip(jax.tree.leaves(zero_shot.vision), jax.tree.leaves(runs["lp"].classifier.vision), strict=True):
         np.testing.assert_array_equal(old, new)
     assert runs["lp"].results["steps"] == 0 and runs["lp-ft"].results["steps"] == 6
-    # Three colours are three classes: a linear probe of a random tower tells them apart better than chance.
+    # Three colours are three classes: a linear probe of a random tower classifies them better than chance.
     assert runs["lp"].results["splits"]["real"]["accuracy"] > 0.5
 
 
