@@ -34,8 +34,8 @@ tpgm.npz contains TPGM at the size `nano`, on the same inputs in float64, as its
     NORM/losses         the cross-entropy before each of 200 steps of Adam on the radii; NORM is frobenius or mars
     NORM/radii/LEAF     the radii after them, under PyTorch's names
 
-original.npz is not recorded here. It contains the inputs, outputs and gradients of the Lipsum-FT authors' own step (Flax,
-float32), and three optimizer steps, for weights that `test_lipsum.py` draws from a seed.
+original.npz is not recorded here. It contains the inputs, outputs and gradients of the Lipsum-FT authors' own step
+(Flax, float32), and three optimizer steps, for weights that `test_lipsum.py` draws from a seed.
 
 tokenizer.json.gz contains {"versions": {...}, "strings": [[text, ids], ...]}, the ids without start and end token.
 OpenAI's tokenizer first applies `ftfy` to texts. It is left out here; otherwise the ids would depend on its version.

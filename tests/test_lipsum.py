@@ -60,14 +60,17 @@ def test_equations_6_to_8() -> None:
     gap = lipsum.energy_gap(IMAGES, OTHER, TEXTS)
     np.testing.assert_allclose(gap, sum(gaps) / 12, rtol=1e-5)
     model = seeded_model("tiny")
-    texts = clip.text_features(model.text, jnp.asarray(seeded.token_ids(seeded.ARCHITECTURES["tiny"], 0, 4)))
+    ids = jnp.asarray(seeded.token_ids(seeded.ARCHITECTURES["tiny"], 0, 4))
+    texts = jax.jit(clip.text_features)(model.text, ids)
     images, other = unit_rows(3, 40, 0), unit_rows(3, 40, 1)
     frozen = lipsum.Frozen(
         lipsum.Classifier(model.vision, jnp.zeros((40, 2))), model.text, jnp.zeros((40, 2)), TAU,
-        lipsum.Settings(num_texts=4), guidance=jnp.asarray(seeded.token_ids(seeded.ARCHITECTURES["tiny"], 0, 4)),
+        lipsum.Settings(num_texts=4), guidance=ids,
     )  # fmt: skip
-    terms = [(20 * sum(t * x) - 20 * sum(t * y)) ** 2 for x, y in zip(images, other, strict=True) for t in texts]
-    loss = lipsum.lipsum_loss(frozen.zero_shot, images, other, frozen, jax.random.key(0))  # draws all four texts
+    pairs = zip(np.asarray(images), np.asarray(other), strict=True)
+    terms = [(20 * sum(t * x) - 20 * sum(t * y)) ** 2 for x, y in pairs for t in np.asarray(texts)]
+    # It draws all four texts.
+    loss = jax.jit(lipsum.lipsum_loss)(frozen.zero_shot, images, other, frozen, jax.random.key(0))
     np.testing.assert_allclose(loss, sum(terms) / (3 * 2 * 4), rtol=1e-5)
     np.testing.assert_allclose(loss, 20**2 / 2 * lipsum.energy_gap(images, other, texts), rtol=1e-5)
 
@@ -364,8 +367,9 @@ def test_exact_lipsum_is_the_average_over_all_texts() -> None:
     _, frozen, classifier, batch = nano_setup()
     second_moment = lipsum.text_second_moment(frozen.text, None, 8)
     ids = lipsum.random_texts(frozen.text, 10_000, 8, jax.random.key(0))
-    features = clip.image_features(classifier.vision, batch["image"])
-    zero_shot = clip.image_features(frozen.zero_shot.vision, batch["image"])
+    features, zero_shot = (
+        jax.jit(clip.image_features)(each.vision, batch["image"]) for each in (classifier, frozen.zero_shot)
+    )
     frozen = eqx.tree_at(lambda frozen: frozen.second_moment, frozen, second_moment)
     exact = lipsum.lipsum_exact_loss(classifier, features, zero_shot, frozen, jax.random.key(0))
     texts = jax.jit(clip.text_features)(frozen.text, ids)
@@ -445,16 +449,17 @@ def test_tpgm_projection(norm: lipsum.Norm) -> None:
     """Ends, the radius reached per layer and tensor (by NumPy), gamma's start and bounds, its gradient."""
     _, frozen, classifier, batch = nano_setup()
     gamma, bound, optimizer = lipsum.tpgm_start(frozen.zero_shot, classifier, norm)
+    projection = jax.jit(functools.partial(lipsum.tpgm_projection, norm=norm))
 
     def projected(scale: float) -> lipsum.Classifier:
         radii = jax.tree.map(lambda radius: scale * radius, bound)
-        return lipsum.tpgm_projection(frozen.zero_shot, classifier, radii, norm)
+        return projection(frozen.zero_shot, classifier, radii)
 
     assert equal_leaves(projected(1e6), classifier)
     assert equal_leaves(projected(0.0), frozen.zero_shot)
 
     moved = np.asarray(classifier.vision.blocks.fc1.weight) - np.asarray(frozen.zero_shot.vision.blocks.fc1.weight)
-    shrunk = lipsum.tpgm_projection(frozen.zero_shot, classifier, gamma, norm)
+    shrunk = projection(frozen.zero_shot, classifier, gamma)
     shift = np.asarray(shrunk.vision.blocks.fc1.weight) - np.asarray(frozen.zero_shot.vision.blocks.fc1.weight)
     radii = gamma.vision.blocks.fc1.weight
     assert radii.shape == (2, 1, 1) and gamma.head.shape == (1, 1)
@@ -479,7 +484,7 @@ def test_tpgm_projection(norm: lipsum.Norm) -> None:
 @pytest.mark.parametrize("norm", ["frobenius", "mars"])
 def test_tpgm_equals_its_authors_class(norm: lipsum.Norm) -> None:
     """Losses of 200 steps, in which radii reach their bounds and stay there, and the radii after them."""
-    zero_shot, frozen, classifier, batch = nano_setup()
+    _, frozen, classifier, batch = nano_setup()
     with np.load(REFERENCE / "tpgm.npz") as file:
         expected = dict(file)
     gamma, bound, optimizer = lipsum.tpgm_start(frozen.zero_shot, classifier, norm)
