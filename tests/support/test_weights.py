@@ -652,8 +652,8 @@ def test_any_bytes_in_safetensors(examples: int, saved: Path) -> None:
 
 
 def encodes(tokenizer: Tokenizer) -> None:
-    """Encodes texts, so that a tokenizer that loads but cannot encode fails the test."""
-    tokenizer.encode_batch(["dog", "a photo of a dog.", "\U0001f9b4"])
+    """Encodes texts like `clip.tokenize`, so that a tokenizer that loads but cannot encode fails the test."""
+    tokenizer.encode_batch(["dog", "a photo of a dog.", "\U0001f9b4"], add_special_tokens=False)
 
 
 @EXAMPLES
