@@ -37,9 +37,16 @@ def config_of(sizes: dict[str, int], activation: str = "quick_gelu") -> clip.Con
     ]
     vocabulary = sizes["vocabulary_size"]
     return clip.Config(
-        sizes["image_size"], sizes["patch_size"], *towers, sizes["embedding_size"], sizes["context_length"],
-        vocabulary, vocabulary - 2, vocabulary - 1, activation,
-    )  # fmt: skip
+        sizes["image_size"],
+        sizes["patch_size"],
+        *towers,
+        sizes["embedding_size"],
+        sizes["context_length"],
+        vocabulary,
+        vocabulary - 2,
+        vocabulary - 1,
+        activation,
+    )
 
 
 def seeded_model(name: str, activation: str = "quick_gelu") -> clip.CLIP:
@@ -421,10 +428,20 @@ def changed(command: options.Command, **changes: Any) -> options.Command:
 
 def tiny_command(model: Path, root: Path, out: Path) -> options.Command:
     return changed(
-        options.DEFAULTS["domainnet"], model=str(model), data_root=root, reference=("real",), steps=(6,),
-        batch_size=(8,), learning_rate=(1e-3,), num_texts=(4,), text_length=(3,), eval_every=2, checkpoint_every=100,
-        workers=1, out=out,
-    )  # fmt: skip
+        options.DEFAULTS["domainnet"],
+        model=str(model),
+        data_root=root,
+        reference=("real",),
+        steps=(6,),
+        batch_size=(8,),
+        learning_rate=(1e-3,),
+        num_texts=(4,),
+        text_length=(3,),
+        eval_every=2,
+        checkpoint_every=100,
+        workers=1,
+        out=out,
+    )
 
 
 @pytest.fixture

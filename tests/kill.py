@@ -23,9 +23,22 @@ METHOD = "ema"  # its state has every field
 
 def start(out: Path, more: tuple[str, ...]) -> subprocess.Popen:
     command = [
-        sys.executable, "train.py", "--method", METHOD, "--steps", "80", "--batch-size", "16", "--eval-every", "10",
-        "--checkpoint-every", "1", "--out", str(out), *more,
-    ]  # fmt: skip
+        sys.executable,
+        "train.py",
+        "--method",
+        METHOD,
+        "--steps",
+        "80",
+        "--batch-size",
+        "16",
+        "--eval-every",
+        "10",
+        "--checkpoint-every",
+        "1",
+        "--out",
+        str(out),
+        *more,
+    ]
     log = open(out.with_suffix(".log"), "ab")  # noqa: SIM115 (the process keeps it open)
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 

@@ -26,9 +26,16 @@ import lipsum
 
 BATCH = 32
 SIZES = clip.Config(
-    16, 8, clip.Transformer(16, 2, 2, 64), clip.Transformer(16, 2, 2, 64), 8, context_length=16, vocabulary_size=100,
-    start_token=98, end_token=99,
-)  # fmt: skip
+    16,
+    8,
+    clip.Transformer(16, 2, 2, 64),
+    clip.Transformer(16, 2, 2, 64),
+    8,
+    context_length=16,
+    vocabulary_size=100,
+    start_token=98,
+    end_token=99,
+)
 # Scratch-FT and LP-FT have the same step as FT.
 METHODS = [name for name, method in lipsum.METHODS.items() if method.trained and name not in ("scratch-ft", "lp-ft")]
 
@@ -50,10 +57,14 @@ def inputs(weight: float = 1.0, **computation: Any) -> tuple[lipsum.Frozen, data
         clip.normalize(jnp.asarray(random.normal(size=(columns, 8)).astype(np.float32))).T for columns in (5, 2)
     )
     frozen = lipsum.Frozen(
-        lipsum.Classifier(model.vision, head), model.text, context_head, jnp.float32(20),
-        lipsum.Settings(steps=20, learning_rate=1e-3, num_texts=9, weight=weight), lipsum.Computation(**computation),
+        lipsum.Classifier(model.vision, head),
+        model.text,
+        context_head,
+        jnp.float32(20),
+        jax.tree.map(np.float32, lipsum.Settings(steps=20, learning_rate=1e-3, num_texts=9, weight=weight)),
+        lipsum.Computation(**computation),
         second_moment=jnp.eye(8) / 8,
-    )  # fmt: skip
+    )
     images = seeded.images(seeded.ARCHITECTURES["nano"], 1, BATCH)
     return frozen, {"image": images, "label": np.arange(BATCH, dtype=np.int32) % 5}
 

@@ -105,9 +105,13 @@ def test_random_initialisation_has_the_scales_of_openai() -> None:
     for tower, width, layers in ((model.vision, 128, 4), (model.text, 192, 3)):
         residual = width**-0.5 * (2 * layers) ** -0.5
         for layer, deviation in {
-            "query": width**-0.5, "key": width**-0.5, "value": width**-0.5, "out": residual,
-            "fc1": (2 * width) ** -0.5, "fc2": residual,
-        }.items():  # fmt: skip
+            "query": width**-0.5,
+            "key": width**-0.5,
+            "value": width**-0.5,
+            "out": residual,
+            "fc1": (2 * width) ** -0.5,
+            "fc2": residual,
+        }.items():
             weight = getattr(tower.blocks, layer).weight
             np.testing.assert_allclose(np.std(weight, axis=(1, 2)), deviation, rtol=0.05)
             assert not np.any(getattr(tower.blocks, layer).bias)

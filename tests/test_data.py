@@ -82,9 +82,20 @@ def centre_crop(image: np.ndarray, resolution: int) -> np.ndarray:
 
 
 SIZES = [
-    (640, 480), (480, 640), (300, 300), (1, 200), (200, 1), (32, 32), (32, 35), (65, 32), (31, 33), (1000, 37),
-    (7, 5), (1, 1), (129, 97),
-]  # fmt: skip
+    (640, 480),
+    (480, 640),
+    (300, 300),
+    (1, 200),
+    (200, 1),
+    (32, 32),
+    (32, 35),
+    (65, 32),
+    (31, 33),
+    (1000, 37),
+    (7, 5),
+    (1, 1),
+    (129, 97),
+]
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -141,9 +152,20 @@ def picture(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize(
     ("mode", "suffix", "tolerance"),
-    [("L", "png", 0), ("LA", "png", 0), ("I;16", "png", 0), ("I;16B", "tiff", 0), ("CMYK", "tiff", 0), ("L", "jpg", 2),
-     ("RGB", "jpg", 2), ("CMYK", "jpg", 2), ("RGB", "webp", 10), ("P", "png", 15), ("P", "gif", 15)],
-)  # fmt: skip
+    [
+        ("L", "png", 0),
+        ("LA", "png", 0),
+        ("I;16", "png", 0),
+        ("I;16B", "tiff", 0),
+        ("CMYK", "tiff", 0),
+        ("L", "jpg", 2),
+        ("RGB", "jpg", 2),
+        ("CMYK", "jpg", 2),
+        ("RGB", "webp", 10),
+        ("P", "png", 15),
+        ("P", "gif", 15),
+    ],
+)
 def test_every_kind_of_image(mode: str, suffix: str, tolerance: int, tmp_path: Path) -> None:
     """On average near the result for the picture in RGB or grey. Of 16-bit images, the high byte counts."""
     options = {"quality": 95, "subsampling": 0} if suffix == "jpg" else {}

@@ -162,8 +162,10 @@ def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -
         np.testing.assert_array_equal(mixed, tuned)
     tables.table_command((finished / "ft", finished / "ft+wise-0.5", finished / "ft,lipsum+ensemble"))
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[-3:]] == [
-        "FT", "FT + WiSE 0.5", "FT, Lipsum-FT + ensemble",
-    ]  # fmt: skip
+        "FT",
+        "FT + WiSE 0.5",
+        "FT, Lipsum-FT + ensemble",
+    ]
 
 
 def test_post_hoc_bad_input(finished: Path, tmp_path: Path) -> None:
@@ -236,9 +238,14 @@ def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     output = capsys.readouterr().out
     assert "soups: nothing to show yet, it needs python eval.py soup RUNS" in output
     names = {
-        "trade_off", "distortion", "energy_gap", "post_hoc_curves", "reliability",  "energy_vectors",
+        "trade_off",
+        "distortion",
+        "energy_gap",
+        "post_hoc_curves",
+        "reliability",
+        "energy_vectors",
         "contact_sheet",
-    }  # fmt: skip
+    }
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     for name in names:
         with Image.open(tmp_path / f"{name}.png") as image:

@@ -64,9 +64,13 @@ def test_equations_6_to_8() -> None:
     texts = jax.jit(clip.text_features)(model.text, ids)
     images, other = unit_rows(3, 40, 0), unit_rows(3, 40, 1)
     frozen = lipsum.Frozen(
-        lipsum.Classifier(model.vision, jnp.zeros((40, 2))), model.text, jnp.zeros((40, 2)), TAU,
-        lipsum.Settings(num_texts=4), guidance=ids,
-    )  # fmt: skip
+        lipsum.Classifier(model.vision, jnp.zeros((40, 2))),
+        model.text,
+        jnp.zeros((40, 2)),
+        TAU,
+        lipsum.Settings(num_texts=4),
+        guidance=ids,
+    )
     pairs = zip(np.asarray(images), np.asarray(other), strict=True)
     terms = [(20 * sum(t * x) - 20 * sum(t * y)) ** 2 for x, y in pairs for t in np.asarray(texts)]
     # It draws all four texts.
@@ -121,9 +125,13 @@ def test_learning_rate_schedule() -> None:
 # ------------------------------------------------------------------------------------------------ the authors' script
 
 SIZES = seeded.ARCHITECTURES["tiny"] | {
-    "vision_layers": 2, "text_width": 64, "text_heads": 4, "context_length": 77, "vocabulary_size": 49408,
+    "vision_layers": 2,
+    "text_width": 64,
+    "text_heads": 4,
+    "context_length": 77,
+    "vocabulary_size": 49408,
     "embedding_size": 32,
-}  # fmt: skip
+}
 
 
 @functools.cache

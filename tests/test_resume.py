@@ -93,8 +93,9 @@ def test_resume_skips_a_damaged_checkpoint(command: Command, folder: Path, unbro
     """The run resumes from the one before, and ends with the same bits."""
     shutil.copytree(unbroken, folder)
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == [
-        "step-4.safetensors", "step-6.safetensors",
-    ]  # fmt: skip
+        "step-4.safetensors",
+        "step-6.safetensors",
+    ]
     (folder / "results.json").unlink()
     shutil.rmtree(folder / "best")
     newest = folder / "checkpoint" / "step-6.safetensors"
@@ -309,11 +310,15 @@ def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path)
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     both = [
         subprocess.Popen(
-            [sys.executable, "train.py", *said, "--process", str(number)], cwd=Path(train.__file__).parent,
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "train.py", *said, "--process", str(number)],
+            cwd=Path(train.__file__).parent,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for number in range(2)
-    ]  # fmt: skip
+    ]
     folder = tmp_path / "two" / "lipsum" / "seed-0"
     while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
         assert both[1].poll() is None, both[1].stderr.read()

@@ -64,10 +64,13 @@ def test_losses_on_two_processes() -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, script, address, "2", str(number), *scaling.METHODS],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for number in range(2)
-    ]  # fmt: skip
+    ]
     for process in processes:
         output, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors

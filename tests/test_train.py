@@ -33,8 +33,12 @@ def test_run_from_start_to_table(command: Command, capsys: pytest.CaptureFixture
 
     folder = command.out / "lipsum" / "seed-1"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "best", "checkpoint", "config.json", "metrics.jsonl", "results.json",
-    ]  # fmt: skip
+        "best",
+        "checkpoint",
+        "config.json",
+        "metrics.jsonl",
+        "results.json",
+    ]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 4, 6, 8, 10, 12]
     assert list(lines[0])[:2] == ["step", "loss"]

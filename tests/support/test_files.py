@@ -97,16 +97,18 @@ def test_the_two_newest_are_kept(tmp_path: Path) -> None:
         for step in (1, 2, 10, 10):
             save(checkpoints, step, step / 3)
     assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == {
-        "step-2.safetensors", "step-10.safetensors",
-    }  # fmt: skip
+        "step-2.safetensors",
+        "step-10.safetensors",
+    }
     with files.Checkpoints(tmp_path / "checkpoint") as checkpoints:
         (found, arrays) = checkpoints.newest()
         assert found == {"step": 10}
         np.testing.assert_array_equal(arrays["value"], np.full(3, 10 / 3, np.float32))
         save(checkpoints, 11)
     assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == {
-        "step-10.safetensors", "step-11.safetensors",
-    }  # fmt: skip
+        "step-10.safetensors",
+        "step-11.safetensors",
+    }
 
 
 def test_damaged_checkpoints_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,18 +199,38 @@ EIFFEL, DOG = "real/The_Eiffel_Tower/real_train_000000.jpg", "real/dog/real_trai
         ("real_train", f"{DOG} 1", "real/dog/ 1", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
         ("real_train", f"{DOG} 1", "1", "line 13: .*is not 'DOMAIN/CLASS/FILE LABEL'"),
         ("real_train", f"{DOG} 1", "", "line 13: '' is not 'DOMAIN/CLASS/FILE LABEL'"),
-        ("real_train", "dog/real_train_000003.jpg", "dog/real_train_000001.jpg",
-         f"line 16: .*real_train.txt line 14 has {DOG.replace('000000', '000001')} already: delete one of them"),
-        ("real_train", "dog/real_train_000003.jpg 1", "dog/real_train_000003.jpg 2",
-         "line 16: .*000003.jpg has label 2, but line 13 gives folder 'dog' label 1: correct one"),
-        ("real_train", f"{EIFFEL} 0", "real/tower/1.jpg 0",
-         "line 2: .*has label 0, but line 1 gives folder 'tower' label 0: correct one"),
-        ("clipart_test", "clipart/dog/", "clipart/wolf/",
-         "clipart_test.txt line 3: folder 'wolf' is no class of the training list: correct one"),
-        ("clipart_test", "clipart/dog/clipart_test_000000.jpg 1", "clipart/dog/clipart_test_000000.jpg 2",
-         "clipart_test.txt line 3: .* has label 2, but the training list gives folder 'dog' label 1: correct one"),
+        (
+            "real_train",
+            "dog/real_train_000003.jpg",
+            "dog/real_train_000001.jpg",
+            f"line 16: .*real_train.txt line 14 has {DOG.replace('000000', '000001')} already: delete one of them",
+        ),
+        (
+            "real_train",
+            "dog/real_train_000003.jpg 1",
+            "dog/real_train_000003.jpg 2",
+            "line 16: .*000003.jpg has label 2, but line 13 gives folder 'dog' label 1: correct one",
+        ),
+        (
+            "real_train",
+            f"{EIFFEL} 0",
+            "real/tower/1.jpg 0",
+            "line 2: .*has label 0, but line 1 gives folder 'tower' label 0: correct one",
+        ),
+        (
+            "clipart_test",
+            "clipart/dog/",
+            "clipart/wolf/",
+            "clipart_test.txt line 3: folder 'wolf' is no class of the training list: correct one",
+        ),
+        (
+            "clipart_test",
+            "clipart/dog/clipart_test_000000.jpg 1",
+            "clipart/dog/clipart_test_000000.jpg 2",
+            "clipart_test.txt line 3: .* has label 2, but the training list gives folder 'dog' label 1: correct one",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_lines(list_name: str, old: str, new: str, message: str, root: Path) -> None:
     edit(root / f"{list_name}.txt", old, new)
     with raises(message):
@@ -288,7 +308,7 @@ def test_cub_layout(cub: Path) -> None:
         ("images", "bird_0008", "bird_0001", "images.txt line 2: .*images.txt line 1 has 001.*bird_0001.jpg already"),
         ("classes", "2 002.L", "\n2 002.L", "classes.txt line 2: '' is not 'ID VALUE'"),
     ],
-)  # fmt: skip
+)
 def test_wrong_lines_of_cub(name: str, old: str, new: str, message: str, cub: Path) -> None:
     edit(cub / f"{name}.txt", old, new)
     with raises(message):
@@ -402,10 +422,12 @@ def test_links_to_folders_and_images(zoo: Path, tmp_path_factory: pytest.TempPat
             lambda root: plant(root, {"sketch/yak": ["1.jpg"]}),
             "sketch/yak is no class of .*train: rename or delete it, or leave sketch out of --shifts",
         ),
-        (lambda root: (root / "train").rename(root / "training"),
-         r"has no train/CLASS \(found: a painting, sketch, training, val\): expected train/CLASS/IMAGE .*SHIFT/CLASS"),
+        (
+            lambda root: (root / "train").rename(root / "training"),
+            r"has no train/CLASS \(found: a painting, sketch, training, val\): expected train/CLASS/IMAGE .*SHIFT/CL",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_folders(change: Callable[[Path], object], message: str, zoo: Path) -> None:
     change(zoo)
     with raises(message):
@@ -468,22 +490,36 @@ def test_splits_elsewhere(imagenet: Path, planted: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: (root / "imagenet").rename(root / "in1k"),
-         r"has no ImageNet \(found: imagenet-a, .*\): expected imagenet/train/WNID/IMAGE, imagenet/val/WNID/I.*sketch"),
-        (lambda root: (root / "imagenet/val").unlink(),
-         r"ImageNet's folder .*/imagenet has no train or no val \(found: train\): expected train/WNID/IMAGE and val"),
-        (lambda root: ((root / "imagenet/val").unlink(), (root / "imagenet/val").mkdir()),
-         r"imagenet/val has no class folder \(found: nothing\): expected WNID/IMAGE"),
-        (lambda root: ((root / "imagenet-r").unlink(), (root / "imagenet-r").mkdir()),
-         r"split imagenet-r: .*/imagenet-r has no class folder \(found: nothing\): expected WNID/IMAGE"),
-        (lambda root: ((root / "imagenet-r").unlink(), plant(root, {"imagenet-r/n00000001": ["1.jpg"]})),
-         "imagenet-r/n00000001 is no class of ImageNet: rename or delete it, or leave imagenet-r out of --shifts"),
-        (lambda root: ((root / "imagenet/train").unlink(), plant(root, {f"imagenet/train/{WNIDS[1]}": ["1.jpg"]})),
-         "imagenet/train has 1 class folders, ImageNet 1000 classes: restore the others, or give --data folder"),
-        (lambda root: ((root / "imagenet/train").unlink(), plant(root, {"imagenet/train/dog": ["1.jpg"]})),
-         "imagenet/train/dog is no WordNet id such as n01440764: rename or delete it"),
+        (
+            lambda root: (root / "imagenet").rename(root / "in1k"),
+            r"has no ImageNet \(found: imagenet-a, .*\): expected imagenet/train/WNID/IMAGE, imagenet/val/WNID.*sketch",
+        ),
+        (
+            lambda root: (root / "imagenet/val").unlink(),
+            r"ImageNet's folder .*/imagenet has no train or no val \(found: train\): expected train/WNID/IMAGE and val",
+        ),
+        (
+            lambda root: ((root / "imagenet/val").unlink(), (root / "imagenet/val").mkdir()),
+            r"imagenet/val has no class folder \(found: nothing\): expected WNID/IMAGE",
+        ),
+        (
+            lambda root: ((root / "imagenet-r").unlink(), (root / "imagenet-r").mkdir()),
+            r"split imagenet-r: .*/imagenet-r has no class folder \(found: nothing\): expected WNID/IMAGE",
+        ),
+        (
+            lambda root: ((root / "imagenet-r").unlink(), plant(root, {"imagenet-r/n00000001": ["1.jpg"]})),
+            "imagenet-r/n00000001 is no class of ImageNet: rename or delete it, or leave imagenet-r out of --shifts",
+        ),
+        (
+            lambda root: ((root / "imagenet/train").unlink(), plant(root, {f"imagenet/train/{WNIDS[1]}": ["1.jpg"]})),
+            "imagenet/train has 1 class folders, ImageNet 1000 classes: restore the others, or give --data folder",
+        ),
+        (
+            lambda root: ((root / "imagenet/train").unlink(), plant(root, {"imagenet/train/dog": ["1.jpg"]})),
+            "imagenet/train/dog is no WordNet id such as n01440764: rename or delete it",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_roots_of_imagenet(change: Callable[[Path], object], message: str, imagenet: Path) -> None:
     change(imagenet)
     with raises(message):

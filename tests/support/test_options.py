@@ -17,14 +17,21 @@ from support.options import Command
 def test_runs_of_a_sweep(command: Command) -> None:
     """A run for each value that the method reads, no two in one folder; a value said twice is one."""
     command = changed(
-        command, method=("lp", "ft", "lipsum", "lipsum-exact"), seed=(0, 1), learning_rate=(1e-3, 3e-4, 0.001),
-        num_texts=(4, 8), text_length=(3, 5),
-    )  # fmt: skip
+        command,
+        method=("lp", "ft", "lipsum", "lipsum-exact"),
+        seed=(0, 1),
+        learning_rate=(1e-3, 3e-4, 0.001),
+        num_texts=(4, 8),
+        text_length=(3, 5),
+    )
     folders = [str(plan.folder.relative_to(command.out)) for plan in options.runs(command)]
     assert len(set(folders)) == len(folders) == 2 * (1 + 2 + 2 * 2 * 2 + 2 * 2)
     assert folders[:4] == [
-        "lp/seed-0", "lp/seed-1", "ft/seed-0-learning-rate-0.001", "ft/seed-1-learning-rate-0.001",
-    ]  # fmt: skip
+        "lp/seed-0",
+        "lp/seed-1",
+        "ft/seed-0-learning-rate-0.001",
+        "ft/seed-1-learning-rate-0.001",
+    ]
     assert "lipsum/seed-1-learning-rate-0.0003-num-texts-8-text-length-5" in folders
     plan = next(plan for plan in options.runs(command) if "0.0003-num-texts-8-text-length-5" in str(plan.folder))
     own = plan.settings
@@ -46,9 +53,14 @@ def test_defaults_follow_the_data_set() -> None:
 def test_options_survive_a_file(tmp_path: Path) -> None:
     """Boxes are equal after `flat` and JSON; options that a file lacks have their defaults."""
     command = changed(
-        options.DEFAULTS["domainnet"], data_root=tmp_path, reference=("real",), shifts=("sketch",), unseen=("dog",),
-        guidance=tmp_path / "texts.txt", fsdp=True,
-    )  # fmt: skip
+        options.DEFAULTS["domainnet"],
+        data_root=tmp_path,
+        reference=("real",),
+        shifts=("sketch",),
+        unseen=("dog",),
+        guidance=tmp_path / "texts.txt",
+        fsdp=True,
+    )
     (run,) = options.runs(command)
     saved = json.loads(json.dumps(options.flat(run.sources, run.settings, run.execution)))
     assert options.restored(options.Sources, saved) == run.sources
@@ -73,9 +85,12 @@ def test_settings_that_a_method_does_not_read_make_no_runs() -> None:
         options.DEFAULTS["minidomain"], method=("ft", "ema", "car-ft"), temperature=(1.0, 2.0), decay=(0.5, 0.9)
     )
     assert [str(run.folder.relative_to("runs")) for run in options.runs(command)] == [
-        "ft/seed-0", "ema/seed-0-decay-0.5", "ema/seed-0-decay-0.9", "car-ft/seed-0-temperature-1.0",
+        "ft/seed-0",
+        "ema/seed-0-decay-0.5",
+        "ema/seed-0-decay-0.9",
+        "car-ft/seed-0-temperature-1.0",
         "car-ft/seed-0-temperature-2.0",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("data_set", options.DEFAULTS)

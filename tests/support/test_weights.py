@@ -530,11 +530,17 @@ def header(name: str, dtype: str, shape: list[int], size: int) -> bytes:
 BROKEN = {
     "config.json": [None, b"", b"{", b"[]", b"3", b"\xff"],
     "model.safetensors": [
-        None, b"", b"12345678", struct.pack("<Q", 2**40) + b"{}", header("a", "F8_E4M3", [4], 4),
-        header("a", "F32", [4], 8), header("a\n", "F32", [1], 4), header("a", "NO\nNE", [1], 4),
+        None,
+        b"",
+        b"12345678",
+        struct.pack("<Q", 2**40) + b"{}",
+        header("a", "F8_E4M3", [4], 4),
+        header("a", "F32", [4], 8),
+        header("a\n", "F32", [1], 4),
+        header("a", "NO\nNE", [1], 4),
     ],
     "tokenizer.json": [None, b"", b"{}"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
