@@ -430,9 +430,7 @@ def prompt_features(
 ) -> Float[np.ndarray, "templates classes dim"]:
     """`G_phi(template_j(class_k))` for every template and class. Raises InputError if a prompt exceeds the context."""
     prompts = [template.replace("{}", name) for template in templates for name in classes]
-    ids = tokenize(tokenizer, prompts, model.config)
-    longest = 1 + np.max(np.argmax(ids == model.config.end_token, axis=1))
-    ids = ids[:, :longest]
+    ids = without_padding(tokenize(tokenizer, prompts, model.config), model.config)
     batch_size = min(batch_size, len(ids))
     padded = np.concatenate([ids, ids[: -len(ids) % batch_size]])  # batches of one shape: one compilation
     features = [_text_features(model.text, batch) for batch in padded.reshape(-1, batch_size, ids.shape[1])]
@@ -508,3 +506,8 @@ def tokenize(
         tokens = [config.start_token, *encoding.ids[:room], config.end_token]
         row[: len(tokens)] = tokens
     return ids
+
+
+def without_padding(ids: Int[np.ndarray, "texts context"], config: Config) -> Int[np.ndarray, "texts longest"]:
+    """Cuts tokenized texts after the end token of the longest one."""
+    return ids[:, : 1 + np.max(np.argmax(ids == config.end_token, axis=1))]

@@ -163,8 +163,7 @@ class Evaluator:
 
     def predict(self, members: Sequence[lipsum.Classifier], split: data.Split) -> Predictions:
         """One pass over a split, in the precision of the command."""
-        setup = self.setup
-        execution = setup.execution
+        setup, execution = self.setup, self.setup.execution
         cast = [lipsum.Classifier(clip.compute_in(each.vision, execution.precision), each.head) for each in members]
         batch_size = data.evaluation_batch_size(setup.batch_size, execution.accumulate)
         return predict(cast, setup.tau, split, batch_size, execution.workers, setup.mesh)

@@ -487,7 +487,7 @@ Norm = Literal["frobenius", "mars"]
 Radii = Classifier  # TPGM's gamma: a classifier's tree with one number per parameter tensor and layer
 
 
-def _tensor_axes(path: tuple, leaf: Array) -> tuple[int, ...]:
+def tensor_axes(path: tuple, leaf: Array) -> tuple[int, ...]:
     """The axes of one parameter tensor: the first axis of a tower's blocks counts the layers."""
     in_blocks = "blocks" in clip.leaf_name(path).split(".")
     return tuple(range(int(in_blocks), leaf.ndim))
@@ -497,7 +497,7 @@ def distances(zero_shot: Classifier, fine_tuned: Classifier, norm: Norm) -> Radi
     """`|theta_T - theta_0|` per parameter tensor, or with `mars` the L1 norm per row. A vector counts as one row."""
 
     def distance(path: tuple, start: Array, end: Array) -> Array:
-        axes = _tensor_axes(path, start)
+        axes = tensor_axes(path, start)
         if norm == "frobenius":
             return jnp.sqrt(jnp.sum((end - start) ** 2, axis=axes, keepdims=True))
         return jnp.sum(jnp.abs(end - start), axis=axes[1:] if len(axes) > 1 else axes, keepdims=True)
@@ -538,7 +538,7 @@ def tpgm_start(zero_shot: Classifier, fine_tuned: Classifier, norm: Norm) -> tup
 
     def over_rows(reduce: Callable) -> Radii:
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: reduce(leaf, axis=_tensor_axes(path, leaf), keepdims=True), per_tensor
+            lambda path, leaf: reduce(leaf, axis=tensor_axes(path, leaf), keepdims=True), per_tensor
         )
 
     gamma = jax.tree.map(lambda smallest: smallest / 2, over_rows(jnp.min))

@@ -54,11 +54,16 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} cannot be read ({error}): restore the file") from error
 
 
+def flag(name: str) -> str:
+    """An option as the command line has it."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check_positive(**options: int) -> None:
     """Raises InputError for an option that is below 1."""
     for name, value in options.items():
         if value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}: give at least 1")
+            raise InputError(f"{flag(name)} is {value}: give at least 1")
 
 
 def exit_code(command: Callable[[], None]) -> int:

@@ -80,7 +80,7 @@ class Log:
             return
         step, metrics, written = self._pending
         self._pending = None
-        values = {"loss": 0.0} | {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = {"loss": 0.0} | {name: float(value) for name, value in jax.device_get(metrics).items()}  # loss first
         self.bar.update()
         finite = np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])
         if written or not finite:

@@ -98,8 +98,7 @@ def read_templates(templates: str | None) -> list[str]:
     if "{}" in templates:
         return [templates]
     name = f"--templates {templates!r} is neither openai nor a prompt with {{}}, and as a file it"
-    lines = read_lines(Path(templates), name, "give one of the three")
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line for line in map(str.strip, read_lines(Path(templates), name, "give one of the three")) if line]
     if not prompts:
         raise InputError(f"--templates {templates} is empty: write one prompt per line")
     for prompt in prompts:
@@ -114,17 +113,15 @@ def read_guidance(path: Path, setup: Setup) -> Int[np.ndarray, "pool tokens"]:
 
     Raises InputError naming a line that is empty or too long.
     """
-    lines = read_lines(path, f"--guidance {path}", "give one text per line")
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path, f"--guidance {path}", "give one text per line"), start=1):
         if not clip.clean_text(line):
             raise InputError(f"--guidance {path} line {number} is empty: write a text or delete the line")
         try:
             rows.append(clip.tokenize(setup.tokenizer, [line], setup.model.config))
         except InputError as error:
             raise InputError(f"--guidance {path} line {number}: {error}") from error
-    ids = np.concatenate(rows)
-    return ids[:, : 1 + np.max(np.argmax(ids == setup.model.config.end_token, axis=1))]
+    return clip.without_padding(np.concatenate(rows), setup.model.config)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ import jax
 import tyro
 
 import lipsum
-from support.errors import InputError, read_lines, unknown
+from support.errors import InputError, flag, read_lines, unknown
 
 
 def shown(metavar: str, default: str) -> Any:
@@ -197,11 +197,6 @@ def check_unchanged(run: Run, path: Path, config: dict[str, Any]) -> None:
     if changed := [f"{flag(name)} {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]:
         problem = f"{path} was made with other settings ({', '.join(changed)})"
         raise InputError(f"{problem}: give the same ones, --overwrite or another --out")
-
-
-def flag(name: str) -> str:
-    """An option as the command line has it."""
-    return f"--{name.replace('_', '-')}"
 
 
 def resolved(command: Command) -> Command:

@@ -101,9 +101,10 @@ def parameter_kinds(model: PyTree) -> PyTree[str]:
     """Returns `matrix` per matrix in a block, `embedding` per other array of two or more axes, `vector` otherwise."""
 
     def kind(path: tuple, leaf: Array) -> str:
-        if "blocks" in clip.leaf_name(path).split("."):
-            return "matrix" if leaf.ndim == 3 else "vector"  # the first axis is the layer
-        return "embedding" if leaf.ndim >= 2 else "vector"
+        axes = lipsum.tensor_axes(path, leaf)
+        if len(axes) < 2:
+            return "vector"
+        return "matrix" if axes[0] > 0 else "embedding"  # in a block, axis 0 counts the layers
 
     return jax.tree_util.tree_map_with_path(kind, model)
 

@@ -22,8 +22,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from data import shard_batch, writes_files
-from support.errors import InputError
-from support.options import Cluster, Command, flag
+from support.errors import InputError, flag
+from support.options import Cluster, Command
 
 
 def connect(cluster: Cluster) -> None:

@@ -124,10 +124,12 @@ MERGES = [("d", "o"), ("do", "g</w>")]
 SYMBOLS = clip.byte_symbols()
 
 
-WORDS = [*SYMBOLS, *(f"{symbol}</w>" for symbol in SYMBOLS), *map("".join, MERGES), clip.START_TEXT, clip.END_TEXT]
+def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    words = [*SYMBOLS, *(f"{symbol}</w>" for symbol in SYMBOLS), *map("".join, merges), clip.START_TEXT, clip.END_TEXT]
+    return {word: index for index, word in enumerate(words)}
 
 
-VOCABULARY = {word: index for index, word in enumerate(WORDS)}
+VOCABULARY = vocabulary_of(MERGES)
 
 
 TOKENIZER = clip.bpe_tokenizer(VOCABULARY, MERGES)
@@ -376,10 +378,9 @@ CLASSES = ("ice_cream", "dog", "guitar")
 
 def save_model(folder: Path, **sizes: int) -> Path:
     """A random CLIP whose tokenizer knows bytes alone."""
-    symbols = clip.byte_symbols()
-    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), clip.START_TEXT, clip.END_TEXT]
-    tokenizer = clip.bpe_tokenizer({word: index for index, word in enumerate(words)}, [])
-    sizes |= {"context_length": 40, "vocabulary_size": len(words)}
+    vocabulary = vocabulary_of([])
+    tokenizer = clip.bpe_tokenizer(vocabulary, [])
+    sizes |= {"context_length": 40, "vocabulary_size": len(vocabulary)}
     state = seeded.hugging_face_weights(sizes, seeded.SEED)
     weights.save(folder, clip.from_state_dict(state, config_of(sizes), "hugging_face", "seeded"), tokenizer)
     return folder

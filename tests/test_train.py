@@ -210,7 +210,7 @@ def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
     boxes = (options.Command, options.Sources, options.Sweep, options.Execution, options.Cluster)
     named = {field.name for box in boxes for field in dataclasses.fields(box)}
     for name in named - {"sources", "settings", "execution", "cluster"}:
-        assert options.flag(name) in shown.stdout
+        assert errors.flag(name) in shown.stdout
     for title in ("sources", "settings", "execution", "cluster"):
         assert f"─ {title} options ─" in shown.stdout
     common = (
