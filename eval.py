@@ -37,9 +37,10 @@ from support.opening import FinishedRun, Setup
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
-def negative_log_likelihood(label_log_probability: Float[np.ndarray, " images"]) -> float:
-    """The mean of `-log p(y | x)`, in nats. It takes logarithms, so a probability that underflows counts in full."""
-    return -float(np.mean(label_log_probability, dtype=np.float64))
+def negative_log_likelihood(label_log_probability: Float[np.ndarray, " images"], added: float = 0.0) -> float:
+    """The mean of `-log(p(y | x) + added)`, in nats. Without `added`, a probability that underflows counts in full."""
+    with np.errstate(divide="ignore"):  # log 0 is minus infinity, and adds nothing
+        return -float(np.mean(np.logaddexp(label_log_probability.astype(np.float64), np.log(added))))
 
 
 class Reliability(NamedTuple):
@@ -141,13 +142,14 @@ def predict(
 
 
 def metrics(predictions: Predictions) -> dict[str, Any]:
-    """`n`, `accuracy`, `ece`, `nll`, and the bins of the reliability diagram."""
+    """`n`, `accuracy`, `ece`, `nll`, its value in the authors' script, and the bins of the reliability diagram."""
     bins = reliability(predictions.confidence, predictions.correct)
     return {
         "n": len(predictions.correct),
         "accuracy": float(np.mean(predictions.correct)),
         "ece": expected_calibration_error(bins),
         "nll": negative_log_likelihood(predictions.label_log_probability),
+        "nll_capped": negative_log_likelihood(predictions.label_log_probability, 1e-8),
         "reliability": {name: values.tolist() for name, values in bins._asdict().items()},
     }
 
@@ -198,8 +200,8 @@ class Evaluator:
         setup = self.setup
         results = {"role": "shift" if name in list(setup.data.reports)[1:] else "reference", **metrics(predictions)}
         if is_one_model:  # an ensemble has no features of its own
-            before = jnp.asarray(self.zero_shot_predictions[name].features)
-            after = jnp.asarray(predictions.features)
+            found = self.zero_shot_predictions[name], predictions
+            before, after = (jnp.asarray(each.features) for each in found)
             results["energy_gap"] = float(lipsum.expected_energy_gap(after, before, self.second_moment))
             results["distortion"] = float(lipsum.feature_distortion(after, before))
         if len(setup.seen) < len(setup.classes):
@@ -448,8 +450,7 @@ def predict_command(images: Runs, model: Path, top: int = 5) -> None:
     def outputs(batch: dict[str, Array]) -> tuple[Array]:
         return log_probabilities(members, jnp.exp(models[0].logit_scale), batch["image"])[:1]
 
-    resolution = members[0].vision.image_size
-    (per_class,) = per_image(outputs, split, resolution, batch_size, 1, data.device_mesh(batch_size))
+    (per_class,) = per_image(outputs, split, members[0].vision.image_size, batch_size, 1, data.device_mesh(batch_size))
     for path, probabilities in zip(images, np.exp(per_class), strict=True):
         print(path)
         for index in np.argsort(-probabilities, kind="stable")[:top]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import lipsum
-from support import files, opening, options, tables
+from support import files, opening, options, processes, tables
 from support.errors import InputError, exit_code, read_json
 from support.logs import Log, seconds_per_step
 from support.options import Command, Run
@@ -295,7 +295,7 @@ def open_evaluator(command: Command, runs: list[Run]) -> evaluation.Evaluator:
         data.device_mesh(size, command.execution.accumulate)
     setup = opening.prepare(runs[0].sources, command.execution, max(command.settings.batch_size))
     for run in runs:
-        opening.check_texts(run.settings, lipsum.METHODS[run.method].texts, setup)
+        opening.check_texts(run, setup)
     return evaluation.Evaluator(setup)
 
 
@@ -319,6 +319,8 @@ def main(command: Command) -> None:
             return [command.resume and is_finished(run) for run in runs]
 
         finished = dict(zip([run.folder for run in runs], from_writer(enter_folders), strict=True))
+        if command.protocol:
+            print(options.protocol_lines(command))
         if command.sources.data == "minidomain":
             print(
                 "minidomain: 20 classes drawn in five domains, to see what fine-tuning costs and what Lipsum-FT saves\n"
@@ -328,8 +330,11 @@ def main(command: Command) -> None:
         for run in runs:
             groups.setdefault(run.sources.reference, []).append(run)
         evaluators = {reference: open_evaluator(command, group) for reference, group in groups.items()}
+        processes.warn(options.doubts(command))
         for reference, group in groups.items():
-            print(describe(evaluators[reference].setup))
+            setup = evaluators[reference].setup
+            print(describe(setup))
+            processes.warn(opening.doubts(setup, group))
             for run in group:
                 if finished[run.folder]:
                     print(f"{run.folder} is finished: kept")

@@ -224,31 +224,36 @@ def soups_plot(results: Sequence[Results]) -> Figure:
     return with_axes(figure, results)
 
 
-def reliability_plot(results: Sequence[Results]) -> Figure:
-    """Accuracy against confidence in 15 bins: a panel per method, a line per split, seeds pooled."""
-    groups = {"zero-shot": [results[0]["zero_shot"]]}
-    groups |= {label: [run["splits"] for run in runs] for label, runs in tables.groups(main_settings(results)).items()}
-    groups = {
-        label: runs for label, runs in groups.items() if all("reliability" in s for r in runs for s in r.values())
-    }
-    if not groups:
-        raise Nothing("runs whose results.json contains the reliability bins")
-    figure, panels = new_figure(len(groups), 2.6, 2.6)
-    for axes, (label, runs) in zip(panels, groups.items(), strict=True):
-        axes.plot([0, 1], [0, 1], color="0.6", linestyle=":", linewidth=1, label="calibrated")
-        for name in runs[0]:
-            bins = [run[name]["reliability"] for run in runs]
-            keys = ("count", "correct", "confidence")
-            count, correct, confidence = (np.sum([each[key] for each in bins], axis=0) for key in keys)
-            filled = count >= 10  # a mean over fewer images is mostly noise
-            x, y = confidence[filled] / count[filled], correct[filled] / count[filled]
-            axes.plot(x, y, marker=".", linewidth=1.2, label=name)
-        axes.set_title(label, fontsize=10)
-        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    for axes in panels[-PANELS_PER_ROW:]:
-        axes.set_xlabel("confidence")
-    for axes in panels[::PANELS_PER_ROW]:
-        axes.set_ylabel("accuracy")
+def weights_plot(results: Sequence[Results]) -> Figure:
+    """Reference against shifts over lambda or EMA's decay: a panel per method, with Lipsum-FT's in each; seeds' means.
+
+    At the points: lambda, or the decay. The paper's text lacks these digits (docs/settings.md).
+    """
+    curves: dict[str, dict[float, Float[np.ndarray, "2"]]] = {}
+    for method, runs in tables.by_method(trained(results)).items():
+        name = "decay" if method == "ema" else "weight"
+        groups = {group[0]["settings"][name]: group for group in tables.groups(runs).values()}
+        if len(groups) > 1 or method == "ft":
+            curves[method] = {value: accuracies(group).mean(axis=1) for value, group in sorted(groups.items())}
+    fixed = {name: curves.pop(name, {}) for name in ("ft", "lipsum")}
+    if not curves:
+        raise Nothing(
+            "python train.py --method kd --weight 0.3 1 3, or another method with several --weight or --decay"
+        )
+    figure, panels = new_figure(len(curves), 3, 3)
+    for axes, method in zip(panels, curves, strict=True):
+        for name, points in (fixed | {method: curves[method]}).items():
+            if points:
+                style = {"color": COLORS[0] if name == method else "0.6"}
+                label = tables.names(name)["label"]
+                axes.plot(*np.transpose(list(points.values())), "o-", label=label, markersize=4, **style)
+                for value, point in points.items() if name != "ft" else ():
+                    offset = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7}
+                    axes.annotate(f"{value:g}", point, **style, **offset)
+        axes.plot(*accuracies([results[0] | {"splits": results[0]["zero_shot"]}]), "k*", label="zero-shot")
+        axes.set_title(tables.names(method)["label"], fontsize=10)
+        axes.set_xlabel("mean accuracy on the shifts, %")
+    panels[0].set_ylabel(f"accuracy on {tables.reference_of(results[0])}, %")
     return with_legend(figure)
 
 
@@ -316,5 +321,5 @@ def write_figures(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> 
         print(f"{folder / name}.png, .svg")
 
 
-DRAWN = (trade_off_plot, distortion_plot, energy_gap_plot, post_hoc_curves_plot, soups_plot, reliability_plot)
+DRAWN = (trade_off_plot, distortion_plot, energy_gap_plot, post_hoc_curves_plot, soups_plot, weights_plot)
 FROM_FILES = {draw.__name__.removesuffix("_plot"): draw for draw in DRAWN}

@@ -5,7 +5,7 @@ Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` and `python
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ import data
 import lipsum
 from support import download, files, layouts, minidomain, tables, weights
 from support.errors import InputError, read_json, read_lines, unknown
-from support.options import Execution, Sources, flat, restored
+from support.options import Execution, Run, Sources, flat, restored
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,15 +131,51 @@ def second_moment(setup: Setup, length: int, guidance: Path | None = None) -> Fl
     return data.fetch(lipsum.text_second_moment(setup.text, ids, length))
 
 
-def check_texts(settings: lipsum.Settings, texts: str, setup: Setup) -> None:
-    """Raises InputError if the model or the guidance file has no such texts as `lipsum.Method.texts` asks for."""
-    if texts and settings.guidance is None:
-        check_text_length(settings.text_length, setup.model.config)
-    elif texts:
-        found = len(read_guidance(settings.guidance, setup))
-        if texts == "drawn" and found < settings.num_texts:
-            wanted = f"give at least --num-texts {settings.num_texts} or lower it"
-            raise InputError(f"--guidance {settings.guidance} has {found} texts: {wanted}")
+def check_texts(run: Run, setup: Setup) -> None:
+    """Raises InputError if the prompts, the guidance file or the model lack the texts that the run's method needs."""
+    method = lipsum.METHODS[run.method]
+    guidance = run.settings.guidance
+    if method.texts == "templates" and method.tempered and prompts_per_class(setup) == 1:
+        problem = f"{run.method} compares prompts with each other, --templates has one"
+        raise InputError(f"{problem}: give --templates openai or a file of several, or leave {run.method} out")
+    if method.texts not in ("drawn", "averaged"):
+        return
+    if guidance is None:
+        check_text_length(run.settings.text_length, setup.model.config)
+        return
+    texts = read_guidance(guidance, setup)
+    if method.texts == "drawn" and len(texts) < run.settings.num_texts:
+        wanted = f"give at least --num-texts {run.settings.num_texts} or lower it"
+        raise InputError(f"--guidance {guidance} has {len(texts)} texts: {wanted}")
+    if len(texts) > 1 and len(np.unique(texts, axis=0)) == 1:
+        raise InputError(f"--guidance {guidance} has one text {len(texts)} times: give different ones")
+
+
+def repeated(texts: Sequence[str]) -> list[str]:
+    """The texts that the tokenizer cannot tell from an earlier one."""
+    seen: set[str] = set()
+    return [text for text in texts if (clean := clip.clean_text(text)) in seen or seen.add(clean)]
+
+
+def prompts_per_class(setup: Setup) -> int:
+    """How many different prompts each class has."""
+    templates = read_templates(setup.sources.templates)
+    return len(templates) - len(repeated(templates))
+
+
+def doubts(setup: Setup, runs: Sequence[Run]) -> Iterator[str]:
+    """A line for all in the data and the prompts that makes a result mean less than it seems to."""
+    if classes := repeated(setup.classes):
+        yield f"classes with the prompts of an earlier class are never predicted zero-shot: {', '.join(classes)}"
+    if templates := repeated(read_templates(setup.sources.templates)):
+        yield f"--templates {setup.sources.templates} repeats prompts, which count as often: {', '.join(templates)}"
+    if any(lipsum.METHODS[run.method].texts == "templates" for run in runs) and prompts_per_class(setup) == 1:
+        yield "mse-fixed with one prompt holds one direction of the features: give --templates openai or several"
+    unseen = np.setdiff1d(np.arange(len(setup.classes)), setup.seen)
+    for name, split in setup.data.reports.items():
+        if missing := len(np.setdiff1d(unseen, split.labels)):
+            lack = "all" if missing == len(unseen) else f"{missing} of the"
+            yield f"{name} lacks {lack} {len(unseen)} unseen classes: its unseen accuracy is over those that it has"
 
 
 def check_text_length(length: int, config: clip.Config) -> None:

@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shlex
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class Sources:
     """Folders of splits that lie elsewhere (imagenet)."""
     shifts: Annotated[tuple[str, ...], shown("SPLIT ...", "all others, but quickdraw of domainnet")] = ()
     """Splits that are only evaluated. With several references, a run leaves its own out."""
-    templates: Annotated[str | None, shown("FILE|PROMPT", "eight on minidomain, openai on imagenet, else one")] = None
+    templates: Annotated[str | None, shown("FILE|PROMPT", "eight on minidomain, one on folder, else openai")] = None
     """openai (its 80 for ImageNet), a file with one prompt per line, or one prompt; {} stands for the class."""
     keep_underscores: bool = False
     """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
@@ -67,7 +68,7 @@ class Sweep(lipsum.Settings):
     text_length: tuple[int, ...] = eqx.field(default=(lipsum.Settings.text_length,), static=True)
     guidance: Annotated[Path | None, shown("FILE", "random texts")] = eqx.field(default=None, static=True)
     temperature: tuple[float, ...] = (lipsum.Settings.temperature,)
-    decay: tuple[float, ...] = (lipsum.Settings.decay,)
+    decay: Annotated[tuple[float, ...], shown("FLOAT ...", "1 - 1.25 / steps")] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ class Command:
     """Split to train and select on, and the first column of the table; several: a run each."""
     unseen_file: Annotated[Path | None, shown("FILE", "none")] = None
     """--unseen from a file with one class per line."""
+    protocol: Literal["paper"] | None = None
+    """paper: every setting of the paper for --data domainnet, imagenet or cub. Options beside it prevail."""
     out: Path = Path("runs")
     """Folder for the runs' folders, METHOD/seed-SEED."""
     resume: bool = False
@@ -128,34 +131,81 @@ class Command:
     cluster: Cluster = Cluster()
 
 
-PROMPT = "a photo of a {}."
 DEFAULTS = {
     "minidomain": Command(
         reference=("real",),
         settings=Sweep(steps=(250,), batch_size=(64,), learning_rate=(1e-3,), augmentation="off"),
     ),
-    "domainnet": Command(sources=Sources(data="domainnet", templates=PROMPT)),
+    "domainnet": Command(sources=Sources(data="domainnet", templates="openai")),
     "imagenet": Command(
         reference=("imagenet",),
         sources=Sources(data="imagenet", templates="openai"),
         settings=Sweep(steps=(50_000,)),
     ),
-    "cub": Command(reference=("cub",), sources=Sources(data="cub", templates="a photo of a {}, a type of bird.")),
-    "folder": Command(reference=("val",), sources=Sources(data="folder", templates=PROMPT)),
+    # The paper names no prompts for CUB (B.3). It describes one way to make a zero-shot head (B.1), OpenAI's.
+    "cub": Command(reference=("cub",), sources=Sources(data="cub", templates="openai")),
+    "folder": Command(reference=("val",), sources=Sources(data="folder", templates="a photo of a {}.")),
 }
+# What --protocol paper changes in these (section 5, appendix B and the authors' script, which has no CUB).
+PAPER = {
+    "domainnet": {"shifts": ("painting", "clipart", "infograph", "sketch"), "keep_underscores": True},
+    "imagenet": {"shifts": ("imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch")},
+    "cub": {},
+}
+
+
+def defaults(data: str, protocol: str | None, model: str) -> Command:
+    """The defaults of a data set. Raises InputError if it is unknown or has no such protocol."""
+    if data not in DEFAULTS:
+        raise unknown("data set", data, DEFAULTS)
+    command = DEFAULTS[data]
+    if protocol != "paper":
+        return command
+    if data not in PAPER:
+        raise InputError(f"--protocol paper is for --data {', '.join(PAPER)}, not {data}: give one of these")
+    own = model if model in ("ViT-B/32", "ViT-B/16", "ViT-L/14") else "ViT-B/16"
+    sources = dataclasses.replace(command.sources, model=own, select_on="test", **PAPER[data])
+    batch_size = 128 if model.startswith("ViT-L/14") else 256
+    settings = dataclasses.replace(command.settings, batch_size=(batch_size,))
+    reference = command.reference or ("real",)
+    return dataclasses.replace(command, protocol=protocol, reference=reference, sources=sources, settings=settings)
 
 
 def parse(arguments: Sequence[str]) -> Command:
     """The command line, with the defaults of its data set. Raises InputError for an unknown data set."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--data", default="minidomain")
-    data_set = finder.parse_known_args(arguments)[0].data
-    if data_set not in DEFAULTS:
-        raise unknown("data set", data_set, DEFAULTS)
+    for name, default in {"data": "minidomain", "protocol": None, "model": ""}.items():
+        finder.add_argument(flag(name), default=default)
+    first_look = vars(finder.parse_known_args(arguments)[0])
     return tyro.cli(
-        Command, prog="python train.py", args=list(arguments), default=DEFAULTS[data_set],
+        Command, prog="python train.py", args=list(arguments), default=defaults(**first_look),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
     )  # fmt: skip
+
+
+# Fraction of the steps that EMA averages over unless --decay is given, so that runs of any length weight theirs alike.
+AVERAGED = 0.8
+
+
+def words(value: Any) -> str:
+    """A value as a command line has it."""
+    return shlex.join(map(str, value if isinstance(value, tuple) else (value,)))
+
+
+def protocol_lines(command: Command) -> str:
+    """The options that --protocol paper set and, in a second line, those that were given instead."""
+
+    def options(command: Command) -> dict[str, Any]:
+        return vars(command.sources) | vars(command.settings) | {"reference": command.reference}
+
+    given = options(command)
+    kept, instead = [], []
+    for name, value in options(defaults(command.sources.data, command.protocol, command.sources.model)).items():
+        if given[name] == value:
+            kept += [flag(name) if value is True else f"{flag(name)} {words(value)}"] if value else []
+        elif name not in ("data_root", "split_roots"):
+            instead.append(f"{flag(name)} {words(given[name])} instead of {words(value) or 'none'}")
+    return f"protocol paper: {' '.join(kept)}" + (f"\nnot the paper's: {', '.join(instead)}" if instead else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -194,6 +244,8 @@ def check_unchanged(run: Run, path: Path, config: dict[str, Any]) -> None:
     """Raises InputError if the settings of a config.json, by which `path` was made, are not those of `run`."""
     before = flat(restored(Sources, config["settings"]), restored(lipsum.Settings, config["settings"]))
     now = flat(run.sources, run.settings)
+    for name in unread_settings(lipsum.METHODS[run.method], run.settings.guidance):
+        del now[name]
     if changed := [f"{flag(name)} {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]:
         problem = f"{path} was made with other settings ({', '.join(changed)})"
         raise InputError(f"{problem}: give the same ones, --overwrite or another --out")
@@ -222,10 +274,12 @@ def resolved(command: Command) -> Command:
 def unread_settings(method: lipsum.Method, guidance: Path | None) -> set[str]:
     """The settings that the method does not read."""
     reads = {
-        **dict.fromkeys(("steps", "batch_size", "learning_rate"), method.trained),
+        **dict.fromkeys(("steps", "batch_size", "learning_rate", "warmup", "fixed_head"), method.trained),
+        **dict.fromkeys(("augmentation", "eval_every"), method.trained),
         "weight": method.loss is not None,
         "num_texts": method.texts == "drawn",
-        "text_length": method.texts != "" and guidance is None,
+        "text_length": method.texts in ("drawn", "averaged") and guidance is None,
+        "guidance": method.texts in ("drawn", "averaged"),
         "temperature": method.tempered,
         "decay": method.averaged,
     }
@@ -243,8 +297,10 @@ def runs(command: Command) -> Iterator[Run]:
         unread = unread_settings(lipsum.METHODS[method], command.settings.guidance)
         values = {name: list(dict.fromkeys(given)) for name, given in swept.items()}
         values["weight"] = values["weight"] or [lipsum.METHODS[method].weight]
-        for chosen in itertools.product(*(values[name][: 1 if name in unread else None] for name in swept)):
+        for chosen in itertools.product(*(values[name][: 1 if name in unread else None] or [None] for name in swept)):
             own = dict(zip(swept, chosen, strict=True))
+            if own["decay"] is None:
+                own["decay"] = max(0.0, 1 - 1 / (AVERAGED * own["steps"]))
             settings = lipsum.Settings(**vars(command.settings) | own)
             varied = {name: own[name] for name in swept if name not in unread and len(values[name]) > 1}
             varied |= {"reference": reference} if len(references) > 1 else {}
@@ -272,14 +328,19 @@ def check(command: Command) -> None:
     for method in command.method:
         if method not in lipsum.METHODS:
             raise unknown("method", method, [*lipsum.METHODS, "all"])
-        if command.sources.unseen and lipsum.METHODS[method].start != "zero-shot":
+        of_method = lipsum.METHODS[method]
+        if command.sources.unseen and of_method.start != "zero-shot":
             raise InputError(f"--unseen keeps the zero-shot head, {method} starts from another: leave {method} out")
+        if command.settings.fixed_head and of_method.start == "zeros":
+            raise InputError(f"--fixed-head keeps the head of {method} at zeros, so nothing is learnt: leave one out")
+        if of_method.tempered and of_method.texts == "drawn" and 1 in command.settings.num_texts:
+            raise InputError(f"{method} compares texts with each other, --num-texts is 1: give at least 2")
     if command.sources.data not in DEFAULTS:
         raise unknown("data set", command.sources.data, DEFAULTS)
     if not command.method or not command.seed or min(command.seed) < 0 or max(command.seed) >= 2**32:
         raise InputError("--method and --seed need at least one value, seeds from 0 to 2**32 - 1")
     for name, value in vars(command.settings).items():
-        if value == () and name != "weight":
+        if value == () and name not in ("weight", "decay"):
             raise InputError(f"{flag(name)} has no value: give one or more")
     options = vars(command.settings) | vars(command.execution)
     for name, (is_valid, advice) in VALID.items():
@@ -293,3 +354,30 @@ def check(command: Command) -> None:
         raise InputError("--tensorboard needs tensorboardX: pip install '.[tensorboard]'")
     if command.resume and command.overwrite:
         raise InputError("--resume keeps what --overwrite deletes: give one of them")
+
+
+def doubts(command: Command) -> list[str]:
+    """A line for every option that has no effect, and for every method that its settings make another one."""
+    methods = [lipsum.METHODS[name] for name in command.method]
+    unread = set.intersection(*(unread_settings(method, command.settings.guidance) for method in methods))
+    unread -= {"batch_size", "fixed_head" if command.sources.unseen else ""}  # the evaluation and --unseen set these
+    default = vars(defaults(command.sources.data, command.protocol, command.sources.model).settings)
+    given = [(name, value) for name, value in vars(command.settings).items() if value != default[name]]
+    lines = [
+        f"{flag(name)} {words(value)} has no effect on {' '.join(command.method)}"
+        for name, value in given
+        if name in unread
+    ]
+    for run in runs(command):
+        method = lipsum.METHODS[run.method]
+        settings = run.settings
+        if method.loss and settings.weight == 0:
+            lines.append(f"{run.method} with --weight 0 is ft")
+        if method.trained and settings.learning_rate == 0:
+            lines.append(f"{run.method} with --learning-rate 0 stays as it starts")
+        if method.averaged and settings.decay == 0:
+            lines.append(f"{run.method} with --decay 0 is ft")
+        if method.averaged and (kept := settings.decay**settings.steps) > 0.9:
+            of_run = f"{run.method} with --decay {settings.decay} and --steps {settings.steps}"
+            lines.append(f"{of_run} averages {100 * kept:.0f}% of the zero-shot model: give a smaller decay")
+    return list(dict.fromkeys(lines))

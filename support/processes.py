@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -60,6 +60,12 @@ def check_processes(command: Command) -> None:
     own = repr(dataclasses.replace(command, execution=execution, cluster=Cluster()))
     if any(other != own for other in gathered(own)):
         raise InputError("the processes have different options: give each the same command except for --process")
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Prints a warning per line, in one of the processes."""
+    for line in lines if jax.process_index() == 0 else ():
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def gathered(content: Any) -> list[Any]:

@@ -164,6 +164,7 @@ METRICS = {
     "accuracy": Metric(100, 1, max, "accuracy, %"),
     "ece": Metric(100, 1, min, "ECE, %"),
     "nll": Metric(1, 3, min, "NLL, nats"),
+    "nll-capped": Metric(1, 3, min, "NLL as in the authors' script, nats"),
     "energy-gap": Metric(1e3, 2, min, "energy gap, 1e-3"),
     "distortion": Metric(1, 3, min, "feature distortion"),
     "seen": Metric(100, 1, max, "accuracy on seen classes, %"),

@@ -432,6 +432,7 @@ def tiny_command(model: Path, root: Path, out: Path) -> options.Command:
         options.DEFAULTS["domainnet"],
         model=str(model),
         data_root=root,
+        templates="a photo of a {}.",
         reference=("real",),
         steps=(6,),
         batch_size=(8,),

@@ -1,6 +1,7 @@
 """Metrics against brute force and hand-made cases, whole splits against PyTorch, tables by hand."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -71,6 +72,10 @@ def test_nll_of_a_probability_that_underflows() -> None:
         (classifier,), jnp.float32(100), None, {"image": images, "label": np.ones(8, np.int32)}
     )
     np.testing.assert_allclose(evaluation.negative_log_likelihood(np.asarray(label)), 200, rtol=1e-5)
+    # The authors' script adds 1e-8 to the probability, which caps it at 8 ln 10 nats.
+    np.testing.assert_allclose(evaluation.negative_log_likelihood(np.asarray(label), 1e-8), 8 * math.log(10), rtol=1e-5)
+    capped = evaluation.negative_log_likelihood(np.log([0.5, 1e-8]), 1e-8)
+    np.testing.assert_allclose(capped, -np.mean(np.log([0.5 + 1e-8, 2e-8])), rtol=1e-12)
     assert not correct.any() and np.all(confidence <= 1)
     np.testing.assert_allclose(confidence, 1, rtol=1e-5)
 
@@ -237,12 +242,12 @@ def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     evaluation.figures_command(runs, tmp_path)
     output = capsys.readouterr().out
     assert "soups: nothing to show yet, it needs python eval.py soup RUNS" in output
+    assert "weights: nothing to show yet, it needs python train.py --method kd --weight" in output
     names = {
         "trade_off",
         "distortion",
         "energy_gap",
         "post_hoc_curves",
-        "reliability",
         "energy_vectors",
         "contact_sheet",
     }
@@ -255,6 +260,33 @@ def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     monkeypatch.delattr("support.figures")
     with pytest.raises(errors.InputError, match=r"pip install '\.\[plots\]'"):
         evaluation.figures_command(runs, tmp_path)
+
+
+def test_the_figure_of_weights_shows_means_over_seeds(finished: Path) -> None:
+    """A panel per method with several lambdas; Lipsum-FT's curve, in grey, and FT's point are in each."""
+    figures = pytest.importorskip("support.figures")
+    ft, *_ = tables.read_results([finished / "ft"])
+    lipsum_run, *_ = tables.read_results([finished / "lipsum"])
+
+    def variant(run: dict, seed: int, weight: float, accuracies: tuple[float, float]) -> dict:
+        splits = {name: {"role": split["role"]} for name, split in run["splits"].items()}
+        for split, accuracy in zip(splits.values(), accuracies, strict=True):
+            split["accuracy"] = accuracy
+        return run | {"seed": seed, "settings": run["settings"] | {"weight": weight}, "splits": splits}
+
+    kd = lipsum_run | tables.names("kd") | {"method": "kd"}
+    runs = [
+        variant(ft, 0, 0, (0.9, 0.1)),
+        *(variant(lipsum_run, 0, weight, (0.8, weight / 10)) for weight in (2.0, 1.0)),
+        *(variant(kd, seed, weight, (0.5 + seed / 10, weight / 10)) for weight in (3.0, 0.3) for seed in (0, 1)),
+    ]
+    figure = figures.weights_plot(runs)
+    (panel,) = figure.axes
+    lines = {line.get_label(): np.round(line.get_xydata(), 6).tolist() for line in panel.get_lines()}
+    zero_shot = lines.pop("zero-shot")
+    assert lines == {"FT": [[10, 90]], "Lipsum-FT": [[10, 80], [20, 80]], "KD": [[3, 55], [30, 55]]}
+    assert np.shape(zero_shot) == (1, 2) and panel.get_title() == "KD"
+    assert [text.get_text() for text in panel.texts] == ["1", "2", "0.3", "3"]
 
 
 def test_best_opens_in_transformers(finished: Path, root: Path, tmp_path: Path) -> None:

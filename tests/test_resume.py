@@ -300,6 +300,8 @@ def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path)
             "domainnet",
             "--data-root",
             str(command.sources.data_root),
+            "--templates",
+            command.sources.templates,
             "--reference",
             "real",
         ),

@@ -155,6 +155,9 @@ def test_exported_benchmark_gives_the_same_numbers(
         ({"method": ("clip",)}, "unknown method 'clip'"),
         ({"steps": ()}, "--steps has no value: give one or more"),
         ({"data": "captions"}, "unknown data set 'captions'"),
+        ({"method": ("ft", "car-ft")}, "car-ft compares prompts with each other, --templates has one"),
+        ({"method": ("kld-random",), "num_texts": (4, 1)}, "kld-random compares texts with each other, --num-texts is"),
+        ({"method": ("scratch-ft",), "fixed_head": True}, "--fixed-head keeps the head of scratch-ft at zeros"),
     ],
 )
 def test_bad_input_is_one_line_and_makes_nothing(
@@ -165,6 +168,31 @@ def test_bad_input_is_one_line_and_makes_nothing(
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not command.out.exists()
+
+
+def test_what_the_prompts_cannot_tell_apart_is_said(command: Command, tmp_path: Path) -> None:
+    """Texts that are equal after OpenAI's cleaning, and unseen classes that a split lacks, get a warning each."""
+    (tmp_path / "prompts.txt").write_text("a {}.\nA  {}.\n")
+    command = changed(command, method=("mse-fixed",), templates=str(tmp_path / "prompts.txt"))
+    runs = list(options.runs(command))
+    setup = opening.prepare(runs[0].sources, command.execution, 8)
+    assert list(opening.doubts(setup, runs)) == [
+        f"--templates {tmp_path / 'prompts.txt'} repeats prompts, which count as often: A  {{}}.",
+        "mse-fixed with one prompt holds one direction of the features: give --templates openai or several",
+    ]
+    sketch = data.take(setup.data.reports["sketch"], np.flatnonzero(setup.data.reports["sketch"].labels), "sketch")
+    reports = setup.data.reports | {"sketch": sketch}
+    setup = dataclasses.replace(
+        setup,
+        sources=dataclasses.replace(setup.sources, templates="a {}."),
+        classes=("dog", "ice cream", "Dog"),
+        seen=np.array([1, 2]),
+        data=dataclasses.replace(setup.data, reports=reports),
+    )
+    assert list(opening.doubts(setup, [])) == [
+        "classes with the prompts of an earlier class are never predicted zero-shot: Dog",
+        "sketch lacks all 1 unseen classes: its unseen accuracy is over those that it has",
+    ]
 
 
 def test_existing_run_is_not_touched(command: Command, capsys) -> None:
@@ -220,6 +248,8 @@ def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
         "domainnet",
         "--data-root",
         str(root),
+        "--templates",
+        "a {}.",
         "--reference",
         "real",
         "--out",
@@ -307,11 +337,11 @@ def test_bad_unseen_classes(changes: dict[str, object], message: str, command: C
 def test_methods_that_start_elsewhere(command: Command, tmp_path: Path) -> None:
     """LP trains only the head, LP-FT starts there, Scratch-FT at zeros; a fixed head stays; guidance is read."""
     (tmp_path / "texts.txt").write_text("red\nblue paint\na dog\nthe guitar\n")
-    command = changed(
-        command, method=("scratch-ft", "lp", "lp-ft", "lipsum-exact"), fixed_head=True, guidance=tmp_path / "texts.txt"
-    )
-    train.main(command)
-    runs = {name: opening.read_run(command.out / name / "seed-0") for name in command.method}
+    fixed = changed(command, method=("lp", "lp-ft", "lipsum-exact"), fixed_head=True, guidance=tmp_path / "texts.txt")
+    train.main(fixed)
+    # At a rate of zero, Scratch-FT stays where it starts.
+    train.main(changed(command, method=("scratch-ft",), learning_rate=(0.0,)))
+    runs = {name: opening.read_run(command.out / name / "seed-0") for name in (*fixed.method, "scratch-ft")}
     zero_shot, _ = weights.load(command.sources.model)
     np.testing.assert_array_equal(runs["scratch-ft"].classifier.head, 0)
     np.testing.assert_array_equal(runs["lp"].classifier.head, runs["lp-ft"].classifier.head)
@@ -328,6 +358,7 @@ def test_methods_that_start_elsewhere(command: Command, tmp_path: Path) -> None:
         ("a\n\nb\n", "line 2 is empty"),
         ("a\n" + "word " * 40, "line 2: the text .* tokens, the model takes 38"),
         ("a\nb\n", "has 2 texts: give at least --num-texts 4"),
+        ("a b\nA  b\n" * 3, "has one text 6 times: give different ones"),
     ],
 )
 def test_bad_guidance(command: Command, tmp_path: Path, text: str, message: str) -> None:

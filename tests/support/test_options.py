@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 
@@ -50,6 +51,64 @@ def test_defaults_follow_the_data_set() -> None:
         options.parse(["--data", "imagenett"])
 
 
+def test_the_paper_s_protocol_is_one_flag() -> None:
+    """Section 5, appendix B and the authors' script; what the user gives beside it is named as not the paper's."""
+    paper = ["--protocol", "paper", "--data"]
+    command = options.parse([*paper, "domainnet", "--method", "ft"])
+    (run,) = options.runs(command)
+    assert (run.sources.reference, run.sources.shifts) == ("real", ("painting", "clipart", "infograph", "sketch"))
+    assert (run.sources.model, run.sources.templates, run.sources.select_on) == ("ViT-B/16", "openai", "test")
+    assert run.sources.keep_underscores
+    settings = {"steps": 5_000, "batch_size": 256, "learning_rate": 1e-5, "warmup": 0.1, "eval_every": 1_000}
+    settings |= {"num_texts": 80, "text_length": 8, "augmentation": "crop", "guidance": None, "fixed_head": False}
+    assert {name: getattr(run.settings, name) for name in settings} == settings
+    assert options.parse([*paper, "domainnet", "--model", "ViT-L/14"]).settings.batch_size == (128,)
+    imagenet = options.parse([*paper, "imagenet", "--steps", "10", "--model=ViT-L/14"])
+    assert imagenet.sources.shifts == ("imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch")
+    assert imagenet.settings.batch_size == (128,) and not imagenet.sources.keep_underscores
+    first, second = options.protocol_lines(imagenet).split("\n")
+    assert first.startswith("protocol paper: ") and "--templates openai" in first and "--select-on test" in first
+    assert "--model ViT-L/14" in first and second == "not the paper's: --steps 10 instead of 50000"
+    assert options.parse(["--data", "domainnet"]).sources.select_on == "val"
+    with pytest.raises(InputError, match="--protocol paper is for --data domainnet, imagenet, cub, not minidomain"):
+        options.parse(["--protocol", "paper"])
+
+
+def test_ema_averages_the_same_share_of_every_run() -> None:
+    """At the end, theta_0 has the share `d^T` of the average, which tends to exp(-1 / 0.8)."""
+    command = changed(options.DEFAULTS["minidomain"], method=("ema", "ft"), steps=(1, 250, 5_000, 50_000))
+    decays = {run.settings.steps: run.settings.decay for run in options.runs(command) if run.method == "ema"}
+    assert decays == {1: 0.0, 250: 0.995, 5_000: 0.99975, 50_000: 0.999975}
+    for steps in (5_000, 50_000):
+        assert decays[steps] ** steps == pytest.approx(math.exp(-1.25), rel=1e-3)
+    given = changed(command, decay=(0.5,))
+    assert {run.settings.decay for run in options.runs(given)} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"method": ("lipsum", "ft"), "num_texts": (3,), "learning_rate": (1e-4,)}, []),
+        ({"method": ("ft", "lp"), "temperature": (2.0,)}, ["--temperature 2.0 has no effect on ft lp"]),
+        (
+            {"method": ("lipsum-exact",), "num_texts": (3, 4), "text_length": (4,)},
+            ["--num-texts 3 4 has no effect on lipsum-exact"],
+        ),
+        ({"method": ("car-ft",), "guidance": Path("texts")}, ["--guidance texts has no effect on car-ft"]),
+        ({"method": ("lipsum", "ft"), "weight": (0.0, 1.0)}, ["lipsum with --weight 0 is ft"]),
+        ({"method": ("ft", "lp"), "learning_rate": (0.0,)}, ["ft with --learning-rate 0 stays as it starts"]),
+        ({"method": ("ema",), "decay": (0.0, 0.9), "seed": (0, 1)}, ["ema with --decay 0 is ft"]),
+        (
+            {"method": ("ema",), "decay": (0.9999,), "steps": (100,)},
+            ["ema with --decay 0.9999 and --steps 100 averages 99% of the zero-shot model: give a smaller decay"],
+        ),
+        ({"method": ("ema",), "unseen": ("dog",), "fixed_head": True}, []),
+    ],
+)  # fmt: skip
+def test_what_has_no_effect_is_said(changes: dict[str, object], expected: list[str]) -> None:
+    assert options.doubts(changed(options.DEFAULTS["minidomain"], **changes)) == expected
+
+
 def test_options_survive_a_file(tmp_path: Path) -> None:
     """Boxes are equal after `flat` and JSON; options that a file lacks have their defaults."""
     command = changed(
@@ -70,13 +129,13 @@ def test_options_survive_a_file(tmp_path: Path) -> None:
 
 
 def test_settings_and_sources_may_not_change_and_execution_may() -> None:
-    command = changed(options.DEFAULTS["domainnet"], reference=("real",))
+    command = changed(options.DEFAULTS["domainnet"], method=("ema",), reference=("real",), decay=(0.9,))
     (run,) = options.runs(command)
     config = {"settings": options.flat(run.sources, run.settings)}
     (other,) = options.runs(changed(command, remat=True, precision="bfloat16", workers=7))
     options.check_unchanged(other, Path("run"), config)
     (other,) = options.runs(changed(command, decay=(0.5,), model="other"))
-    with pytest.raises(InputError, match=r"\(--model tiny, now other, --decay 0.995, now 0.5\): give the same ones"):
+    with pytest.raises(InputError, match=r"\(--model tiny, now other, --decay 0.9, now 0.5\): give the same ones"):
         options.check_unchanged(other, Path("run"), config)
 
 
