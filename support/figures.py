@@ -242,14 +242,18 @@ def weights_plot(results: Sequence[Results]) -> Figure:
         )
     figure, panels = new_figure(len(curves), 3, 3)
     for axes, method in zip(panels, curves, strict=True):
+        if axes is not panels[0]:
+            axes.sharex(panels[0])
+            axes.sharey(panels[0])
         for name, points in (fixed | {method: curves[method]}).items():
             if points:
                 style = {"color": COLORS[0] if name == method else "0.6"}
-                label = tables.names(name)["label"]
-                axes.plot(*np.transpose(list(points.values())), "o-", label=label, markersize=4, **style)
+                label = "the panel's method" if name == method else tables.names(name)["label"]
+                marker = "s" if name == "ft" else "o-"
+                axes.plot(*np.transpose(list(points.values())), marker, label=label, markersize=4, **style)
                 for value, point in points.items() if name != "ft" else ():
                     offset = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7}
-                    axes.annotate(f"{value:g}", point, **style, **offset)
+                    axes.annotate(f"{value:.4g}", point, **style, **offset)
         axes.plot(*accuracies([results[0] | {"splits": results[0]["zero_shot"]}]), "k*", label="zero-shot")
         axes.set_title(tables.names(method)["label"], fontsize=10)
         axes.set_xlabel("mean accuracy on the shifts, %")

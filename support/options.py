@@ -117,7 +117,7 @@ class Command:
     """Split to train and select on, and the first column of the table; several: a run each."""
     unseen_file: Annotated[Path | None, shown("FILE", "none")] = None
     """--unseen from a file with one class per line."""
-    protocol: Literal["paper"] | None = None
+    protocol: Annotated[Literal["paper"] | None, shown("{paper}", "none")] = None
     """paper: every setting of the paper for --data domainnet, imagenet or cub. Options beside it prevail."""
     out: Path = Path("runs")
     """Folder for the runs' folders, METHOD/seed-SEED."""

@@ -284,7 +284,7 @@ def test_the_figure_of_weights_shows_means_over_seeds(finished: Path) -> None:
     (panel,) = figure.axes
     lines = {line.get_label(): np.round(line.get_xydata(), 6).tolist() for line in panel.get_lines()}
     zero_shot = lines.pop("zero-shot")
-    assert lines == {"FT": [[10, 90]], "Lipsum-FT": [[10, 80], [20, 80]], "KD": [[3, 55], [30, 55]]}
+    assert lines == {"FT": [[10, 90]], "Lipsum-FT": [[10, 80], [20, 80]], "the panel's method": [[3, 55], [30, 55]]}
     assert np.shape(zero_shot) == (1, 2) and panel.get_title() == "KD"
     assert [text.get_text() for text in panel.texts] == ["1", "2", "0.3", "3"]
 

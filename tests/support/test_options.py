@@ -160,7 +160,7 @@ def test_help_is_tidy(data_set: str, capsys: pytest.CaptureFixture[str], monkeyp
         options.parse(["--data", data_set, "--help"])
     text = capsys.readouterr().out
     assert "(default: )" not in text and "(default: None)" not in text
-    found = [re.fullmatch(r"[│ ] {21}(\S.*?)[│ ]*", line) for line in text.splitlines()]
+    found = [re.fullmatch(r"[│ ] {12,}([^│ ].*?)[│ ]*", line) for line in text.splitlines()]
     width = max(len(line[1]) for line in found if line)
     for line, following in itertools.pairwise(found):
         if line and following:
