@@ -136,17 +136,24 @@ def _stack_blocks(sizes: Transformer, config: Config, causal: bool, key: PRNGKey
     return eqx.filter_vmap(lambda key: Block(sizes, config, causal, key))(jax.random.split(key, sizes.layers))
 
 
+def _gathered(block: Block) -> Block:
+    """Copies a layer's weights to every device of the mesh in use, if they are spread over it; else a no-op."""
+    has_mesh = not jax.sharding.get_abstract_mesh().empty
+    return jax.lax.with_sharding_constraint(block, jax.sharding.PartitionSpec()) if has_mesh else block
+
+
 def run_blocks(blocks: Block, x: Float[Array, "tokens width"], recompute: bool = False) -> Float[Array, "tokens width"]:
     """Applies the blocks in sequence, with `lax.scan`: one block is compiled, at any depth.
 
-    With `recompute`, the backward pass recomputes each block from its input instead of storing its intermediate values.
+    The backward pass keeps the results of matrix products and computes all else again, which is less work than to store
+    and load it. With `recompute`, it keeps each block's input alone.
     """
 
     def run(x: Float[Array, "tokens width"], block: Block) -> tuple[Float[Array, "tokens width"], None]:
-        return block(x), None
+        return _gathered(block)(x), None  # one layer at a time: all at once would not fit
 
-    if recompute:
-        run = jax.checkpoint(run, prevent_cse=False)  # scan already keeps XLA from merging the two computations
+    policy = None if recompute else jax.checkpoint_policies.dots_saveable
+    run = jax.checkpoint(run, prevent_cse=False, policy=policy)  # in a scan, XLA cannot undo it
     return jax.lax.scan(run, x, blocks)[0]
 
 

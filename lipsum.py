@@ -105,6 +105,7 @@ class State(eqx.Module):
 
 Batch = dict[str, UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"] | Int[Array, " batch"]]
 Metrics = dict[str, Scalar]
+Step = Callable[[State, Frozen, Batch, PRNGKeyArray], tuple[State, Metrics]]
 
 # ----------------------------------------------------------------------------------------- zero-shot models, section 2
 
@@ -386,20 +387,19 @@ def initial_state(frozen: Frozen, classifier: Classifier | None = None, averaged
     return State(classifier, optimizer(frozen.settings).init(classifier), jnp.int32(0), average)
 
 
-Step = Callable[[State, Frozen, Batch, PRNGKeyArray], tuple[State, Metrics]]
-
-
 @functools.cache
 def training_step(loss: MethodLoss | None, shardings: State | None = None) -> Step:
     """The jitted step of a method: gradient, Adam, update. Donates its state, and returns it with the given shardings.
 
     `key` is the run's. The step's own key is folded from it, so a resumed run draws what an unbroken one would.
     """
+    mesh = jax.sharding.get_abstract_mesh() if shardings is None else shardings.step.mesh.abstract_mesh
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def step(state: State, frozen: Frozen, batch: Batch, key: PRNGKeyArray) -> tuple[State, Metrics]:
         step_key = jax.random.fold_in(key, state.step)
-        (value, terms), gradient = value_and_gradient(loss, state.classifier, frozen, batch, step_key)
+        with jax.sharding.use_abstract_mesh(mesh):  # in which clip.run_blocks gathers weights that are spread
+            (value, terms), gradient = value_and_gradient(loss, state.classifier, frozen, batch, step_key)
         if shardings is not None:  # each device sums only the part of the gradient that it updates
             gradient = jax.lax.with_sharding_constraint(gradient, shardings.classifier)
         if frozen.settings.fixed_head:

@@ -1,83 +1,487 @@
-"""Estimates the memory of a training step, without running it or any weights.
+"""Benchmarks of the training step: its speed here, beside PyTorch's, and its memory on TPUs that are not here.
 
-python -m support.bench memory --model ViT-L/14 --fsdp --remat
+python -m support.bench step --model ViT-B/32 --method lipsum --vs torch
+python -m support.bench run
+python -m support.bench compile --topology v5e:2x4 --model ViT-L/14 --batch-size 128 --precision bfloat16
 """
 
+import dataclasses
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
 import sys
-from typing import Literal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from unittest import mock
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
 
 import clip
 import data
+import eval as evaluation
 import lipsum
-from support.errors import exit_code, unknown
+from support import opening, weights
+from support.errors import InputError, check_positive, exit_code, unknown
+from support.options import DEFAULTS
 
 GIB = 2**30
+CLASSES = 345  # DomainNet's
+Precision = Literal["float32", "bfloat16"]
 
 
-def memory_command(
-    model: str = "ViT-L/14", method: str = "lipsum", batch_size: int = 128, cpu_devices: int = 8,
-    precision: Literal["float32", "bfloat16"] = "bfloat16", fsdp: bool = False, remat: bool = False,
-    accumulate: int = 1,
-) -> None:  # fmt: skip
-    """GiB per device that a step on DomainNet's 345 classes needs, as estimated by XLA's compiler for these devices.
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A training step on random images and weights, with as many classes as DomainNet has."""
 
-    Args:
-        model: A preset, such as ViT-B/16. No weights are needed.
-        method: A method of train.py that trains.
-        batch_size: Images per step, over all devices.
-        cpu_devices: Number of devices that the CPU is split into, if there is no accelerator.
-        precision: Type that the towers compute in.
-        fsdp: Shard weights and optimizer over the devices.
-        remat: Compute each block again in the backward pass.
-        accumulate: Parts that a batch is split into.
-    """
-    if model not in clip.PRESETS:
-        raise unknown("model preset", model, clip.PRESETS)
-    trained = [name for name, each in lipsum.METHODS.items() if each.trained]
-    if method not in trained:
-        raise unknown("training method", method, trained)
-    # JAX refuses an update, even to the same number, once its devices are in use.
-    if jax.config.jax_num_cpu_devices != cpu_devices:
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
-    mesh = data.device_mesh(batch_size, accumulate)
-    config = clip.PRESETS[model]
-    dim = config.embedding_size
+    model: str = "ViT-B/32"
+    """A preset, such as ViT-B/16, or tiny. Its weights are random."""
+    method: str = "lipsum"
+    """A method of train.py that trains."""
+    batch_size: int = 8
+    """Images per step, over all devices."""
+    precision: Precision = "float32"
+    """Type that the towers compute in."""
+    accumulate: int = 1
+    """Parts that a batch is split into."""
+    remat: bool = False
+    """Compute each block again in the backward pass."""
+    fsdp: bool = False
+    """Spread weights and optimizer over the devices."""
 
-    def start() -> tuple[lipsum.State, lipsum.Frozen]:
-        clip_model = clip.CLIP(config, jax.random.key(0))
-        zero_shot = lipsum.Classifier(clip_model.vision, jnp.zeros((dim, 345)))
-        computation = lipsum.Computation(precision, accumulate, remat)
+    def config(self) -> clip.Config:
+        """The sizes of the model. Raises InputError for an unknown model or method."""
+        trained = [name for name, method in lipsum.METHODS.items() if method.trained]
+        if self.method not in trained:
+            raise unknown("training method", self.method, trained)
+        if self.model == "tiny":
+            return weights.load("tiny")[0].config
+        if self.model not in clip.PRESETS:
+            raise unknown("model preset", self.model, [*clip.PRESETS, "tiny"])
+        return clip.PRESETS[self.model]
+
+    def start(self, key: jax.Array, config: clip.Config) -> tuple[lipsum.State, lipsum.Frozen, clip.CLIP]:
+        """The state, what is frozen, and the whole model that they come from."""
+        model = clip.CLIP(config, key)
+        dim = config.embedding_size
+        head, context = (clip.normalize(jax.random.normal(key, (count, dim))).T for count in (CLASSES, 80))
         frozen = lipsum.Frozen(
-            zero_shot, clip_model.text, jnp.zeros((dim, 80)), jnp.float32(100), computation=computation,
-            second_moment=jnp.zeros((dim, dim)),
+            lipsum.Classifier(model.vision, head), model.text, context, jnp.float32(100),
+            lipsum.Settings(weight=lipsum.METHODS[self.method].weight),
+            lipsum.Computation(self.precision, self.accumulate, self.remat), second_moment=jnp.eye(dim) / dim,
         )  # fmt: skip
-        return lipsum.initial_state(frozen, averaged=lipsum.METHODS[method].averaged), frozen
+        return lipsum.initial_state(frozen, averaged=lipsum.METHODS[self.method].averaged), frozen, model
 
-    shapes = jax.eval_shape(start)
-    shardings = data.shardings(shapes, mesh, fsdp)
+
+# ------------------------------------------------------------------------------------------------------------ compiling
+
+
+def topology_mesh(name: str) -> Mesh:
+    """A mesh of all cores of a TPU topology. Raises InputError if libtpu is missing or does not know the name."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:
+        advice = f"pip install 'jax[tpu]=={jax.__version__}', and give a topology such as v5e:2x4 or v3:2x2"
+        raise InputError(f"--topology {name} is not known here ({str(error).splitlines()[0]}): {advice}") from error
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def compiled_step(case: Case, config: clip.Config, mesh: Mesh) -> jax.stages.Compiled:
+    """The step as compiled for the mesh's devices, from shapes alone."""
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: case.start(key, config)[:2])
+    shardings = data.shardings(shapes, mesh, case.fsdp)
     state, frozen = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)
     rows = NamedSharding(mesh, PartitionSpec("data"))
+    side = config.image_size
     batch = {
-        "image": jax.ShapeDtypeStruct((batch_size, config.image_size, config.image_size, 3), jnp.uint8, sharding=rows),
-        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+        "image": jax.ShapeDtypeStruct((case.batch_size, side, side, 3), jnp.uint8, sharding=rows),
+        "label": jax.ShapeDtypeStruct((case.batch_size,), jnp.int32, sharding=rows),
     }
-    step = lipsum.training_step(lipsum.METHODS[method].loss, shardings[0])
-    memory = step.lower(state, frozen, batch, jax.random.key(0)).compile().memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
+    key_shape = jax.eval_shape(lambda: key).update(sharding=NamedSharding(mesh, PartitionSpec()))
+    step = lipsum.training_step(lipsum.METHODS[case.method].loss, shardings[0])
+    return step.lower(state, frozen, batch, key_shape).compile()
+
+
+COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
+
+
+def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Counts the collective operations in a program by kind. One in a loop over layers counts once."""
+    found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text())
+    return dict(Counter(found))
+
+
+def matmul_flops(jaxpr: Any) -> int:
+    """Floating-point operations of the matrix products in a jaxpr; those in a scan count once per iteration."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = sum(matmul_flops(each) for each in jax.tree.leaves(equation.params) if hasattr(each, "eqns"))
+        total += inner * equation.params.get("length", 1)
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted], dtype=np.int64)
+            total += 2 * int(depth) * equation.outvars[0].aval.size
+    return total
+
+
+def step_flops(case: Case, config: clip.Config) -> int:
+    """Floating-point operations of the matrix products of one step."""
+    key = jax.random.key(0)
+    state, frozen, _ = jax.eval_shape(lambda: case.start(key, config))
+    side = config.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((case.batch_size, side, side, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((case.batch_size,), jnp.int32),
+    }
+    step = lipsum.training_step(lipsum.METHODS[case.method].loss)
+    return matmul_flops(jax.make_jaxpr(step)(state, frozen, batch, key))
+
+
+def compile_command(
+    case: Annotated[Case, tyro.conf.OmitArgPrefixes], topology: str = "v5e:2x4", cost: bool = False
+) -> None:
+    """Compile the step for a TPU topology, by TPU's own compiler and without a TPU, and print what it needs.
+
+    Args:
+        case: What to compile.
+        topology: Name and shape of the TPU, such as v3:2x2 (8 cores), v4:2x2x1, v5e:2x4, v6e:2x4.
+        cost: Also count operations and memory traffic, which compiles three more programs.
+    """
+    config = case.config()
+    mesh = topology_mesh(topology)
+    if case.batch_size % (mesh.size * case.accumulate):
+        raise InputError(f"--batch-size {case.batch_size} does not divide among {mesh.size} cores: give a multiple")
+    options = "".join(f" --{name}" for name in ("fsdp", "remat") if getattr(case, name))
+    options += f" --accumulate {case.accumulate}" if case.accumulate > 1 else ""
+    print(f"{case.model} {case.method}, {case.batch_size} images, {case.precision}, {mesh.size} x {topology}{options}")
+    start = time.perf_counter()
+    try:
+        compiled = compiled_step(case, config, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"([\d.]+)G\)? (?:of|exceeds available HBM) \(?([\d.]+)G", str(error))
+        if not needed:
+            raise
+        print(f"  does not fit: it needs {needed[1]} GiB a core to compute in, of {needed[2]} GiB")
+        return
+    memory = compiled.memory_analysis()
+    held, computing = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
+    print(f"  fits: {held:.2f} GiB a core of weights, optimizer and images, {computing:.2f} to compute in")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in collectives(compiled).items())
+    print(f"  collectives: {kinds or 'none'}; compiled in {time.perf_counter() - start:.0f} s")
+    if cost:
+        flops, traffic = unrolled_cost(case, config, mesh)
+        print(f"  {flops / 1e12:.2f} TFLOP and {traffic / 1e9:.1f} GB of memory traffic a core and step")
+
+
+def unrolled_cost(case: Case, config: clip.Config, mesh: Mesh) -> tuple[float, float]:
+    """FLOPs and bytes of memory traffic a core and step, by the compiler's own account.
+
+    That account counts a loop's body once. So three shallow models are compiled without loops, and their differences
+    are added up per layer.
+    """
+
+    def cost(vision: int, text: int) -> np.ndarray:
+        sizes = {"vision": vision, "text": text}
+        towers = {name: dataclasses.replace(getattr(config, name), layers=count) for name, count in sizes.items()}
+        with mock.patch.object(jax.lax, "scan", partial(jax.lax.scan, unroll=True)):
+            found = compiled_step(case, dataclasses.replace(config, **towers), mesh).cost_analysis()
+        return np.array([found["flops"], found["bytes accessed"]])
+
+    base = cost(1, 1)
+    layers = (cost(2, 1) - base) * (config.vision.layers - 1) + (cost(1, 2) - base) * (config.text.layers - 1)
+    return tuple((base + layers).tolist())
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+
+def random_images(case: Case, config: clip.Config) -> dict[str, np.ndarray]:
+    """One batch, the same in every process."""
+    random = np.random.default_rng(0)
+    shape = (case.batch_size, config.image_size, config.image_size, 3)
+    labels = random.integers(0, CLASSES, case.batch_size, dtype=np.int32)
+    return {"image": random.integers(0, 256, shape, dtype=np.uint8), "label": labels}
+
+
+Advance = Callable[[], float]  # one step; returns its loss
+
+
+def jax_step(case: Case, folder: Path) -> Advance:
+    """The step of this project, compiled into a cache in `folder`. Writes weights and head for PyTorch there."""
+    jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    config = case.config()
+    mesh = data.device_mesh(case.batch_size, case.accumulate)
+    # The hardware's generator draws a model of 150 million weights in a second, JAX's default one in seven.
+    start = eqx.filter_jit(partial(case.start, config=config))(jax.random.key(0, impl="rbg"))
+    state, frozen, model = data.place(start, mesh, case.fsdp)
+    if not (folder / "weights.safetensors").exists():
+        arrays = clip.to_state_dict(model, "hugging_face") | {"head": frozen.zero_shot.head}
+        save_file({name: np.array(array, order="C") for name, array in arrays.items()}, folder / "weights.safetensors")
+    del start, model
+    batch = data.shard_batch(random_images(case, config), mesh)
+    step = lipsum.training_step(lipsum.METHODS[case.method].loss, data.shardings(state, mesh, case.fsdp))
+    key = jax.random.key(0)
+
+    def advance() -> float:
+        nonlocal state
+        state, metrics = step(state, frozen, batch, key)
+        jax.block_until_ready(state)
+        return float(metrics["loss"])
+
+    return advance
+
+
+def torch_step(case: Case, folder: Path) -> Advance:
+    """The same step in PyTorch: `transformers`' towers and fused Adam, on the same weights and images."""
+    import torch  # the extra `reference`
+    import transformers
+
+    config = case.config()
+    towers = {
+        name: {
+            "hidden_size": sizes.width, "intermediate_size": sizes.mlp_width, "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads, "hidden_act": config.activation,
+        }
+        for name, sizes in (("vision_config", config.vision), ("text_config", config.text))
+    }  # fmt: skip
+    towers["vision_config"] |= {"image_size": config.image_size, "patch_size": config.patch_size}
+    towers["text_config"] |= {
+        "vocab_size": config.vocabulary_size, "max_position_embeddings": config.context_length,
+        "bos_token_id": config.start_token, "eos_token_id": config.end_token,
+    }  # fmt: skip
+    hub_config = transformers.CLIPConfig(**towers, projection_dim=config.embedding_size)
+    arrays = {name: torch.from_numpy(array) for name, array in load_file(folder / "weights.safetensors").items()}
+    head = arrays.pop("head").requires_grad_()
+    models = [transformers.CLIPModel(hub_config) for _ in range(2)]
+    for model in models:
+        model.load_state_dict(arrays, strict=False)
+    trained, frozen = models
+    frozen.requires_grad_(False)
+    del trained.text_model, trained.text_projection, frozen.logit_scale
+    parameters = [*trained.vision_model.parameters(), *trained.visual_projection.parameters(), head]
+    adam = torch.optim.Adam(parameters, lr=1e-5, fused=True)
+    batch = random_images(case, config)
+    pixels = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(batch["label"]).long()
+    mean, deviation = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (clip.IMAGE_MEAN, clip.IMAGE_STANDARD_DEVIATION))
+
+    def features(model: Any, images: Any) -> Any:
+        pooled = model.visual_projection(model.vision_model(images).pooler_output)
+        return torch.nn.functional.normalize(pooled, dim=-1)
+
+    def penalty(x: Any, images: Any) -> Any:
+        ids = torch.randint(0, config.vocabulary_size - 2, (80, 10))
+        ids[:, 0], ids[:, -1] = config.start_token, config.end_token
+        with torch.no_grad():
+            before = features(frozen, images)
+            pooled = frozen.text_projection(frozen.text_model(ids).pooler_output)
+            texts = torch.nn.functional.normalize(pooled, dim=-1)
+        return ((100 * (x - before) @ texts.T) ** 2).sum(dim=1).mean() / (2 * len(texts))
+
+    def advance() -> float:
+        adam.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bfloat16"):
+            images = (pixels / 255 - mean) / deviation
+            x = features(trained, images)
+            loss = torch.nn.functional.cross_entropy(100 * x.float() @ head, labels)
+            if case.method != "ft":
+                loss = loss + penalty(x, images)
+        loss.backward()
+        adam.step()
+        return loss.item()
+
+    return advance
+
+
+def matmul_rate(precision: str) -> float:
+    """FLOP/s of a large matrix product on the same devices: the best of ten."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), precision)
+    product = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(11):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])
+
+
+def worker(kind: str, case: Case, folder: Path) -> None:
+    """Answers each line of standard input with the measurements of one more step, as a line of JSON."""
+    advance = {"jax": jax_step, "torch": torch_step}[kind](case, folder)
+    for line in sys.stdin:
+        if line.strip() == "rate":
+            print(json.dumps(matmul_rate(case.precision)), flush=True)
+            continue
+        start, start_cpu = time.perf_counter(), time.process_time()
+        loss = advance()
+        seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if jax.default_backend() != "cpu" and kind == "jax":
+            peak = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / GIB
+        print(json.dumps({"seconds": seconds, "cpu": cpu, "loss": loss, "peak": peak}), flush=True)
+
+
+class Worker:
+    """A process of its own that makes steps one by one when asked."""
+
+    def __init__(self, kind: str, case: Case, folder: Path):
+        arguments = ["--worker", kind, json.dumps(dataclasses.asdict(case)), str(folder)]
+        command = [sys.executable, "-m", "support.bench", *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.first = self.ask()
+
+    def ask(self, what: str = "step") -> Any:
+        """The answer to a line. Raises InputError if the process has ended, which prints why."""
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise InputError("a benchmarked process ended: see above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def summary(steps: list[dict[str, float]], first: dict[str, float], batch_size: int) -> dict[str, float]:
+    """The columns of the table that every implementation has."""
+    seconds = [step["seconds"] for step in steps]
+    quarters = statistics.quantiles(seconds, n=4)
+    median = statistics.median(seconds)
+    return {
+        "s/step": median, "spread": quarters[2] - quarters[0], "CPU s": statistics.median(x["cpu"] for x in steps),
+        "images/s": batch_size / median, "first step, s": first["seconds"], "peak GiB": steps[-1]["peak"],
+        "first loss": first["loss"],
+    }  # fmt: skip
+
+
+def step_command(
+    case: Annotated[Case, tyro.conf.OmitArgPrefixes], steps: int = 10, vs: Literal["torch"] | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:  # fmt: skip
+    """Time the training step here, after one step that compiles. A step of each implementation in turn.
+
+    Args:
+        case: What to time.
+        steps: Steps to time.
+        vs: torch: also the same step in PyTorch (extra `reference`), with the ratio; for ft, lipsum, lipsum-exact,
+            the last against PyTorch's lipsum.
+        as_json: Print JSON.
+    """
+    check_positive(steps=steps)
+    config = case.config()
+    if vs and case.method not in ("ft", "lipsum", "lipsum-exact"):
+        raise InputError(f"--vs torch has no {case.method}: give ft, lipsum or lipsum-exact")
+    with tempfile.TemporaryDirectory() as folder:
+        workers = {"this project": Worker("jax", case, Path(folder))}
+        if vs:
+            workers["PyTorch"] = Worker("torch", case, Path(folder))
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
+        for _ in range(steps):
+            for name, each in workers.items():
+                times[name].append(each.ask())
+        rate = workers["this project"].ask("rate")
+        for each in workers.values():
+            each.close()
+        again = Worker("jax", case, Path(folder))
+        again.close()
+    rows = {name: summary(times[name], each.first, case.batch_size) for name, each in workers.items()}
+    ours = rows["this project"]
+    ours["share of matmul peak"] = step_flops(case, config) / ours["s/step"] / rate
+    ours["first step, warm cache, s"] = again.first["seconds"]
+    if vs:
+        rows["ratio"] = {name: ours[name] / value for name, value in rows["PyTorch"].items()}
+    if as_json:
+        print(json.dumps({"case": dataclasses.asdict(case), **rows}))
+        return
+    print(f"{case.model} {case.method}, {case.batch_size} images, {case.precision}, {os.cpu_count()} CPU cores")
+    print(f"{'':28}" + "".join(f"{name:>14}" for name in rows))
+    for name in ours:
+        cells = (f"{row[name]:.3f}" if name in row else "" for row in rows.values())
+        print(f"{name:28}" + "".join(f"{cell:>14}" for cell in cells))
+
+
+def median_seconds(repeats: int, compute: Callable[[], Any]) -> float:
+    """The median time of a call, after one that compiles."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        compute()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def run_command(method: str = "lipsum", steps: int = 100) -> None:
+    """Time the embedded run: its start, its training loop beside the bare step, and its evaluation.
+
+    Args:
+        method: A method of train.py that trains.
+        steps: Steps of the run.
+    """
+    case = Case("tiny", method, DEFAULTS["minidomain"].settings.batch_size[0])
+    case.config()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "runs" / method / "seed-0"
+        command = ["train.py", "--method", method, "--steps", str(steps), "--out", str(run.parents[1])]
+        start = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = run / "metrics.jsonl"
+        while process.poll() is None and not (log.exists() and log.stat().st_size):
+            time.sleep(0.01)
+        first_step = time.perf_counter() - start
+        if process.wait():
+            raise InputError(f"python {' '.join(command)} failed: run it to see why")
+        whole = time.perf_counter() - start
+        loop = json.loads((run / "results.json").read_text())["seconds_per_step"]
+        each = Worker("jax", case, Path(folder))
+        bare = statistics.median(each.ask()["seconds"] for _ in range(20))
+        each.close()
+
+    command = DEFAULTS["minidomain"]
+    sources = dataclasses.replace(command.sources, reference="real")
+    setup = opening.prepare(sources, dataclasses.replace(command.execution, precision="float32"), case.batch_size)
+    split = setup.data.reports["real"]
+    evaluator = evaluation.Evaluator(setup)
+    evaluated = median_seconds(3, lambda: evaluator.predict([setup.zero_shot], split))
+    size = data.evaluation_batch_size(case.batch_size)
+    batches = list(data.evaluation_batches(split, setup.zero_shot.vision.image_size, size, workers=1))
+    images = [data.shard_batch(batch, setup.mesh)["image"] for batch in batches]
+    forward = jax.jit(clip.image_features)
+    passed = median_seconds(3, lambda: jax.block_until_ready([forward(setup.zero_shot.vision, x) for x in images]))
+    print(f"start to first step {first_step:.1f} s, whole run {whole:.1f} s")
+    print(f"training loop {loop:.4f} s a step, bare step {bare:.4f} s: ratio {loop / bare:.3f}")
     print(
-        f"{model}, {method}, {batch_size} images on {mesh.size} {jax.devices()[0].device_kind} device(s): "
-        f"{arguments + temporaries:.1f} GiB per device ({arguments:.2f} of weights, optimizer and images, "
-        f"{temporaries:.2f} to compute in)"
+        f"evaluation {len(split) / evaluated:.0f} images/s, bare forward pass {len(split) / passed:.0f}: "
+        f"ratio {passed / evaluated:.3f}"
     )
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        _, _, kind, case, folder = sys.argv
+        worker(kind, Case(**json.loads(case)), Path(folder))
+        sys.exit()
     app = tyro.extras.SubcommandApp()
-    app.command(name="memory")(memory_command)
+    app.command(name="step")(step_command)
+    app.command(name="run")(run_command)
+    app.command(name="compile")(compile_command)
     options = {"prog": "python -m support.bench", "config": (tyro.conf.FlagCreatePairsOff,)}
     sys.exit(exit_code(lambda: app.cli(**options)))
