@@ -1,4 +1,4 @@
-"""Downloads OpenAI's published files into the cache, once: weights, vocabulary, and the prompts for ImageNet.
+"""Downloads OpenAI's published files into the cache, once: weights, vocabulary, and the names of ImageNet's classes.
 
 Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model ViT-B/16` uses it. It works
 offline if the cache contains the files; otherwise, the error says which file belongs where.
@@ -145,16 +145,16 @@ def _receive(address: str, file: BinaryIO, name: str) -> bool:
                 bar.update(len(chunk))
 
 
-def openai_prompts() -> tuple[list[str], list[str]]:
-    """Returns OpenAI's 1,000 names of ImageNet's classes, by label, and 80 prompts with `{}` for the class.
+def openai_classes() -> list[str]:
+    """Returns OpenAI's 1,000 names of ImageNet's classes, by label.
 
-    Reads what the cells of the notebook in the cache assign to `imagenet_classes` and `imagenet_templates`, and
-    executes nothing. Raises InputError if the notebook cannot be downloaded or does not contain these lists.
+    Reads what a cell of the notebook in the cache assigns to `imagenet_classes`, and executes nothing. Raises
+    InputError if the notebook cannot be downloaded or does not contain this list.
     """
     path = cache_folder() / NOTEBOOK
     if not path.exists():  # an existing notebook need not match the hash: opening and saving it rewrites its outputs
         published(NOTEBOOK)
-    found = {}
+    classes: list[str] = []
     try:
         for cell in read_json(path)["cells"]:
             try:
@@ -163,16 +163,12 @@ def openai_prompts() -> tuple[list[str], list[str]]:
                 continue
             for statement in statements:
                 match statement:
-                    case ast.Assign([ast.Name("imagenet_classes" | "imagenet_templates" as name)], value):
-                        found[name] = ast.literal_eval(value)
-        classes, templates = found["imagenet_classes"], found["imagenet_templates"]
-        if [len(classes), len(templates)] != [1000, 80]:
-            raise ValueError(f"{len(classes)} classes and {len(templates)} templates")
-        if not all(isinstance(text, str) for text in [*classes, *templates]) or not all("{}" in t for t in templates):
-            raise ValueError("an entry is not a text, or a template has no {}")
+                    case ast.Assign([ast.Name("imagenet_classes")], value):
+                        classes = list(ast.literal_eval(value))
+        if len(classes) != 1000 or not all(isinstance(text, str) for text in classes):
+            raise ValueError(f"{len(classes)} classes, or one that is not a text")
     except Exception as error:  # a malformed notebook may raise anything
-        raise InputError(
-            f"{path} does not assign 1,000 imagenet_classes and 80 imagenet_templates ({error!r}): put "
-            f"{FILES[NOTEBOOK].address} there"
-        ) from error
-    return list(classes), list(templates)
+        address = FILES[NOTEBOOK].address
+        problem = f"{path} does not assign 1,000 names to imagenet_classes ({error!r})"
+        raise InputError(f"{problem}: put {address} there") from error
+    return classes

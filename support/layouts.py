@@ -299,7 +299,7 @@ IMAGENET_LAYOUT = "imagenet/train/WNID/IMAGE, imagenet/val/WNID/IMAGE, and of th
 
 def imagenet_classes() -> Words:
     """OpenAI's names of the 1,000 classes, in the order of their WordNet ids. Raises InputError without its file."""
-    return tuple(download.openai_prompts()[0])
+    return tuple(download.openai_classes())
 
 
 def imagenet_places(root: Path | None, split_roots: Words) -> dict[str, Path]:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 import clip
 import data
 import lipsum
-from support import download, files, layouts, minidomain, tables, weights
+from support import files, layouts, minidomain, tables, weights
 from support.errors import InputError, read_json, read_lines, unknown
 from support.options import Execution, Run, Sources, flat, restored
 
@@ -69,8 +69,8 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
     """Loads and checks the model and the data. Raises InputError before any long work."""
     mesh = data.device_mesh(data.evaluation_batch_size(batch_size, execution.accumulate))
     images = layouts.read(sources)
-    # These two may download, so they come after the data, whose root may be wrong.
     templates = read_templates(sources.templates)
+    # This may download, so it comes after the data, whose root may be wrong.
     model, tokenizer = weights.load(sources.model)
     classes = images.train.classes
     seen = seen_classes(classes, sources.unseen)
@@ -89,12 +89,16 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
     )  # fmt: skip
 
 
+# OpenAI's prompts for ImageNet, from the notebook of its CLIP repository (MIT licence) that `download` knows.
+OPENAI_PROMPTS = Path(__file__).parents[1] / "assets" / "openai-prompts.txt"
+
+
 def read_templates(templates: str | None) -> list[str]:
     """OpenAI's prompts, those of a file, the given prompt, or minidomain's. Raises InputError for one without `{}`."""
     if templates is None:
         return list(minidomain.TEMPLATES)
     if templates == "openai":
-        return download.openai_prompts()[1]
+        return read_lines(OPENAI_PROMPTS)
     if "{}" in templates:
         return [templates]
     name = f"--templates {templates!r} is neither openai nor a prompt with {{}}, and as a file it"

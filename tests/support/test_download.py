@@ -1,5 +1,6 @@
-"""Downloads from a local server that breaks off, sends wrong bytes or refuses; the prompts in OpenAI's notebook."""
+"""Downloads from a local server that breaks off, sends wrong bytes or refuses; the classes in OpenAI's notebook."""
 
+import ast
 import hashlib
 import json
 import os
@@ -267,10 +268,9 @@ def test_addresses_contain_the_hashes() -> None:
         assert not name.endswith(".pt") or address.split("/")[-2] == sha256
 
 
-# ------------------------------------------------------------------------------------------------------------- prompts
+# ----------------------------------------------------------------------------------------- names of ImageNet's classes
 
 CLASSES = [f"class {index}" for index in range(1000)]
-TEMPLATES = [f"photo {index} of a {{}}." for index in range(80)]
 
 
 def notebook(folder: Path, *sources: str | list[str]) -> Path:
@@ -286,55 +286,59 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_published_prompts(cache: Path) -> None:
+def test_published_classes_and_prompts(cache: Path) -> None:
+    """The prompts that come with this project are the notebook's."""
     shutil.copy(shared(f"data/openai/{download.NOTEBOOK}"), cache)
-    classes, templates = download.openai_prompts()
-    assert (len(classes), len(set(classes)), len(templates)) == (1000, 998, 80)  # two names occur twice
+    classes = download.openai_classes()
+    assert (len(classes), len(set(classes))) == (1000, 998)  # two names occur twice
     assert [classes[index] for index in (0, 134, 517, 999)] == [
         "tench",
         "crane bird",
         "construction crane",
         "toilet paper",
     ]
-    assert (templates[0], templates[-1]) == ("a bad photo of a {}.", "a tattoo of the {}.")
-    assert opening.read_templates("openai") == templates
+    sources = ["".join(cell["source"]) for cell in json.loads((cache / download.NOTEBOOK).read_text())["cells"]]
+    (assignment,) = [source for source in sources if source.startswith("imagenet_templates = ")]
+    assert opening.read_templates("openai") == ast.literal_eval(ast.parse(assignment).body[0].value)
 
 
-def test_prompts_among_other_cells(cache: Path) -> None:
-    lines = f"imagenet_templates = {TEMPLATES!r}\n\nprint(len(imagenet_templates))".splitlines(keepends=True)
-    notebook(cache, "! pip install ftfy", "import no_such_module", f"imagenet_classes = {CLASSES!r}", lines)
-    assert download.openai_prompts() == (CLASSES, TEMPLATES)
+def test_openai_prompts_need_no_network() -> None:
+    prompts = opening.read_templates("openai")
+    assert len(set(prompts)) == 80 and all(prompt.count("{}") == 1 for prompt in prompts)
 
 
-def test_prompts_are_downloaded(cache: Path) -> None:
-    refused(download.openai_prompts, download.FILES[download.NOTEBOOK].address, cache / download.NOTEBOOK)
-    refused(lambda: opening.read_templates("openai"), cache / download.NOTEBOOK)
+def test_classes_among_other_cells(cache: Path) -> None:
+    lines = f"imagenet_classes = {CLASSES!r}\n\nprint(len(imagenet_classes))".splitlines(keepends=True)
+    notebook(cache, "! pip install ftfy", "import no_such_module", "imagenet_templates = ['a {}']", lines)
+    assert download.openai_classes() == CLASSES
+
+
+def test_classes_are_downloaded(cache: Path) -> None:
+    refused(download.openai_classes, download.FILES[download.NOTEBOOK].address, cache / download.NOTEBOOK)
 
 
 @pytest.mark.parametrize(
-    "templates",
+    "classes",
     [
-        "__import__('pathlib').Path({trace!r}).touch() or {templates!r}",
-        "[__import__('pathlib').Path({trace!r}).touch(), *{templates!r}]",
-        "(lambda: open({trace!r}, 'w').close())() or {templates!r}",
+        "__import__('pathlib').Path({trace!r}).touch() or {classes!r}",
+        "[__import__('pathlib').Path({trace!r}).touch(), *{classes!r}]",
+        "(lambda: open({trace!r}, 'w').close())() or {classes!r}",
     ],
 )
-def test_notebook_is_never_executed(templates: str, cache: Path) -> None:
+def test_notebook_is_never_executed(classes: str, cache: Path) -> None:
     trace = cache / "trace"
-    source = "imagenet_templates = " + templates.format(trace=str(trace), templates=TEMPLATES)
-    path = notebook(cache, f"imagenet_classes = {CLASSES!r}", source)
-    refused(download.openai_prompts, path)
+    source = "imagenet_classes = " + classes.format(trace=str(trace), classes=CLASSES)
+    path = notebook(cache, source)
+    refused(download.openai_classes, path)
     assert not trace.exists()
     exec(source, {})  # without the checks, the code is executed
     assert trace.exists()
 
 
-@pytest.mark.parametrize(
-    "templates", [TEMPLATES[:-1], ["photo", *TEMPLATES[1:]], [7, *TEMPLATES[1:]], "{}" * 40, {}, None]
-)
-def test_wrong_prompts_are_refused(templates: Any, cache: Path) -> None:
-    path = notebook(cache, f"imagenet_classes = {CLASSES!r}\nimagenet_templates = {templates!r}")
-    refused(download.openai_prompts, path, download.FILES[download.NOTEBOOK].address)
+@pytest.mark.parametrize("classes", [CLASSES[:-1], [7, *CLASSES[1:]], {}, None])
+def test_wrong_classes_are_refused(classes: Any, cache: Path) -> None:
+    path = notebook(cache, f"imagenet_classes = {classes!r}")
+    refused(download.openai_classes, path, download.FILES[download.NOTEBOOK].address)
 
 
 @pytest.mark.parametrize(
@@ -342,4 +346,4 @@ def test_wrong_prompts_are_refused(templates: Any, cache: Path) -> None:
 )
 def test_invalid_notebook_is_refused(content: str, cache: Path) -> None:
     (cache / download.NOTEBOOK).write_text(content)
-    refused(download.openai_prompts, cache / download.NOTEBOOK)
+    refused(download.openai_classes, cache / download.NOTEBOOK)
