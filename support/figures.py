@@ -233,7 +233,7 @@ def weights_plot(results: Sequence[Results]) -> Figure:
     for method, runs in tables.by_method(trained(results)).items():
         name = "decay" if method == "ema" else "weight"
         groups = {group[0]["settings"][name]: group for group in tables.groups(runs).values()}
-        if len(groups) > 1 or method == "ft":
+        if tables.varied_settings(runs) == ([] if method == "ft" else [name]):
             curves[method] = {value: accuracies(group).mean(axis=1) for value, group in sorted(groups.items())}
     fixed = {name: curves.pop(name, {}) for name in ("ft", "lipsum")}
     if not curves:

@@ -157,8 +157,8 @@ def check_texts(run: Run, setup: Setup) -> None:
 
 def repeated(texts: Sequence[str]) -> list[str]:
     """The texts that the tokenizer cannot tell from an earlier one."""
-    seen: set[str] = set()
-    return [text for text in texts if (clean := clip.clean_text(text)) in seen or seen.add(clean)]
+    cleaned = [clip.clean_text(text) for text in texts]
+    return [text for index, text in enumerate(texts) if cleaned.index(cleaned[index]) < index]
 
 
 def prompts_per_class(setup: Setup) -> int:
