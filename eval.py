@@ -165,10 +165,10 @@ class Evaluator:
 
     def predict(self, members: Sequence[lipsum.Classifier], split: data.Split) -> Predictions:
         """One pass over a split, in the precision of the command."""
-        setup, execution = self.setup, self.setup.execution
+        execution = self.setup.execution
         cast = [lipsum.Classifier(clip.compute_in(each.vision, execution.precision), each.head) for each in members]
-        batch_size = data.evaluation_batch_size(setup.batch_size, execution.accumulate)
-        return predict(cast, setup.tau, split, batch_size, execution.workers, setup.mesh)
+        batch_size = data.evaluation_batch_size(self.setup.batch_size, execution.accumulate)
+        return predict(cast, self.setup.tau, split, batch_size, execution.workers, self.setup.mesh)
 
     def selection_accuracy(self, members: Sequence[lipsum.Classifier]) -> float:
         """Accuracy on the selection data, of classifiers over the classes there."""
@@ -200,8 +200,8 @@ class Evaluator:
         setup = self.setup
         results = {"role": "shift" if name in list(setup.data.reports)[1:] else "reference", **metrics(predictions)}
         if is_one_model:  # an ensemble has no features of its own
-            found = self.zero_shot_predictions[name], predictions
-            before, after = (jnp.asarray(each.features) for each in found)
+            before = jnp.asarray(self.zero_shot_predictions[name].features)
+            after = jnp.asarray(predictions.features)
             results["energy_gap"] = float(lipsum.expected_energy_gap(after, before, self.second_moment))
             results["distortion"] = float(lipsum.feature_distortion(after, before))
         if len(setup.seen) < len(setup.classes):

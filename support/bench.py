@@ -101,18 +101,22 @@ def topology_mesh(name: str) -> Mesh:
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
+def batch_shapes(case: Case, config: clip.Config, sharding: NamedSharding | None = None) -> dict[str, Any]:
+    """The shapes of a batch."""
+    image = (case.batch_size, config.image_size, config.image_size, 3)
+    return {
+        "image": jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct(image[:1], jnp.int32, sharding=sharding),
+    }
+
+
 def compiled_step(case: Case, config: clip.Config, mesh: Mesh) -> jax.stages.Compiled:
     """The step as compiled for the mesh's devices, from shapes alone."""
     key = jax.random.key(0)
     shapes = jax.eval_shape(lambda: case.start(key, config)[:2])
     shardings = data.shardings(shapes, mesh, case.fsdp)
     state, frozen = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    side = config.image_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((case.batch_size, side, side, 3), jnp.uint8, sharding=rows),
-        "label": jax.ShapeDtypeStruct((case.batch_size,), jnp.int32, sharding=rows),
-    }
+    batch = batch_shapes(case, config, NamedSharding(mesh, PartitionSpec("data")))
     key_shape = jax.eval_shape(lambda: key).update(sharding=NamedSharding(mesh, PartitionSpec()))
     step = lipsum.training_step(lipsum.METHODS[case.method].loss, shardings[0])
     return step.lower(state, frozen, batch, key_shape).compile()
@@ -144,13 +148,8 @@ def step_flops(case: Case, config: clip.Config) -> int:
     """Floating-point operations of the matrix products of one step."""
     key = jax.random.key(0)
     state, frozen, _ = jax.eval_shape(lambda: case.start(key, config))
-    side = config.image_size
-    batch = {
-        "image": jax.ShapeDtypeStruct((case.batch_size, side, side, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((case.batch_size,), jnp.int32),
-    }
     step = lipsum.training_step(lipsum.METHODS[case.method].loss)
-    return matmul_flops(jax.make_jaxpr(step)(state, frozen, batch, key))
+    return matmul_flops(jax.make_jaxpr(step)(state, frozen, batch_shapes(case, config), key))
 
 
 def compile_command(
@@ -310,17 +309,22 @@ def torch_step(case: Case, folder: Path) -> Advance:
     return advance
 
 
+def seconds_per_call(repeats: int, compute: Callable[[], Any]) -> list[float]:
+    """The times of calls, after one that compiles."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        compute()
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
 def matmul_rate(precision: str) -> float:
     """FLOP/s of a large matrix product on the same devices: the best of ten."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), precision)
     product = jax.jit(jnp.matmul)
-    seconds = []
-    for _ in range(11):
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])
+    return 2 * size**3 / min(seconds_per_call(10, lambda: product(x, x).block_until_ready()))
 
 
 def worker(kind: str, case: Case, folder: Path) -> None:
@@ -419,16 +423,6 @@ def step_command(
         print(f"{name:28}" + "".join(f"{cell:>14}" for cell in cells))
 
 
-def median_seconds(repeats: int, compute: Callable[[], Any]) -> float:
-    """The median time of a call, after one that compiles."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        compute()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
 def run_command(method: str = "lipsum", steps: int = 100) -> None:
     """Time the embedded run: its start, its training loop beside the bare step, and its evaluation.
 
@@ -460,12 +454,14 @@ def run_command(method: str = "lipsum", steps: int = 100) -> None:
     setup = opening.prepare(sources, dataclasses.replace(command.execution, precision="float32"), case.batch_size)
     split = setup.data.reports["real"]
     evaluator = evaluation.Evaluator(setup)
-    evaluated = median_seconds(3, lambda: evaluator.predict([setup.zero_shot], split))
+    evaluated = statistics.median(seconds_per_call(3, lambda: evaluator.predict([setup.zero_shot], split)))
     size = data.evaluation_batch_size(case.batch_size)
     batches = list(data.evaluation_batches(split, setup.zero_shot.vision.image_size, size, workers=1))
     images = [data.shard_batch(batch, setup.mesh)["image"] for batch in batches]
     forward = jax.jit(clip.image_features)
-    passed = median_seconds(3, lambda: jax.block_until_ready([forward(setup.zero_shot.vision, x) for x in images]))
+    vision = setup.zero_shot.vision
+    passes = seconds_per_call(3, lambda: jax.block_until_ready([forward(vision, x) for x in images]))
+    passed = statistics.median(passes)
     print(f"start to first step {first_step:.1f} s, whole run {whole:.1f} s")
     print(f"training loop {loop:.4f} s a step, bare step {bare:.4f} s: ratio {loop / bare:.3f}")
     print(

@@ -85,11 +85,16 @@ def accuracies(runs: Sequence[Results]) -> Float[np.ndarray, "2 runs"]:
     return 100 * np.array([shifts, [run["splits"][tables.reference_of(run)]["accuracy"] for run in runs]])
 
 
+def zero_shot_accuracies(results: Sequence[Results]) -> Float[np.ndarray, "2 1"]:
+    """Returns `accuracies` of the zero-shot model, which all runs share."""
+    return accuracies([results[0] | {"splits": results[0]["zero_shot"]}])
+
+
 def with_axes(figure: Figure, results: Sequence[Results]) -> Figure:
     """Adds the zero-shot accuracy, axis labels and legend to a figure of reference against shifts."""
     (axes,) = figure.axes
-    zero_shot = accuracies([results[0] | {"splits": results[0]["zero_shot"]}])
-    axes.plot(*zero_shot, "*", label="zero-shot", color="black", markersize=15, markeredgecolor="white", zorder=5)
+    star = {"color": "black", "markersize": 15, "markeredgecolor": "white", "zorder": 5}
+    axes.plot(*zero_shot_accuracies(results), "*", label="zero-shot", **star)
     axes.set_xlabel("mean accuracy on the shifts, %")
     axes.set_ylabel(f"accuracy on {tables.reference_of(results[0])}, %")
     return with_legend(figure)
@@ -254,7 +259,7 @@ def weights_plot(results: Sequence[Results]) -> Figure:
                 for value, point in points.items() if name != "ft" else ():
                     offset = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7}
                     axes.annotate(f"{value:.4g}", point, **style, **offset)
-        axes.plot(*accuracies([results[0] | {"splits": results[0]["zero_shot"]}]), "k*", label="zero-shot")
+        axes.plot(*zero_shot_accuracies(results), "k*", label="zero-shot")
         axes.set_title(tables.names(method)["label"], fontsize=10)
         axes.set_xlabel("mean accuracy on the shifts, %")
     panels[0].set_ylabel(f"accuracy on {tables.reference_of(results[0])}, %")

@@ -39,6 +39,7 @@ class Setup:
     batch_size: int  # the largest that is trained with
     model: clip.CLIP
     tokenizer: Tokenizer
+    templates: tuple[str, ...]
     data: data.Data
     classes: tuple[str, ...]
     seen: Int[np.ndarray, " seen"]
@@ -85,7 +86,8 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
     model, head, context_head, tau = data.place((model, head, context_head, tau), mesh, execution.fsdp)
     zero_shot = lipsum.Classifier(model.vision, head)
     return Setup(
-        sources, execution, batch_size, model, tokenizer, images, classes, seen, zero_shot, context_head, tau, mesh,
+        sources, execution, batch_size, model, tokenizer, tuple(templates), images, classes, seen, zero_shot,
+        context_head, tau, mesh,
     )  # fmt: skip
 
 
@@ -163,15 +165,14 @@ def repeated(texts: Sequence[str]) -> list[str]:
 
 def prompts_per_class(setup: Setup) -> int:
     """How many different prompts each class has."""
-    templates = read_templates(setup.sources.templates)
-    return len(templates) - len(repeated(templates))
+    return len(setup.templates) - len(repeated(setup.templates))
 
 
 def doubts(setup: Setup, runs: Sequence[Run]) -> Iterator[str]:
     """A line for all in the data and the prompts that makes a result mean less than it seems to."""
     if classes := repeated(setup.classes):
         yield f"classes with the prompts of an earlier class are never predicted zero-shot: {', '.join(classes)}"
-    if templates := repeated(read_templates(setup.sources.templates)):
+    if templates := repeated(setup.templates):
         yield f"--templates {setup.sources.templates} repeats prompts, which count as often: {', '.join(templates)}"
     if any(lipsum.METHODS[run.method].texts == "templates" for run in runs) and prompts_per_class(setup) == 1:
         yield "mse-fixed with one prompt holds one direction of the features: give --templates openai or several"

@@ -171,6 +171,11 @@ def defaults(data: str, protocol: str | None, model: str) -> Command:
     return dataclasses.replace(command, protocol=protocol, reference=reference, sources=sources, settings=settings)
 
 
+def defaults_of(command: Command) -> Command:
+    """The defaults that the command was parsed with."""
+    return defaults(command.sources.data, command.protocol, command.sources.model)
+
+
 def parse(arguments: Sequence[str]) -> Command:
     """The command line, with the defaults of its data set. Raises InputError for an unknown data set."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -181,10 +186,6 @@ def parse(arguments: Sequence[str]) -> Command:
         Command, prog="python train.py", args=list(arguments), default=defaults(**first_look),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
     )  # fmt: skip
-
-
-# Fraction of the steps that EMA averages over unless --decay is given, so that runs of any length weight theirs alike.
-AVERAGED = 0.8
 
 
 def words(value: Any) -> str:
@@ -200,7 +201,7 @@ def protocol_lines(command: Command) -> str:
 
     given = options(command)
     kept, instead = [], []
-    for name, value in options(defaults(command.sources.data, command.protocol, command.sources.model)).items():
+    for name, value in options(defaults_of(command)).items():
         if given[name] == value:
             kept += [flag(name) if value is True else f"{flag(name)} {words(value)}"] if value else []
         elif name not in ("data_root", "split_roots"):
@@ -273,17 +274,22 @@ def resolved(command: Command) -> Command:
 
 def unread_settings(method: lipsum.Method, guidance: Path | None) -> set[str]:
     """The settings that the method does not read."""
+    reads_texts = method.texts in ("drawn", "averaged")
     reads = {
         **dict.fromkeys(("steps", "batch_size", "learning_rate", "warmup", "fixed_head"), method.trained),
         **dict.fromkeys(("augmentation", "eval_every"), method.trained),
         "weight": method.loss is not None,
         "num_texts": method.texts == "drawn",
-        "text_length": method.texts in ("drawn", "averaged") and guidance is None,
-        "guidance": method.texts in ("drawn", "averaged"),
+        "text_length": reads_texts and guidance is None,
+        "guidance": reads_texts,
         "temperature": method.tempered,
         "decay": method.averaged,
     }
     return {name for name, is_read in reads.items() if not is_read}
+
+
+# Fraction of the steps that EMA averages over unless --decay is given, so that runs of any length weight theirs alike.
+AVERAGED = 0.8
 
 
 def runs(command: Command) -> Iterator[Run]:
@@ -361,7 +367,7 @@ def doubts(command: Command) -> list[str]:
     methods = [lipsum.METHODS[name] for name in command.method]
     unread = set.intersection(*(unread_settings(method, command.settings.guidance) for method in methods))
     unread -= {"batch_size", "fixed_head" if command.sources.unseen else ""}  # the evaluation and --unseen set these
-    default = vars(defaults(command.sources.data, command.protocol, command.sources.model).settings)
+    default = vars(defaults_of(command).settings)
     given = [(name, value) for name, value in vars(command.settings).items() if value != default[name]]
     lines = [
         f"{flag(name)} {words(value)} has no effect on {' '.join(command.method)}"

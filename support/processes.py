@@ -64,7 +64,7 @@ def check_processes(command: Command) -> None:
 
 def warn(lines: Iterable[str]) -> None:
     """Prints a warning per line, in one of the processes."""
-    for line in lines if jax.process_index() == 0 else ():
+    for line in lines if writes_files() else ():
         print(f"warning: {line}", file=sys.stderr)
 
 

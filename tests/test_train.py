@@ -184,7 +184,7 @@ def test_what_the_prompts_cannot_tell_apart_is_said(command: Command, tmp_path: 
     reports = setup.data.reports | {"sketch": sketch}
     setup = dataclasses.replace(
         setup,
-        sources=dataclasses.replace(setup.sources, templates="a {}."),
+        templates=("a {}.",),
         classes=("dog", "ice cream", "Dog"),
         seen=np.array([1, 2]),
         data=dataclasses.replace(setup.data, reports=reports),
