@@ -72,6 +72,7 @@ def test_a_topology_needs_libtpu_and_a_known_name() -> None:
 def test_every_method_compiles_for_eight_tpu_cores(method: str, small: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("libtpu")
     case = Case(small, method, 64, "bfloat16", fsdp=method == "ft")
-    bench.compile_command(case, "v5e:2x4")
+    with jax.numpy_dtype_promotion("standard"):  # in bfloat16, the gradient of JAX's own attention mixes types
+        bench.compile_command(case, "v5e:2x4")
     output = capsys.readouterr().out
     assert "fits: 0.0" in output and "all-reduce" in output
