@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -112,22 +113,18 @@ def outcomes(members: Members, tau: Float[Array, ""], compared: Compared, batch:
 
 
 def per_image(
-    outputs: Callable[[dict[str, Array]], tuple[Array, ...]],
-    split: data.Split,
-    resolution: int,
-    batch_size: int,
-    workers: int,
-    mesh: Mesh,
-) -> list[np.ndarray]:
+    outputs: Callable[[dict[str, Array]], tuple[Array, ...]], split: data.Split, resolution: int, batch_size: int,
+    workers: int, mesh: Mesh,
+) -> list[np.ndarray]:  # fmt: skip
     """The outputs of a function of batches for every image of a split, in order: the one evaluation loop."""
     batches = tqdm(
         data.evaluation_batches(split, resolution, batch_size, workers, data.own_part()), f"evaluating {split.name}",
         -(-len(split) // batch_size), unit="batch", leave=False, disable=not data.writes_files(),
     )  # fmt: skip
+    computed = ((*outputs(batch), batch["valid"]) for batch in (data.shard_batch(each, mesh) for each in batches))
     collected = []
-    for host_batch in batches:
-        batch = data.shard_batch(host_batch, mesh)
-        *found, valid = data.fetch((*outputs(batch), batch["valid"]))
+    for batch, _ in pairwise(chain(computed, [None])):  # a batch is fetched while the next is computed
+        *found, valid = data.fetch(batch)
         collected.append([x[valid] for x in found])
     return [np.concatenate(parts) for parts in zip(*collected, strict=True)]
 

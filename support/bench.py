@@ -35,18 +35,17 @@ import clip
 import data
 import eval as evaluation
 import lipsum
-from support import opening, weights
+from support import minidomain, opening, processes, weights
 from support.errors import InputError, check_positive, exit_code, unknown
 from support.options import DEFAULTS
 
 GIB = 2**30
-CLASSES = 345  # DomainNet's
 Precision = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A training step on random images and weights, with as many classes as DomainNet has."""
+    """A training step on random images and weights."""
 
     model: str = "ViT-B/32"
     """A preset, such as ViT-B/16, or tiny. Its weights are random."""
@@ -54,6 +53,8 @@ class Case:
     """A method of train.py that trains."""
     batch_size: int = 8
     """Images per step, over all devices."""
+    classes: int = 345
+    """Classes; DomainNet's are 345."""
     precision: Precision = "float32"
     """Type that the towers compute in."""
     accumulate: int = 1
@@ -74,17 +75,25 @@ class Case:
             raise unknown("model preset", self.model, [*clip.PRESETS, "tiny"])
         return clip.PRESETS[self.model]
 
-    def start(self, key: jax.Array, config: clip.Config) -> tuple[lipsum.State, lipsum.Frozen, clip.CLIP]:
-        """The state, what is frozen, and the whole model that they come from."""
-        model = clip.CLIP(config, key)
-        dim = config.embedding_size
-        head, context = (clip.normalize(jax.random.normal(key, (count, dim))).T for count in (CLASSES, 80))
+    def heads(self, dim: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A zero-shot and a context head."""
+        return tuple(clip.normalize(jax.random.normal(key, (count, dim))).T for count in (self.classes, 80))
+
+    def start(self, model: clip.CLIP, heads: tuple[jax.Array, jax.Array]) -> tuple[lipsum.State, lipsum.Frozen]:
+        """The state, and what is frozen."""
+        method = lipsum.METHODS[self.method]
+        dim = model.config.embedding_size
         frozen = lipsum.Frozen(
-            lipsum.Classifier(model.vision, head), model.text, context, jnp.float32(100),
-            lipsum.Settings(weight=lipsum.METHODS[self.method].weight),
-            lipsum.Computation(self.precision, self.accumulate, self.remat), second_moment=jnp.eye(dim) / dim,
+            lipsum.Classifier(model.vision, heads[0]), model.text, heads[1], jnp.float32(100),
+            lipsum.Settings(weight=method.weight), lipsum.Computation(self.precision, self.accumulate, self.remat),
+            second_moment=jnp.eye(dim) / dim,
         )  # fmt: skip
-        return lipsum.initial_state(frozen, averaged=lipsum.METHODS[self.method].averaged), frozen, model
+        return lipsum.initial_state(frozen, averaged=method.averaged), frozen
+
+    def shapes(self, config: clip.Config) -> tuple[lipsum.State, lipsum.Frozen]:
+        """The shapes of `start`."""
+        key = jax.random.key(0)
+        return jax.eval_shape(lambda: self.start(clip.CLIP(config, key), self.heads(config.embedding_size, key)))
 
 
 # ------------------------------------------------------------------------------------------------------------ compiling
@@ -93,6 +102,7 @@ class Case:
 def topology_mesh(name: str) -> Mesh:
     """A mesh of all cores of a TPU topology. Raises InputError if libtpu is missing or does not know the name."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two of these commands may run at once
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:
@@ -112,14 +122,13 @@ def batch_shapes(case: Case, config: clip.Config, sharding: NamedSharding | None
 
 def compiled_step(case: Case, config: clip.Config, mesh: Mesh) -> jax.stages.Compiled:
     """The step as compiled for the mesh's devices, from shapes alone."""
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(lambda: case.start(key, config)[:2])
+    shapes = case.shapes(config)
     shardings = data.shardings(shapes, mesh, case.fsdp)
     state, frozen = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)
     batch = batch_shapes(case, config, NamedSharding(mesh, PartitionSpec("data")))
-    key_shape = jax.eval_shape(lambda: key).update(sharding=NamedSharding(mesh, PartitionSpec()))
+    key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=NamedSharding(mesh, PartitionSpec()))
     step = lipsum.training_step(lipsum.METHODS[case.method].loss, shardings[0])
-    return step.lower(state, frozen, batch, key_shape).compile()
+    return step.lower(state, frozen, batch, key).compile()
 
 
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
@@ -146,10 +155,8 @@ def matmul_flops(jaxpr: Any) -> int:
 
 def step_flops(case: Case, config: clip.Config) -> int:
     """Floating-point operations of the matrix products of one step."""
-    key = jax.random.key(0)
-    state, frozen, _ = jax.eval_shape(lambda: case.start(key, config))
     step = lipsum.training_step(lipsum.METHODS[case.method].loss)
-    return matmul_flops(jax.make_jaxpr(step)(state, frozen, batch_shapes(case, config), key))
+    return matmul_flops(jax.make_jaxpr(step)(*case.shapes(config), batch_shapes(case, config), jax.random.key(0)))
 
 
 def compile_command(
@@ -214,26 +221,43 @@ def random_images(case: Case, config: clip.Config) -> dict[str, np.ndarray]:
     """One batch, the same in every process."""
     random = np.random.default_rng(0)
     shape = (case.batch_size, config.image_size, config.image_size, 3)
-    labels = random.integers(0, CLASSES, case.batch_size, dtype=np.int32)
+    labels = random.integers(0, case.classes, case.batch_size, dtype=np.int32)
     return {"image": random.integers(0, 256, shape, dtype=np.uint8), "label": labels}
 
 
 Advance = Callable[[], float]  # one step; returns its loss
+WEIGHTS = "weights.safetensors"
+HEADS = ("head", "context head")
+
+
+def draw_weights(case: Case, folder: Path) -> Advance:
+    """Writes random weights and heads to the file that both implementations read."""
+    config = case.config()
+
+    # The hardware's generator draws a model of 150 million weights in a second, JAX's default one in seven.
+    @eqx.filter_jit
+    def draw(key: jax.Array) -> tuple[clip.CLIP, tuple[jax.Array, jax.Array]]:
+        return clip.CLIP(config, key), case.heads(config.embedding_size, key)
+
+    model, heads = draw(jax.random.key(0, impl="rbg"))
+    arrays = clip.to_state_dict(model, "hugging_face") | dict(zip(HEADS, heads, strict=True))
+    save_file({name: np.array(array, order="C") for name, array in arrays.items()}, folder / WEIGHTS)
+    return lambda: 0.0
 
 
 def jax_step(case: Case, folder: Path) -> Advance:
-    """The step of this project, compiled into a cache in `folder`. Writes weights and head for PyTorch there."""
+    """The step of this project, compiled into a cache in `folder`, with the settings of train.py."""
+    processes.keep_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(folder / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     config = case.config()
     mesh = data.device_mesh(case.batch_size, case.accumulate)
-    # The hardware's generator draws a model of 150 million weights in a second, JAX's default one in seven.
-    start = eqx.filter_jit(partial(case.start, config=config))(jax.random.key(0, impl="rbg"))
-    state, frozen, model = data.place(start, mesh, case.fsdp)
-    if not (folder / "weights.safetensors").exists():
-        arrays = clip.to_state_dict(model, "hugging_face") | {"head": frozen.zero_shot.head}
-        save_file({name: np.array(array, order="C") for name, array in arrays.items()}, folder / "weights.safetensors")
-    del start, model
+    arrays = load_file(folder / WEIGHTS)
+    heads = tuple(arrays.pop(name) for name in HEADS)
+    start = clip.from_state_dict(arrays, config, "hugging_face", WEIGHTS), heads
+    del arrays
+    state, frozen = data.place(case.start(*start), mesh, case.fsdp)
+    del start
     batch = data.shard_batch(random_images(case, config), mesh)
     step = lipsum.training_step(lipsum.METHODS[case.method].loss, data.shardings(state, mesh, case.fsdp))
     key = jax.random.key(0)
@@ -266,8 +290,8 @@ def torch_step(case: Case, folder: Path) -> Advance:
         "bos_token_id": config.start_token, "eos_token_id": config.end_token,
     }  # fmt: skip
     hub_config = transformers.CLIPConfig(**towers, projection_dim=config.embedding_size)
-    arrays = {name: torch.from_numpy(array) for name, array in load_file(folder / "weights.safetensors").items()}
-    head = arrays.pop("head").requires_grad_()
+    arrays = {name: torch.from_numpy(array) for name, array in load_file(folder / WEIGHTS).items()}
+    head = arrays.pop(HEADS[0]).requires_grad_()
     models = [transformers.CLIPModel(hub_config) for _ in range(2)]
     for model in models:
         model.load_state_dict(arrays, strict=False)
@@ -329,7 +353,7 @@ def matmul_rate(precision: str) -> float:
 
 def worker(kind: str, case: Case, folder: Path) -> None:
     """Answers each line of standard input with the measurements of one more step, as a line of JSON."""
-    advance = {"jax": jax_step, "torch": torch_step}[kind](case, folder)
+    advance = {"draw": draw_weights, "jax": jax_step, "torch": torch_step}[kind](case, folder)
     for line in sys.stdin:
         if line.strip() == "rate":
             print(json.dumps(matmul_rate(case.precision)), flush=True)
@@ -395,6 +419,7 @@ def step_command(
     if vs and case.method not in ("ft", "lipsum", "lipsum-exact"):
         raise InputError(f"--vs torch has no {case.method}: give ft, lipsum or lipsum-exact")
     with tempfile.TemporaryDirectory() as folder:
+        Worker("draw", case, Path(folder)).close()
         workers = {"this project": Worker("jax", case, Path(folder))}
         if vs:
             workers["PyTorch"] = Worker("torch", case, Path(folder))
@@ -430,7 +455,7 @@ def run_command(method: str = "lipsum", steps: int = 100) -> None:
         method: A method of train.py that trains.
         steps: Steps of the run.
     """
-    case = Case("tiny", method, DEFAULTS["minidomain"].settings.batch_size[0])
+    case = Case("tiny", method, DEFAULTS["minidomain"].settings.batch_size[0], classes=len(minidomain.CLASSES))
     case.config()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "runs" / method / "seed-0"
@@ -445,6 +470,7 @@ def run_command(method: str = "lipsum", steps: int = 100) -> None:
             raise InputError(f"python {' '.join(command)} failed: run it to see why")
         whole = time.perf_counter() - start
         loop = json.loads((run / "results.json").read_text())["seconds_per_step"]
+        Worker("draw", case, Path(folder)).close()
         each = Worker("jax", case, Path(folder))
         bare = statistics.median(each.ask()["seconds"] for _ in range(20))
         each.close()

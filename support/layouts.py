@@ -376,8 +376,11 @@ def read_minidomain(root: Path | None, reference: str, shifts: Words, select_on:
     def read(name: str, domain: str, split: str) -> Split:
         return Split(name, minidomain.CLASSES, *minidomain.load_domain(domain, split))
 
-    reports = {domain: read(domain, domain, "test") for domain in (reference, *shifts)}
-    return with_selection(read("train", reference, "train"), reports, select_on, lambda: read("val", reference, "val"))
+    wanted = [*((domain, "test") for domain in (reference, *shifts)), (reference, "val"), (reference, "train")]
+    with minidomain.drawn_on_all_cores(wanted):
+        reports = {domain: read(domain, domain, "test") for domain in (reference, *shifts)}
+        train = read("train", reference, "train")
+        return with_selection(train, reports, select_on, lambda: read("val", reference, "val"))
 
 
 # ------------------------------------------------------------------------------------------------------- any data set

@@ -12,9 +12,11 @@ import hashlib
 import io
 import itertools
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -641,13 +643,40 @@ def load_web(seed: int = 0) -> tuple[UInt8[np.ndarray, "n 36 36 3"], list[list[s
     return arrays["images"], arrays["captions"].tolist()
 
 
+def cache_path(split: str, domain: str | None, number: int, seed: int) -> Path:
+    name = "-".join(filter(None, (domain, split, str(number), f"seed{seed}")))
+    return cache_folder() / "minidomain" / f"{name}-{FINGERPRINT}.cache"
+
+
+@contextmanager
+def drawn_on_all_cores(wanted: Sequence[tuple[str, str]], seed: int = 0) -> Iterator[None]:
+    """While the caller loads splits (domain, split) in order, other processes draw those that the cache lacks.
+
+    They begin with the last. `cached` waits for a split that one of them draws.
+    """
+    splits = [(split, domain, SIZES[split], seed) for domain, split in wanted]
+    missing = [each for each in reversed(splits) if not cache_path(*each).exists()]
+    helpers = min(os.cpu_count() or 1, len(missing)) - 1
+    start = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); from support.minidomain import cached"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", f"{start}\nfor each in {missing[first::helpers]}: cached(*each)"])
+        for first in range(helpers)
+    ]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.terminate()  # all is drawn, or the caller failed
+            process.wait()
+
+
 def cached(split: str, domain: str | None, number: int, seed: int) -> Arrays:
     """Returns the arrays of `draw_all` from the cache folder. Draws and saves them if they are missing or damaged.
 
     A cached file consists of the SHA-256 of an .npz archive and the archive.
     """
-    name = "-".join(filter(None, (domain, split, str(number), f"seed{seed}")))
-    path = cache_folder() / "minidomain" / f"{name}-{FINGERPRINT}.cache"
+    path = cache_path(split, domain, number, seed)
+    name = path.name.removesuffix(f"-{FINGERPRINT}.cache")
     try:
         lock = locked(path, waiting=f"minidomain: waiting for another process that draws {name}")
         with nullcontext() if path.exists() else lock:  # a cache that is only read need not be writable

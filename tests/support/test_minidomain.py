@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -254,6 +255,24 @@ def test_two_processes_load_the_same_images_at_once(cache):
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs == [digest(load_domain("real", "train")[0])] * 2
     assert [file.suffix for file in cache.iterdir()] == [".cache"]
+
+
+def test_all_cores_draw_what_the_cache_lacks(cache, tmp_path, monkeypatch, capfd):
+    wanted = [("real", "test"), ("sketch", "test"), ("real", "val"), ("real", "train")]
+    expected = [load_domain(*each) for each in wanted]
+    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    load_domain(*wanted[0])
+    capfd.readouterr()
+    with minidomain.drawn_on_all_cores(wanted):
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "other" / "minidomain").glob("*.cache"))) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)  # the caller draws nothing
+    assert capfd.readouterr().err.count("minidomain: drawing") == 3
+    for each, (images, labels) in zip(wanted, expected, strict=True):
+        found, found_labels = load_domain(*each)
+        assert np.array_equal(found, images) and np.array_equal(found_labels, labels)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_failed_write_leaves_nothing_behind(cache, monkeypatch):
