@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
+import ftfy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +51,8 @@ class Config:
     end_token: int = 49407
     activation: str = "quick_gelu"
     layer_norm_epsilon: float = 1e-5
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # per channel, of OpenAI's training images
+    image_deviation: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
 _BASE = Config(224, 32, Transformer(768, 12, 12, 3072), Transformer(512, 12, 8, 2048), embedding_size=512)
@@ -167,6 +170,8 @@ class VisionTower(eqx.Module):
     blocks: Block
     layer_norm_post: eqx.nn.LayerNorm
     projection: eqx.nn.Linear
+    mean: tuple[float, ...] = eqx.field(static=True)
+    deviation: tuple[float, ...] = eqx.field(static=True)
 
     def __init__(self, config: Config, key: PRNGKeyArray):
         sizes, patch = config.vision, config.patch_size
@@ -179,6 +184,7 @@ class VisionTower(eqx.Module):
         self.blocks = _stack_blocks(sizes, config, False, keys[3])
         self.layer_norm_post = eqx.nn.LayerNorm(sizes.width, config.layer_norm_epsilon)
         self.projection = _linear(sizes.width, config.embedding_size, sizes.width**-0.5, keys[4], use_bias=False)
+        self.mean, self.deviation = config.image_mean, config.image_deviation
 
     @property
     def image_size(self) -> int:
@@ -305,10 +311,11 @@ NAMES = [
     Names("text.layer_norm_final.bias", "text_model.final_layer_norm.bias", "ln_final.bias"),
     Names("text.projection.weight", "text_projection.weight", "text_projection", transposed_in_openai=True),
 ]
+MAXIMAL_LOGIT_SCALE = 7.0  # logits of above 1,000 times a cosine; CLIP's own training stops at 100
 # Entries of published files that are not weights.
 _IGNORED = {
     "hugging_face": {"vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"},
-    "openai": {"input_resolution", "context_length", "vocab_size"},
+    "openai": {"input_resolution", "context_length", "vocab_size", "attn_mask"},
 }
 
 
@@ -338,7 +345,7 @@ def to_state_dict(model: CLIP, style: str) -> dict[str, Array | np.ndarray]:
 def from_state_dict(state: Mapping[str, np.ndarray], config: Config, style: str, source: str) -> CLIP:
     """Returns a CLIP with the given weights, cast to float32; `style` specifies their names, as in `to_state_dict`.
 
-    Raises one InputError that names the file, `source`, and lists every missing, unexpected or misshapen entry.
+    Raises one InputError that names the file, `source`, and every kind of missing, unexpected or wrong entry.
     """
     skeleton = eqx.filter_eval_shape(CLIP, config, jax.random.key(0))
     expected = {name: leaf.shape for name, leaf in eqx.filter_eval_shape(to_state_dict, skeleton, style).items()}
@@ -350,10 +357,15 @@ def from_state_dict(state: Mapping[str, np.ndarray], config: Config, style: str,
             problems.append(f"{name} has shape {state[name].shape}, not {expected[name]}")
         elif not jnp.issubdtype(state[name].dtype, jnp.floating):
             problems.append(f"{name} has dtype {state[name].dtype}, not a floating-point one")
+        elif not np.all(np.isfinite(state[name])):
+            problems.append(f"{name} is not finite")
+        elif name == "logit_scale" and state[name] > MAXIMAL_LOGIT_SCALE:
+            problems.append(f"logit_scale is {state[name]:.4g}, which exp() makes huge: store its logarithm")
     if problems:
+        more = [f"and {len(problems) - 6} more"] if len(problems) > 6 else []
         raise InputError(
             f"weights {source} do not fit the model's sizes; download them and their configuration again: "
-            f"{'; '.join(sorted(problems))}"
+            f"{'; '.join(sorted(problems)[:6] + more)}"
         )
 
     def read(names: Names, layer: int) -> np.ndarray:
@@ -376,9 +388,6 @@ def from_state_dict(state: Mapping[str, np.ndarray], config: Config, style: str,
 
 # ------------------------------------------------------------------------------------------------- features and heads
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STANDARD_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-
 
 def normalize(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
     """Divides `x` by its Euclidean norm along the last axis."""
@@ -386,14 +395,13 @@ def normalize(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
 
 
 def standardize(
-    images: UInt8[Array, "*batch height width 3"] | Float[Array, "*batch height width 3"],
+    images: UInt8[Array, "*batch height width 3"] | Float[Array, "*batch height width 3"], vision: VisionTower
 ) -> Float[Array, "*batch height width 3"]:
-    """Standardises bytes, or floats in [0, 1], with the channel means and deviations of OpenAI's training images."""
+    """Standardises bytes, or floats in [0, 1], with the channel means and deviations of the tower's training."""
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255
     shape = (1,) * (images.ndim - 1) + (3,)
-    mean = jnp.asarray(IMAGE_MEAN, images.dtype).reshape(shape)
-    deviation = jnp.asarray(IMAGE_STANDARD_DEVIATION, images.dtype).reshape(shape)
+    mean, deviation = (jnp.asarray(x, images.dtype).reshape(shape) for x in (vision.mean, vision.deviation))
     return (images - mean) / deviation
 
 
@@ -421,7 +429,7 @@ def image_features(
     recompute: bool = False,
 ) -> Float[Array, "batch dim"]:
     """`F_theta(x)`: unit-norm embeddings of images, which are bytes or floats in [0, 1]."""
-    return _unit_norm(jax.vmap(lambda image: vision(image, recompute))(standardize(images)))
+    return _unit_norm(jax.vmap(lambda image: vision(image, recompute))(standardize(images, vision)))
 
 
 def text_features(text: TextTower, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch dim"]:
@@ -482,18 +490,9 @@ def bpe_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> 
     return tokenizer
 
 
-def byte_symbols() -> list[str]:
-    """Returns the 256 printable symbols that stand for bytes, in the vocabulary's order (as in GPT-2)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
-
-
 def clean_text(text: str) -> str:
-    """Unescapes HTML entities (twice, as OpenAI does), collapses white space, and lowercases.
-
-    OpenAI also repairs mis-decoded text and curly quotes with `ftfy`; this function does not.
-    """
-    text = html.unescape(html.unescape(text)).strip()
+    """As OpenAI: repairs mis-decoded text, unescapes HTML entities (twice), collapses white space, lowercases."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(_SPACE, " ", text).strip().lower()
 
 

@@ -7,6 +7,7 @@ images; `clip.standardize` turns them into floats on the device.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Int, UInt8
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from support.errors import InputError
@@ -116,13 +117,21 @@ def of_classes(split: Split, kept: Int[np.ndarray, " kept"]) -> Split:
 
 # -------------------------------------------------------------------------------------------------------- image files
 
+# Pillow refuses images of twice the size that it warns of.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; the notes of painting programs exceed Pillow's limit of 2^20
+
 
 def open_image(source: ImageSource) -> Image.Image:
     """Returns the image, opened but not yet decoded. Raises InputError, naming file and list line, if it is broken."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     try:
-        return Image.open(source.path)
+        image = Image.open(source.path)
+        if image.mode in ("F", "LAB") or (image.mode == "I" and image.format != "PPM"):
+            image.close()
+            raise ValueError(f"its pixels have Pillow's mode {image.mode}, of unknown range: save it as 8-bit RGB")
+        return image
     except Exception as error:  # Pillow's readers raise whatever the damage causes
         raise broken_image(source, error) from error
 
@@ -159,14 +168,25 @@ CHECKED_SAMPLE = 10_000
 def check_images(splits: Sequence[Split], workers: int) -> None:
     """Checks image files before any long work begins; of a split with over 200,000 files, an evenly spread sample.
 
-    Raises InputError for the first broken file. One outside the sample raises when it is decoded.
+    Raises InputError for the broken files. One outside the sample raises when it is decoded.
     """
     files = dict.fromkeys(split.images[index] for split in splits for index in indices_to_check(split))
+
+    def problem(file: ListedFile) -> str:
+        try:
+            check_image(file)
+        except InputError as error:
+            return str(error)
+        return ""
+
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        checks = pool.map(check_image, files)
-        hidden = not writes_files()
-        for _ in tqdm(checks, "checking images", len(files), unit="image", leave=False, delay=2, disable=hidden):
-            pass
+        checks = pool.map(problem, files)
+        hidden = None if writes_files() else True  # None: hidden if stderr is no terminal
+        bar = tqdm(checks, "checking images", len(files), unit="image", leave=False, delay=2, disable=hidden)
+        problems = list(filter(None, bar))
+    if problems:
+        more = [f"and {len(problems) - 3} more of {len(files)} images"] if len(problems) > 3 else []
+        raise InputError("; ".join(problems[:3] + more))
 
 
 def indices_to_check(split: Split) -> Int[np.ndarray, " checked"]:
@@ -186,14 +206,24 @@ def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
 
 def eight_bit(image: Image.Image) -> Image.Image:
     """Reduces 16-bit grey to its high byte, as Pillow does for 16-bit colour. A conversion to RGB would clip it."""
+    if image.mode == "PA":  # resized, it would be black
+        return image.convert("RGB")
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray(np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255).astype(np.uint8))
 
 
+def middle(image: Image.Image) -> Image.Image:
+    """The middle of an image over 50 times as long as wide: its resized whole would take gigabytes."""
+    width, height = image.size
+    most = 50 * min(image.size)
+    left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
+    return image.crop((left, top, width - left, height - top)) if left or top else image
+
+
 def evaluation_image(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "resolution resolution 3"]:
     """OpenAI's preprocessing: resizes the shorter side with Pillow's bicubic filter, crops the centre, makes it RGB."""
-    image = eight_bit(image)
+    image = middle(eight_bit(image))
     short, long = sorted(image.size)
     size = tuple(resolution if side == short else int(resolution * long / short) for side in image.size)
     image = image.resize(size, Image.Resampling.BICUBIC)
@@ -325,12 +355,21 @@ def writes_files() -> bool:
     return jax.process_index() == 0
 
 
+def all_devices() -> list[jax.Device]:
+    """The devices of all processes. Raises InputError if JAX has none, as when JAX_PLATFORMS names one that is not."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0] or "none of JAX_PLATFORMS is there"
+        raise InputError(f"JAX finds no device ({reason}): correct or unset JAX_PLATFORMS") from error
+
+
 def device_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
     """Returns a mesh of all devices along the axis `data`, with each process's devices adjacent.
 
     Raises InputError if the devices cannot share each of a batch's `accumulate` parts evenly.
     """
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = sorted(all_devices(), key=lambda device: (device.process_index, device.id))
     if batch_size % (len(devices) * accumulate):
         parts = f" times --accumulate {accumulate}" if accumulate > 1 else ""
         advice = f"give a multiple of {len(devices) * accumulate}"

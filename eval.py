@@ -7,10 +7,13 @@ In files, accuracy and ECE are fractions and NLL is in nats. Tables show percent
 import sys
 
 from support import tables
+from support.errors import InputError, check_positive, quiet_interrupts, read_json
 from support.tables import Runs
 
-if __name__ == "__main__" and sys.argv[1:2] in (["table"], ["costs"]):
-    sys.exit(tables.run())  # they read files alone, and start at once without JAX
+if __name__ == "__main__":
+    quiet_interrupts()
+    if sys.argv[1:2] in (["table"], ["costs"]):
+        sys.exit(tables.run())  # they read files alone, and start at once without JAX
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +35,6 @@ import clip
 import data
 import lipsum
 from support import files, opening
-from support.errors import InputError, check_positive, read_json
 from support.opening import FinishedRun, Setup
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -119,7 +121,7 @@ def per_image(
     """The outputs of a function of batches for every image of a split, in order: the one evaluation loop."""
     batches = tqdm(
         data.evaluation_batches(split, resolution, batch_size, workers, data.own_part()), f"evaluating {split.name}",
-        -(-len(split) // batch_size), unit="batch", leave=False, disable=not data.writes_files(),
+        -(-len(split) // batch_size), unit="batch", leave=False, disable=None if data.writes_files() else True,
     )  # fmt: skip
     computed = ((*outputs(batch), batch["valid"]) for batch in (data.shard_batch(each, mesh) for each in batches))
     collected = []
@@ -286,7 +288,7 @@ def tpgm(
         setup.data.selection, zero_shot.vision.image_size, batch_size, run.results["seed"], setup.execution.workers,
         augmentation="off",
     )  # fmt: skip
-    for _ in tqdm(range(steps), "TPGM", unit="step", leave=False):
+    for _ in tqdm(range(steps), "TPGM", unit="step", leave=False, disable=None):
         batch = data.shard_batch(next(batches), setup.mesh)
         gamma, state, _ = lipsum.tpgm_step(gamma, bound, state, zero_shot, fine_tuned, setup.tau, batch, norm, penalty)
     return setup.over_all(lipsum.tpgm_projection(zero_shot, fine_tuned, gamma, norm))

@@ -16,6 +16,11 @@ import sys
 import time
 from typing import Any, TypedDict
 
+from support.errors import InputError, exit_code, quiet_interrupts, read_json
+
+if __name__ == "__main__":
+    quiet_interrupts()
+
 import jax
 import numpy as np
 from tqdm import tqdm
@@ -24,7 +29,6 @@ import data
 import eval as evaluation
 import lipsum
 from support import files, opening, options, processes, tables
-from support.errors import InputError, exit_code, read_json
 from support.logs import Log, seconds_per_step
 from support.options import Command, Run
 from support.processes import Signals, Stopped, broadcast, check_processes, connect, from_writer, keep_freed_memory
@@ -300,10 +304,7 @@ def open_evaluator(command: Command, runs: list[Run]) -> evaluation.Evaluator:
 
 
 def main(command: Command) -> None:
-    """Fine-tunes by every method on every seed and prints the table.
-
-    Raises InputError, and Stopped if a signal came.
-    """
+    """Fine-tunes by every method on every seed and prints the table. Raises InputError, and Stopped after a signal."""
     signals = Signals()
     with signals.heard(), contextlib.ExitStack() as locks:
         command = options.resolved(command)
@@ -351,9 +352,8 @@ def exit_code_of(command: Command) -> int:
         return exit_code(lambda: main(command))
     except Stopped as stopped:
         words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
-        print(
-            f"stopped by {signal.Signals(stopped.number).name}; to go on:\n  {shlex.join(['python', *words])} --resume"
-        )
+        again = shlex.join(["python", *words, "--resume"])
+        print(f"stopped by {signal.Signals(stopped.number).name}; to go on:\n  {again}")
         return 128 + stopped.number
 
 

@@ -7,14 +7,17 @@ offline if the cache contains the files; otherwise, the error says which file be
 import ast
 import hashlib
 import os
+import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+from clip import PRESETS
 from support.errors import InputError, read_json
 from support.files import cache_folder, locked
 
@@ -132,7 +135,9 @@ def _receive(address: str, file: BinaryIO, name: str) -> bool:
             size = 0
             file.truncate(0)
         total = None if response.length is None else size + response.length
-        with tqdm(desc=name, total=total, initial=size, unit="B", unit_scale=True) as bar:
+        with tqdm(desc=name, total=total, initial=size, unit="B", unit_scale=True, disable=None) as bar:
+            if bar.disable:  # no terminal
+                print(f"downloading {address}", file=sys.stderr)
             while True:
                 try:
                     chunk = response.read1(CHUNK)  # unlike `read`, it keeps all bytes that arrive before a fault
@@ -143,6 +148,60 @@ def _receive(address: str, file: BinaryIO, name: str) -> bool:
                 file.write(chunk)
                 size += len(chunk)
                 bar.update(len(chunk))
+
+
+# The files that a model needs, in the formats of transformers and open_clip; one of `a|b` is enough.
+_NEEDED = (
+    ("config.json", "model.safetensors|model.safetensors.index.json|pytorch_model.bin"),
+    ("open_clip_config.json", "open_clip_model.safetensors|open_clip_pytorch_model.bin"),
+)
+_BESIDE = ("tokenizer.json", "vocab.json", "merges.txt", "preprocessor_config.json", "processor_config.json")
+
+
+def from_hub(name: str) -> Path:
+    """Returns the folder of a model of the Hugging Face hub in the hub's cache. Downloads it if it is not there.
+
+    `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` work as in `transformers`, which shares the cache. Raises InputError
+    if the repository does not exist, is no CLIP, or cannot be downloaded.
+    """
+    import huggingface_hub as hub  # half a second that other runs do not need
+
+    def chosen(there: Callable[[str], bool], *more: str) -> list[str]:
+        """The files to load, of those that are there; none if something is missing."""
+        for needed in _NEEDED:
+            files = [next(filter(there, either.split("|")), "") for either in (*needed, *more)]
+            if all(files):
+                return files
+        return []
+
+    def is_cached(file: str) -> bool:
+        return isinstance(hub.try_to_load_from_cache(name, file), str)
+
+    try:
+        files = chosen(is_cached, "tokenizer.json|merges.txt")
+        if not files:
+            print(f"{name} is no file or folder here: looking on {hub.constants.ENDPOINT}", file=sys.stderr)
+            files = chosen(set(hub.HfApi().list_repo_files(name)).__contains__)
+            if not files:
+                raise InputError(f"{name} on the Hugging Face hub is no CLIP of transformers or open_clip: choose one")
+            shards = ["model-*.safetensors"] if files[1].endswith(".index.json") else []
+            return Path(hub.snapshot_download(name, allow_patterns=[*files, *shards, *_BESIDE]))
+    except InputError:
+        raise
+    except hub.errors.RepositoryNotFoundError as error:
+        advice = f"correct it, log in with `hf auth login` if it is private, or give one of {', '.join(PRESETS)}"
+        raise InputError(f"{name} is no file or folder here, and not on the Hugging Face hub: {advice}") from error
+    except Exception as error:  # the hub's client raises what its HTTP library raises
+        files = chosen(is_cached)
+        if not files:
+            advice = (
+                f"download it elsewhere, put it at a folder here and give that, or give one of {', '.join(PRESETS)}"
+            )
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"{name} cannot be downloaded from {hub.constants.ENDPOINT} ({reason}): {advice}"
+            ) from error
+    return Path(hub.try_to_load_from_cache(name, files[0])).parent
 
 
 def openai_classes() -> list[str]:

@@ -1,12 +1,16 @@
-"""Wrong input: its error, and the reading of text files, which raises it.
+"""Wrong input: its error, the reading of text files, which raises it, and the end of a command, which prints it.
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. Every module uses it; `python train.py --method no-such` shows one.
 """
 
+import contextlib
 import difflib
+import io
 import json
+import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +70,59 @@ def check_positive(**options: int) -> None:
             raise InputError(f"{flag(name)} is {value}: give at least 1")
 
 
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `~` for the home folder, which a shell leaves in `--out=~/runs` and in quotes."""
+    home = os.path.expanduser("~")
+    return [re.sub(r"^(--[\w-]+=)?~(?=/|$)", lambda match: (match[1] or "") + home, word) for word in arguments]
+
+
+def prepare_streams() -> None:
+    """Makes output appear at once in logs, and never fail for a character that the terminal lacks.
+
+    A stream that was closed is replaced by one that discards.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (stays open)
+        elif isinstance(getattr(sys, name), io.TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="replace", line_buffering=True)
+
+
 def exit_code(command: Callable[[], None]) -> int:
-    """Runs a command. Returns 0, or 2 after one line on stderr if its input is bad. Faults of ours raise (1)."""
+    """Runs a command. Returns 0, or 2 after one line on stderr if its input is bad. Faults of ours raise (1).
+
+    130 is Ctrl-C. 141 is an output that was closed, as by `| head`.
+    """
+    prepare_streams()
     try:
-        command()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):  # what is left in their buffers goes nowhere
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141
     return 0
+
+
+def quiet_interrupts() -> None:
+    """Lets Ctrl-C while modules load end the command in one line."""
+
+    def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        chain, cause = [error], error
+        while cause := cause.__cause__ or cause.__context__:
+            chain.append(cause)
+        if any(isinstance(each, KeyboardInterrupt) for each in chain):
+            print("interrupted", file=sys.stderr)
+            os._exit(130)
+        sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = show

@@ -9,6 +9,7 @@ before any image is opened, if the root does not have the layout that it expects
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from data import Data, Files, ListedFile, Split, hold_out
-from support import download, minidomain
+from support import download, minidomain, processes
 from support.errors import InputError, read_lines, unknown
 from support.options import Sources
 
@@ -65,6 +66,11 @@ def with_selection(
     return Data(*hold_out(train, every), reports)
 
 
+def composed(name: str) -> str:
+    """A name in Unicode's composed form: file systems and lists may spell the same letters in two ways."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
 def refuse_duplicate(places: dict[str, str], item: str, place: str, advice: str = "delete one of them") -> None:
     """Raises InputError if `places`, which maps an item to its file and line, has the item already, else adds it."""
     earlier = places.setdefault(item, place)
@@ -92,8 +98,9 @@ def read_list(source: Path, train_folders: Words = ()) -> tuple[tuple[ListedFile
     places: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         place = f"{source} line {number}"
-        path, _, label = line.strip().rpartition(" ")
-        *_, folder, file = "", *path.split("/")  # pathlib would take seconds for all of DomainNet
+        path, label = ("", "", *line.rsplit(maxsplit=1))[-2:]  # any white space before the label
+        *_, folder, file = "", *path.strip().split("/")  # pathlib would take seconds for all of DomainNet
+        folder = composed(folder)
         if not (folder and file and NUMBER.fullmatch(label)):
             raise InputError(f"{place}: {line!r} is not 'DOMAIN/CLASS/FILE LABEL': correct the line")
         if train_folders and folder not in pair_per_folder:
@@ -105,7 +112,7 @@ def read_list(source: Path, train_folders: Words = ()) -> tuple[tuple[ListedFile
                 contradiction = f"{pairs[known]} gives folder {known[0]!r} label {known[1]}"
                 raise InputError(f"{place}: {path} has label {label}, but {contradiction}: correct one")
         refuse_duplicate(places, path, place)
-        files.append(ListedFile(source.parent / path, place))
+        files.append(ListedFile(source.parent / path.strip(), place))
         labels.append(int(label))
     if missing := set(range(len(pair_per_label))) - set(pair_per_label):
         raise InputError(f"list {source} has no label {min(missing)}: number the classes from 0 without gaps")
@@ -122,7 +129,8 @@ def read_domainnet(root: Path | None, reference: str, shifts: Words, select_on: 
     root = needed_root(root, "domainnet", "DOMAIN_train.txt")
     domains = sorted(path.name.removesuffix("_test.txt") for path in root.glob("*_test.txt"))
     if not domains:
-        raise wrong_root(root, "no DOMAIN_test.txt", "DOMAIN/CLASS/FILE, DOMAIN_train.txt and DOMAIN_test.txt")
+        layout = "DOMAIN/CLASS/FILE, DOMAIN_train.txt and DOMAIN_test.txt, or --data folder for domains without lists"
+        raise wrong_root(root, "no DOMAIN_test.txt", layout)
     if not reference:
         raise InputError(f"--reference is needed with --data domainnet: one of {', '.join(domains)}")
     # The paper leaves Quickdraw out: its drawings are so plain that no model classifies them well.
@@ -131,6 +139,12 @@ def read_domainnet(root: Path | None, reference: str, shifts: Words, select_on: 
 
     def read(name: str, list_name: str) -> Split:
         files, labels, _ = read_list(root / list_name, classes)
+        if not any(file.path.parents[1].is_dir() for file in files[:: max(1, len(files) // 10)]):
+            others = " ".join(shift for shift in shifts if shift != name)
+            advice = f"leave it out with --shifts {others}" if others and name != reference else "download them"
+            raise InputError(
+                f"{root / list_name} lists images of {files[0].path.parents[1]}, which is not there: {advice}"
+            )
         return Split(name, classes, files, labels)
 
     reports = {domain: read(domain, f"{domain}_test.txt") for domain in (reference, *shifts)}
@@ -203,7 +217,22 @@ def read_cub(root: Path | None, reference: str, shifts: Words, select_on: str) -
 
 # -------------------------------------------------------------------------------------------------------- class folders
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".ppm", ".pgm",
+)  # fmt: skip
+NO_IMAGES = (
+    ".txt",
+    ".csv",
+    ".json",
+    ".xml",
+    ".md",
+    ".db",
+    ".ini",
+    ".html",
+    ".pdf",
+    ".yaml",
+    ".yml",
+)  # left out silently
 
 
 def entries(folder: Path) -> list[os.DirEntry]:
@@ -215,9 +244,14 @@ def entries(folder: Path) -> list[os.DirEntry]:
         raise InputError(f"folder {folder} cannot be listed ({error}): make it readable or delete it") from error
 
 
-def image_names(folder: Path) -> list[str]:
-    """The sorted names of a folder's image files. Hidden files and other kinds are left out."""
-    return sorted((entry.name for entry in entries(folder) if entry.name.lower().endswith(SUFFIXES)), key=os.fsencode)
+def image_names(folder: Path) -> tuple[list[str], list[str]]:
+    """The sorted names of a folder's image files, and of what may be images but is not read: other files and folders.
+
+    Hidden files and texts are in neither.
+    """
+    names = sorted((entry.name for entry in entries(folder)), key=os.fsencode)
+    images = [name for name in names if name.lower().endswith(SUFFIXES)]
+    return images, [name for name in names if not name.lower().endswith(SUFFIXES + NO_IMAGES)]
 
 
 def class_folders(root: Path) -> Words:
@@ -235,7 +269,17 @@ def read_class_folders(name: str, root: Path, classes: Words, label_per_folder: 
     root = root.resolve()
     folders = class_folders(root)
     with ThreadPoolExecutor(16) as pool:  # a network disk answers many requests at once
-        names_per_folder = dict(zip(folders, pool.map(lambda folder: image_names(root / folder), folders), strict=True))
+        found = list(pool.map(lambda folder: image_names(root / folder), folders))
+    names_per_folder = {folder: names for folder, (names, _) in zip(folders, found, strict=True)}
+    if left_out := [f"{folder}/{name}" for folder, (_, names) in zip(folders, found, strict=True) for name in names]:
+        few = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        processes.warn(
+            [f"{root}: left out {len(left_out)} files or folders in class folders, which are not read: {few}"]
+        )
+    labels_composed = {composed(folder): label for folder, label in label_per_folder.items()}
+    label_per_folder = {
+        folder: labels_composed[composed(folder)] for folder in folders if composed(folder) in labels_composed
+    }
     for folder, names in names_per_folder.items():
         if not names:
             raise InputError(f"{root / folder} has no image ({' '.join(SUFFIXES)}): add some or delete it")
@@ -248,7 +292,10 @@ def read_class_folders(name: str, root: Path, classes: Words, label_per_folder: 
     return Split(name, classes, images, np.repeat(labels, [len(names_per_folder[folder]) for folder in folders]))
 
 
-FOLDER_LAYOUT = "train/CLASS/IMAGE to train on, val/CLASS/IMAGE to report, and SHIFT/CLASS/IMAGE for each shift"
+FOLDER_LAYOUT = (
+    "train/CLASS/IMAGE to train on, val/CLASS/IMAGE to report, and SHIFT/CLASS/IMAGE for each shift; or "
+    "DOMAIN/CLASS/IMAGE and --reference DOMAIN"
+)
 
 
 def read_folder(root: Path | None, reference: str, shifts: Words, select_on: str) -> Data:
@@ -256,23 +303,34 @@ def read_folder(root: Path | None, reference: str, shifts: Words, select_on: str
 
     If the reference val has no folder, it is a tenth of the training images. Default shifts: all other folders with
     class folders. A shift may lack classes. `val`: the folder val or, if that is the reference, (another) tenth.
+
+    Without a folder `train`, folders are domains: a fifth of the reference's images is reported, as in DomainBed
+    (Gulrajani and Lopez-Paz 2021), and the rest is trained on.
     """
     root = needed_root(root, "folder", FOLDER_LAYOUT)
     splits = [name for name in class_folders(root) if class_folders(root / name)] if root.is_dir() else []
-    if "train" not in splits:
-        raise wrong_root(root, "no train/CLASS", FOLDER_LAYOUT)
-    classes = class_folders(root / "train")
+    trained = "train" if "train" in splits or reference == "val" else reference
+    if trained not in splits:
+        raise wrong_root(root, f"no {trained}/CLASS", FOLDER_LAYOUT)
+    classes = class_folders(root / trained)
     label_per_folder = {folder: label for label, folder in enumerate(classes)}
 
     def read(name: str) -> Split:
-        return read_class_folders(name, root / name, classes, label_per_folder, str(root / "train"))
+        return read_class_folders(name, root / name, classes, label_per_folder, str(root / trained))
 
-    train = read("train")
+    train = read(trained)
+    if trained == reference:
+        shifts = choose_shifts(splits, reference, shifts)
+        train, reported = hold_out(replace(train, name="train"), 5, reference)
+        return with_selection(train, {reference: reported} | {name: read(name) for name in shifts}, select_on)
     known = [name for name in dict.fromkeys(("val", *splits)) if name != "train"]
     # val is left out: a run whose reference is another split selects on it.
     shifts = choose_shifts(known, reference, shifts, left_out=("val",))
     if "val" in shifts and "val" not in splits:
         raise wrong_root(root, "no val/CLASS", FOLDER_LAYOUT)
+    if tests := [name for name in shifts if name in ("test", "valid", "validation", "dev")]:
+        advice = f"if it holds images like those of train, give --reference {tests[0]}"
+        processes.warn([f"{root / tests[0]} counts as a shift: {advice}"])
     if reference in splits:
         reported = read(reference)
     else:
@@ -316,6 +374,10 @@ def imagenet_places(root: Path | None, split_roots: Words) -> dict[str, Path]:
         found = [root / folder for folder in folders if (root / folder).is_dir()] if root else []
         if found:
             places.setdefault(name, found[0])
+    for name, place in places.items():  # archives may unpack one folder deeper
+        inner = class_folders(place)
+        if name != "imagenet" and len(inner) == 1 and class_folders(place / inner[0]):
+            places[name] = place / inner[0]
     if "imagenet" not in places:
         raise wrong_root(needed_root(root, "imagenet", IMAGENET_LAYOUT), "no ImageNet", IMAGENET_LAYOUT)
     return places
@@ -388,6 +450,24 @@ def read_minidomain(root: Path | None, reference: str, shifts: Words, select_on:
 READERS = {"minidomain": read_minidomain, "domainnet": read_domainnet, "cub": read_cub, "folder": read_folder}
 
 
+def read_class_names(path: Path, classes: Words) -> Words:
+    """The names of the classes from a file with one `FOLDER NAME` per line, apart by a tab or a space.
+
+    Raises InputError if a line is malformed or a class has no name.
+    """
+    names: dict[str, str] = {}
+    for number, line in enumerate(read_lines(path, f"--class-names {path}", "give a line 'FOLDER NAME' per class"), 1):
+        folder, _, name = line.strip().partition("\t" if "\t" in line else " ")
+        if not name.strip():
+            raise InputError(f"--class-names {path} line {number}: {line!r} is not 'FOLDER NAME': correct the line")
+        names[composed(folder)] = name.strip()
+    if missing := [name for name in classes if composed(name) not in names]:
+        raise InputError(
+            f"--class-names {path} has no line for {', '.join(missing[:3])} ({len(missing)} in all): add them"
+        )
+    return tuple(names[composed(name)] for name in classes)
+
+
 def read(sources: Sources) -> Data:
     """Returns the data of a run. Raises InputError as the data set's reader does."""
     arguments = (sources.data_root, sources.reference, sources.shifts, sources.select_on)
@@ -397,11 +477,12 @@ def read(sources: Sources) -> Data:
         raise InputError(f"--split-roots is for --data imagenet: leave it out with --data {sources.data}")
     else:
         data = READERS[sources.data](*arguments)
-    if sources.keep_underscores:
-        return data
+    names = read_class_names(sources.class_names, data.train.classes) if sources.class_names else data.train.classes
+    if not sources.keep_underscores:
+        names = tuple(name.replace("_", " ") for name in names)
 
     def readable(split: Split) -> Split:
-        return replace(split, classes=tuple(name.replace("_", " ") for name in split.classes))
+        return replace(split, classes=names)
 
     reports = {name: readable(split) for name, split in data.reports.items()}
     return Data(readable(data.train), readable(data.selection), reports)

@@ -18,6 +18,7 @@ from support.errors import InputError
 from support.options import PROFILED
 
 LOG_EVERY = 10  # steps
+TELL_EVERY = 30.0  # seconds, where no bar is shown
 
 
 class Log:
@@ -35,7 +36,11 @@ class Log:
         self.folder = folder
         self.profile = profile and folder is not None
         self.board = board(folder / "tensorboard", first) if tensorboard and folder else None
-        self.bar = tqdm(total=last, initial=first, desc=label, unit="step", disable=not shown)
+        self.last = last
+        # disable=None: a bar on a terminal alone. Elsewhere a line is printed now and then.
+        self.bar = tqdm(total=last, initial=first, desc=label, unit="step", disable=None if shown else True)
+        self.told = label if shown and self.bar.disable else ""
+        self._told_at = time.perf_counter() - TELL_EVERY
         self._pending: tuple[int, dict[str, Array], bool] | None = None
         self._began = time.perf_counter()
         if folder:
@@ -88,6 +93,10 @@ class Log:
             speed = {"images_per_second": self.batch_size / seconds, "seconds_per_step": seconds}
             values |= {name: round(value, 4) for name, value in speed.items()}
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s")
+            if self.told and (step == self.last or time.perf_counter() - self._told_at >= TELL_EVERY):
+                speed = f"{values['images_per_second']:.0f} images/s"
+                print(f"{self.told}: step {step} of {self.last}, loss {values['loss']:.3f}, {speed}", file=sys.stderr)
+                self._told_at = time.perf_counter()
             self._write(step, values)
             self.start_clock(step)
         if not finite:

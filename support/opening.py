@@ -5,6 +5,7 @@ Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` and `python
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,6 +109,10 @@ def read_templates(templates: str | None) -> list[str]:
     if not prompts:
         raise InputError(f"--templates {templates} is empty: write one prompt per line")
     for prompt in prompts:
+        if prompt[0] in "'\"[" and prompt.rstrip(",")[-1] in "'\"]":
+            raise InputError(
+                f"--templates {templates}: {prompt} is Python source: write the prompt alone, without quotes"
+            )
         if "{}" not in prompt:
             raise InputError(f"--templates {templates}: {prompt!r} has no {{}} for the class: add it")
     return prompts
@@ -172,6 +177,8 @@ def doubts(setup: Setup, runs: Sequence[Run]) -> Iterator[str]:
     """A line for all in the data and the prompts that makes a result mean less than it seems to."""
     if classes := repeated(setup.classes):
         yield f"classes with the prompts of an earlier class are never predicted zero-shot: {', '.join(classes)}"
+    if ids := [name for name in setup.classes if re.fullmatch(r"n\d{8}|\d+", name)]:
+        yield f"class names such as {ids[0]!r} mean nothing to a text tower: give --class-names FILE"
     if templates := repeated(setup.templates):
         yield f"--templates {setup.sources.templates} repeats prompts, which count as often: {', '.join(templates)}"
     if any(lipsum.METHODS[run.method].texts == "templates" for run in runs) and prompts_per_class(setup) == 1:
@@ -200,6 +207,8 @@ def seen_classes(classes: tuple[str, ...], unseen: tuple[str, ...]) -> Int[np.nd
             raise unknown("class", name, classes)
     held_back = {known[name.replace("_", " ")] for name in unseen}
     seen = np.array([index for index, name in enumerate(classes) if name not in held_back], np.int32)
+    if len(classes) < 2:
+        raise InputError(f"the data have one class, {classes[0]}: give two or more, perhaps the folder above is meant")
     if len(seen) < 2:
         raise InputError(
             f"--unseen holds back {len(held_back)} of {len(classes)} classes: leave two or more to train on"

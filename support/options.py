@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shlex
 import typing
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ import jax
 import tyro
 
 import lipsum
-from support.errors import InputError, flag, read_lines, unknown
+from support.errors import InputError, expanded, flag, read_lines, unknown
 
 
 def shown(metavar: str, default: str) -> Any:
@@ -37,7 +38,8 @@ class Sources:
     """What is read: the model, the data, the prompts."""
 
     model: str = "tiny"
-    """OpenAI's .pt file, a Hugging Face folder, a run's best/ folder, a preset (ViT-B/16 ..., downloaded), or tiny."""
+    """A preset (ViT-B/16 ..., downloaded), a file or folder of OpenAI, Hugging Face or open_clip, a name on the Hugging
+    Face hub, a run's best/ folder, or tiny."""
     data: str = "minidomain"
     """minidomain (drawn), domainnet, imagenet (with V2, R, A, Sketch), cub or folder: see docs/data.md."""
     data_root: Annotated[Path | None, shown("DIR", "none")] = None
@@ -48,6 +50,8 @@ class Sources:
     """Splits that are only evaluated. With several references, a run leaves its own out."""
     templates: Annotated[str | None, shown("FILE|PROMPT", "eight on minidomain, one on folder, else openai")] = None
     """openai (its 80 for ImageNet), a file with one prompt per line, or one prompt; {} stands for the class."""
+    class_names: Annotated[Path | None, shown("FILE", "the folders' names")] = None
+    """Names of classes whose folders are numbers or WordNet ids: one 'FOLDER NAME' per line."""
     keep_underscores: bool = False
     """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
     unseen: Annotated[tuple[str, ...], shown("CLASS ...", "none")] = ()
@@ -178,12 +182,13 @@ def defaults_of(command: Command) -> Command:
 
 def parse(arguments: Sequence[str]) -> Command:
     """The command line, with the defaults of its data set. Raises InputError for an unknown data set."""
+    arguments = expanded(arguments)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in {"data": "minidomain", "protocol": None, "model": ""}.items():
         finder.add_argument(flag(name), default=default)
     first_look = vars(finder.parse_known_args(arguments)[0])
     return tyro.cli(
-        Command, prog="python train.py", args=list(arguments), default=defaults(**first_look),
+        Command, prog="python train.py", args=arguments, default=defaults(**first_look),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
     )  # fmt: skip
 
@@ -241,12 +246,28 @@ def restored(box: type, saved: dict[str, Any]) -> Any:
     return box(**{field.name: value(field.name) for field in dataclasses.fields(box) if field.name in saved})
 
 
+# Where files lie is no setting: a run may go on after they moved. A file's name stays.
+PLACES = {"model", "templates", "class_names", "guidance"}
+MOVABLE = {"data_root", "split_roots"}
+
+
+def absolute(name: str, value: Any) -> Any:
+    """An option's value with its paths absolute, so that a run is opened from any working folder."""
+    if name == "split_roots":
+        return tuple(re.sub("=(.+)", lambda match: f"={os.path.abspath(match[1])}", each) for each in value)
+    if isinstance(value, Path) or (name in PLACES and value and os.path.exists(value)):
+        return type(value)(os.path.abspath(value))
+    return value
+
+
 def check_unchanged(run: Run, path: Path, config: dict[str, Any]) -> None:
     """Raises InputError if the settings of a config.json, by which `path` was made, are not those of `run`."""
     before = flat(restored(Sources, config["settings"]), restored(lipsum.Settings, config["settings"]))
     now = flat(run.sources, run.settings)
-    for name in unread_settings(lipsum.METHODS[run.method], run.settings.guidance):
+    for name in MOVABLE | unread_settings(lipsum.METHODS[run.method], run.settings.guidance):
         del now[name]
+    for name in PLACES & now.keys():
+        before[name], now[name] = (value and os.path.basename(value) for value in (before[name], now[name]))
     if changed := [f"{flag(name)} {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]:
         problem = f"{path} was made with other settings ({', '.join(changed)})"
         raise InputError(f"{problem}: give the same ones, --overwrite or another --out")
@@ -266,8 +287,12 @@ def resolved(command: Command) -> Command:
         command,
         method=tuple(dict.fromkeys(methods)),
         unseen_file=None,
-        sources=dataclasses.replace(command.sources, unseen=unseen),
-        settings=dataclasses.replace(command.settings, fixed_head=command.settings.fixed_head or bool(unseen)),
+        sources=Sources(**{name: absolute(name, x) for name, x in vars(command.sources).items()} | {"unseen": unseen}),
+        settings=dataclasses.replace(
+            command.settings,
+            guidance=absolute("guidance", command.settings.guidance),
+            fixed_head=command.settings.fixed_head or bool(unseen),
+        ),
         execution=dataclasses.replace(command.execution, precision=precision),
     )
 

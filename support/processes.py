@@ -21,13 +21,13 @@ from jax.experimental.multihost_utils import broadcast_one_to_all, process_allga
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from data import shard_batch, writes_files
+from data import all_devices, shard_batch, writes_files
 from support.errors import InputError, flag
 from support.options import Cluster, Command
 
 
 def connect(cluster: Cluster) -> None:
-    """Connects the processes given by the flags, else those of a TPU pod or a Slurm job.
+    """Connects the processes given by the flags, else those that a scheduler or a TPU pod started together.
 
     Must come before anything else uses the devices. Only process 0 prints. Raises InputError for wrong flags.
     """
@@ -47,11 +47,35 @@ def connect(cluster: Cluster) -> None:
         name = f"process {cluster.process} of {cluster.processes}"
         print(f"{name}: waits up to five minutes for all to meet at {cluster.coordinator}", flush=True)
         jax.distributed.initialize(cluster.coordinator, cluster.processes, cluster.process)
-    elif os.environ.get("SLURM_NTASKS") != "1":  # in a job of one task, JAX would use the first GPU only
-        with contextlib.suppress(ValueError):  # no cluster that JAX knows: one process
-            jax.distributed.initialize()
+    else:
+        join_cluster()
+    all_devices()
     if not writes_files():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # silences libraries, too
+
+
+# Per scheduler that JAX knows, the variables that it sets for each process it starts: their number, this one's number.
+SCHEDULERS = {
+    "slurm": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    "ompi": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+}
+
+
+def join_cluster() -> None:
+    """Joins the processes that a scheduler started beside this one, or those of a TPU pod; else it stays alone.
+
+    A shell inside a job, or a Kubernetes pod, has some variables of a cluster, but nobody to wait for.
+    """
+    for scheduler, (count, number) in SCHEDULERS.items():
+        if os.environ.get(count, "1") != "1":
+            name = f"process {os.environ.get(number)} of the {os.environ[count]} that {scheduler} started"
+            print(f"{name}: waits up to five minutes for the others", flush=True)
+            jax.distributed.initialize(cluster_detection_method=scheduler)
+            return
+    in_job = "SLURM_JOB_ID" in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ
+    if not in_job or "TPU_WORKER_HOSTNAMES" in os.environ:
+        with contextlib.suppress(ValueError):  # no TPU pod: one process
+            jax.distributed.initialize()
 
 
 def check_processes(command: Command) -> None:
@@ -123,7 +147,7 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Handles SIGTERM and SIGINT. They raise `Stopped` at once, except in a `deferred` block, where the second does."""
+    """Handles SIGTERM, SIGINT and SIGHUP: they raise `Stopped`, in a `deferred` block only at the second signal."""
 
     def __init__(self) -> None:
         self._received = 0
@@ -133,7 +157,10 @@ class Signals:
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
         """Handles the signals within the block."""
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        handled = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+            handled.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._receive) for number in handled}
         try:
             yield
         finally:

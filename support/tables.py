@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from support.errors import InputError, exit_code, read_json
+from support.errors import InputError, exit_code, expanded, read_json
 
 Results = dict[str, Any]  # the content of a results.json, with its `path`
 
@@ -367,4 +367,5 @@ def run(more: Mapping[str, Callable[..., None]] | None = None) -> int:
         app.command(name=name)(command)
     description = "Commands on finished runs: tables, figures, post-hoc methods."
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
-    return exit_code(lambda: app.cli(prog="python eval.py", description=description, config=config))
+    arguments = {"args": expanded(sys.argv[1:]), "prog": "python eval.py", "description": description, "config": config}
+    return exit_code(lambda: app.cli(**arguments))

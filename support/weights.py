@@ -1,13 +1,16 @@
-"""Reads models from OpenAI's archives and Hugging Face folders, and writes Hugging Face folders.
+"""Reads models as OpenAI, Hugging Face and open_clip publish them, and writes Hugging Face folders.
 
-Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model FILE_OR_FOLDER` uses it.
-`clip.NAMES` maps the entries of both formats to a `clip.CLIP`.
+Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model NAME_FILE_OR_FOLDER` uses it.
+`clip.NAMES` maps the entries of the formats to a `clip.CLIP`; open_clip's entries have OpenAI's names. The sizes come
+from the configuration beside the weights. What no file specifies is assumed, and the command says so.
 """
 
+import dataclasses
 import gzip
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +21,13 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 import clip
-from support import download
+from support import download, processes
 from support.archives import read_safetensors, read_torch_archive
 from support.download import VOCABULARY_FILE
 from support.errors import InputError, read_json, read_lines, unknown
 from support.files import cache_folder
 
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 TINY = Path(__file__).parents[1] / "assets" / "tiny-clip"
 _TOWER_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")  # as in clip.Transformer
 
@@ -67,43 +71,56 @@ def openai_config(state: Mapping[str, np.ndarray], source: str) -> clip.Config:
     )
 
 
+# What `transformers` takes for keys that a config.json lacks: the sizes of ViT-B/32.
+_B32 = clip.PRESETS["ViT-B/32"]
+_DEFAULTS = {
+    kind: dict(zip(_TOWER_KEYS, vars(sizes).values(), strict=True))
+    | {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    for kind, sizes in (("vision_config", _B32.vision), ("text_config", _B32.text))
+}
+_DEFAULTS["vision_config"] |= {"image_size": _B32.image_size, "patch_size": _B32.patch_size}
+_DEFAULTS["text_config"] |= {
+    "max_position_embeddings": _B32.context_length, "vocab_size": _B32.vocabulary_size,
+    "bos_token_id": _B32.start_token, "eos_token_id": _B32.end_token,
+}  # fmt: skip
+
+
 def hugging_face_config(path: Path) -> clip.Config:
-    """Returns the sizes in a Hugging Face `config.json`. Raises InputError if a key is missing or has a wrong value."""
+    """Returns the sizes in a Hugging Face `config.json`. Keys that it lacks have the defaults of `transformers`.
+
+    Raises InputError if a key has a wrong value, or if the model is not a CLIP.
+    """
     content = read_json(path)
-
-    def size(section: Mapping[str, Any], key: str) -> int:
-        if type(section[key]) is not int or section[key] < 1:
-            raise InputError(f"{path}: {key} is {section[key]!r}, not a positive whole number: restore the file")
-        return section[key]
-
-    def tower(section: Mapping[str, Any]) -> clip.Transformer:
-        width, layers, heads, mlp_width = (size(section, key) for key in _TOWER_KEYS)
-        if width % heads:
-            raise InputError(f"{path}: hidden_size {width} is no multiple of its {heads} heads: restore the file")
-        return clip.Transformer(width, layers, heads, mlp_width)
-
     try:
-        vision, text = content["vision_config"], content["text_config"]
-        pairs = [(part.get("hidden_act", "quick_gelu"), part.get("layer_norm_eps", 1e-5)) for part in (vision, text)]
+        if (kind := content.get("model_type", "clip")) != "clip":
+            raise InputError(f"{path} describes a {kind}, not a CLIP with an image and a text tower: give a CLIP")
+        sections = []
+        for name, defaults in _DEFAULTS.items():
+            section = defaults | ({} if content.get(name) is None else content[name])
+            if old := content.get(f"{name}_dict"):  # in files of 2022, it prevails
+                section |= defaults | old
+            sections.append(section)
+        vision, text = sections
+        pairs = [(part["hidden_act"], part["layer_norm_eps"]) for part in (vision, text)]
         activation, epsilon = pairs[0]
         if pairs[0] != pairs[1] or activation not in clip.ACTIVATIONS or type(epsilon) is not float:
             raise InputError(
                 f"{path}: both towers must have one layer_norm_eps and one hidden_act, of "
                 f"{', '.join(clip.ACTIVATIONS)}: choose another model"
             )
-        vocabulary_size = size(text, "vocab_size")
-        tokens = text.get("bos_token_id", 49406), text.get("eos_token_id", 49407)
+        tokens = text["bos_token_id"], text["eos_token_id"]
+        vocabulary_size = positive(path, text, "vocab_size")
         if tokens[1] == 2:  # the first published configurations say 2 and mean the highest id
             tokens = vocabulary_size - 2, vocabulary_size - 1
         if not all(type(token) is int and 0 <= token < vocabulary_size for token in tokens):
             raise InputError(f"{path}: bos_token_id, eos_token_id {tokens} are not in the vocabulary: restore the file")
         return clip.Config(
-            image_size=size(vision, "image_size"),
-            patch_size=size(vision, "patch_size"),
-            vision=tower(vision),
-            text=tower(text),
-            embedding_size=size(content, "projection_dim"),
-            context_length=size(text, "max_position_embeddings"),
+            image_size=positive(path, vision, "image_size"),
+            patch_size=positive(path, vision, "patch_size"),
+            vision=tower(path, vision),
+            text=tower(path, text),
+            embedding_size=positive(path, {"projection_dim": _B32.embedding_size} | content, "projection_dim"),
+            context_length=positive(path, text, "max_position_embeddings"),
             vocabulary_size=vocabulary_size,
             start_token=tokens[0],
             end_token=tokens[1],
@@ -114,16 +131,157 @@ def hugging_face_config(path: Path) -> clip.Config:
         raise InputError(f"{path} is not the configuration of a CLIP ({error!r}): restore the file") from error
 
 
-def read_hugging_face_weights(folder: Path) -> dict[str, np.ndarray]:
-    """Reads `model.safetensors` or, if it is missing, the shards that `model.safetensors.index.json` names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() or not index.exists():
-        return read_safetensors(single)
+def positive(path: Path, section: Mapping[str, Any], key: str) -> int:
+    """A size in a configuration. Raises InputError if it is not a positive whole number."""
+    if type(section[key]) is not int or section[key] < 1:
+        raise InputError(f"{path}: {key} is {section[key]!r}, not a positive whole number: restore the file")
+    return section[key]
+
+
+def tower(path: Path, section: Mapping[str, Any]) -> clip.Transformer:
+    """The sizes of a tower in a Hugging Face configuration. Raises InputError if they do not fit each other."""
+    width, layers, heads, mlp_width = (positive(path, section, key) for key in _TOWER_KEYS)
+    if width % heads:
+        raise InputError(f"{path}: hidden_size {width} is no multiple of its {heads} heads: restore the file")
+    return clip.Transformer(width, layers, heads, mlp_width)
+
+
+# open_clip's defaults, and the keys that change nothing here: settings of its training, and of its own code.
+_OPEN_CLIP_VISION = {
+    "image_size": 224,
+    "layers": 12,
+    "width": 768,
+    "patch_size": 16,
+    "head_width": 64,
+    "mlp_ratio": 4.0,
+}
+_OPEN_CLIP_TEXT = {
+    "context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
+}  # fmt: skip
+_OPEN_CLIP_INERT = {
+    "patch_dropout", "output_tokens", "hf_tokenizer_name", "tokenizer_kwargs", "init_logit_scale", "custom_text",
+}  # fmt: skip
+_OPEN_CLIP_USUAL = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
+
+
+def open_clip_config(path: Path) -> clip.Config:
+    """Returns the sizes in an `open_clip_config.json`. Raises InputError for models that `clip.CLIP` is not."""
+    content = read_json(path)
+    try:
+        whole = content.get("model_cfg", content)
+        vision, text = _OPEN_CLIP_VISION | whole["vision_cfg"], _OPEN_CLIP_TEXT | whole["text_cfg"]
+        known = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "preprocess_cfg"}
+        for section, names in ((whole, known), (vision, _OPEN_CLIP_VISION), (text, _OPEN_CLIP_TEXT)):
+            for name, value in section.items():
+                if value and name not in {*names, *_OPEN_CLIP_INERT} and value not in _OPEN_CLIP_USUAL.get(name, ()):
+                    raise InputError(f"{path}: models with {name} {value!r} are not supported: choose another")
+        if text.get("hf_tokenizer_name") and not (path.parent / "tokenizer.json").exists():
+            raise InputError(
+                f"{path}: the tokenizer {text['hf_tokenizer_name']} is not there: put its tokenizer.json beside"
+            )
+        vision["heads"] = positive(path, vision, "width") // positive(path, vision, "head_width")
+        towers = []
+        for section in (vision, text):
+            width, layers, heads = (positive(path, section, key) for key in ("width", "layers", "heads"))
+            if width % heads:
+                raise InputError(f"{path}: width {width} is no multiple of its {heads} heads: restore the file")
+            towers.append(clip.Transformer(width, layers, heads, int(width * section["mlp_ratio"])))
+        vocabulary_size = positive(path, text, "vocab_size")
+        return clip.Config(
+            image_size=positive(path, vision, "image_size"),
+            patch_size=positive(path, vision, "patch_size"),
+            vision=towers[0],
+            text=towers[1],
+            embedding_size=positive(path, whole, "embed_dim"),
+            context_length=positive(path, text, "context_length"),
+            vocabulary_size=vocabulary_size,
+            start_token=vocabulary_size - 2,
+            end_token=vocabulary_size - 1,
+            activation="quick_gelu" if whole.get("quick_gelu") else "gelu",
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not the configuration of an open_clip model ({error!r}): restore it") from error
+
+
+# Where each format keeps the statistics of the images, with the names of mean and deviation.
+_STATISTICS = {
+    "preprocessor_config.json": ((), "image_mean", "image_std"),
+    "processor_config.json": (("image_processor",), "image_mean", "image_std"),
+    "open_clip_config.json": (("preprocess_cfg",), "mean", "std"),
+}
+
+
+def with_image_statistics(config: clip.Config, folder: Path) -> clip.Config:
+    """The configuration with the mean and deviation that a folder's files specify, if they do.
+
+    Raises InputError if they are not three numbers each, or if the processor does not standardise images.
+    """
+    for name, (sections, *keys) in _STATISTICS.items():
+        path = folder / name
+        content = read_json(path) if path.exists() else {}
+        for section in sections:
+            content = content.get(section) if isinstance(content, dict) else None
+        if not isinstance(content, dict) or not any(key in content for key in keys):
+            continue
+        values = [content.get(key) for key in keys]
+        numbers = [
+            isinstance(each, list) and len(each) == 3 and all(type(x) in (int, float) for x in each) for each in values
+        ]
+        if not all(numbers) or min(values[1]) <= 0 or not np.all(np.isfinite(values)):
+            raise InputError(f"{path}: {' and '.join(keys)} are {values}, not three numbers each: restore the file")
+        if content.get("do_normalize") is False or content.get("do_rescale") is False:
+            raise InputError(
+                f"{path}: its model takes images that are not standardised, which is not supported: choose another"
+            )
+        return dataclasses.replace(config, image_mean=tuple(values[0]), image_deviation=tuple(values[1]))
+    return config
+
+
+def read_weights(folder: Path, single: str, archive: str) -> dict[str, np.ndarray]:
+    """Reads a folder's safetensors file `single`, the shards that its index names, or the PyTorch file `archive`."""
+    index = folder / f"{single}.index.json"
+    if (folder / single).exists():
+        return read_safetensors(folder / single)
+    if not index.exists():
+        return (
+            read_torch_archive(folder / archive) if (folder / archive).exists() else read_safetensors(folder / single)
+        )
     try:
         shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} does not name the shards ({error!r}): restore the file") from error
     return {name: array for shard in shards for name, array in read_safetensors(shard).items()}
+
+
+# An entry of every vision tower, by which a state dict is found among the other content of a checkpoint.
+_LANDMARKS = {"hugging_face": "vision_model.embeddings.class_embedding", "openai": "visual.class_embedding"}
+
+
+def unwrapped(state: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, np.ndarray], str]:
+    """The state dict in a checkpoint, without what its training put in front of the names, and the style of its names.
+
+    Raises InputError if the checkpoint contains several models.
+    """
+    found = [
+        (name.removesuffix(landmark), style)
+        for style, landmark in _LANDMARKS.items()
+        for name in state
+        if name == landmark or name.endswith(f".{landmark}")
+    ]
+    if len(found) > 1:
+        places = ", ".join(sorted(prefix or "its top" for prefix, _ in found))
+        raise InputError(f"weights {source} hold {len(found)} models, at {places}: save the one to use alone")
+    prefix, style = found[0] if found else ("", "openai")
+    inner = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+    if (
+        style == "openai" and "text.token_embedding.weight" in inner
+    ):  # open_clip's models with a text tower of their own
+        inner = {name.removeprefix("text."): array for name, array in inner.items()}
+    if found and not any(name.startswith(("text_model.", "token_embedding.")) for name in inner):
+        raise InputError(f"weights {source} have no text tower: give a CLIP with both")
+    return inner, style
 
 
 def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.float32) -> None:
@@ -166,8 +324,8 @@ def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.f
             "resample": 3,
             "crop_size": {"height": config.image_size, "width": config.image_size},
             **dict.fromkeys(("do_resize", "do_center_crop", "do_convert_rgb", "do_rescale", "do_normalize"), True),
-            "image_mean": clip.IMAGE_MEAN,
-            "image_std": clip.IMAGE_STANDARD_DEVIATION,
+            "image_mean": config.image_mean,
+            "image_std": config.image_deviation,
         },
         "tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer",
@@ -181,6 +339,12 @@ def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.f
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def byte_symbols() -> list[str]:
+    """Returns the 256 printable symbols that stand for bytes, in the vocabulary's order (as in GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
+
+
 def openai_tokenizer(path: Path) -> Tokenizer:
     """Returns the tokenizer of OpenAI's vocabulary file, which has one header line, then 48,894 merges.
 
@@ -192,7 +356,7 @@ def openai_tokenizer(path: Path) -> Tokenizer:
             merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 1 + count]]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"vocabulary {path} cannot be read ({error}): put OpenAI's {VOCABULARY_FILE} there") from error
-    symbols = clip.byte_symbols()
+    symbols = byte_symbols()
     words = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), clip.START_TEXT, clip.END_TEXT]
     vocabulary = {word: index for index, word in enumerate(words)}
     known = all(len(merge) == 2 and vocabulary.keys() >= set(merge) for merge in merges)
@@ -222,29 +386,85 @@ def hugging_face_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def with_special_tokens(config: clip.Config, tokenizer: Tokenizer, source: str) -> clip.Config:
+    """The configuration with the tokenizer's start token. Raises InputError if their end tokens differ."""
+    try:
+        special = tokenizer.encode("").ids
+    except BaseException as error:  # the library panics at a damaged post-processor
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"the tokenizer of {source} cannot encode ({error!s:.200}): copy the model's own there"
+        ) from error
+    if len(special) != 2:
+        return config
+    if special[1] != config.end_token:
+        raise InputError(
+            f"the tokenizer of {source} ends texts with token {special[1]}, its configuration says {config.end_token}: "
+            "restore the model's own files"
+        )
+    return dataclasses.replace(config, start_token=special[0])
+
+
+def from_folder(path: Path) -> tuple[dict[str, np.ndarray], clip.Config]:
+    """State dict and configuration of a folder in the format of Hugging Face or of open_clip."""
+    if (path / "config.json").exists() or not (path / "open_clip_config.json").exists():
+        config = hugging_face_config(path / "config.json")
+        return read_weights(path, "model.safetensors", "pytorch_model.bin"), config
+    config = open_clip_config(path / "open_clip_config.json")
+    return read_weights(path, "open_clip_model.safetensors", "open_clip_pytorch_model.bin"), config
+
+
+def from_file(path: Path) -> tuple[dict[str, np.ndarray], clip.Config]:
+    """State dict and configuration of a `.pt`, `.bin` or `.safetensors` file.
+
+    The configuration beside the file specifies activation and heads. Without one they are OpenAI's, with a warning if
+    the file is not OpenAI's.
+    """
+    state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_archive(path)
+    state, style = unwrapped(state, str(path))
+    if style == "hugging_face":
+        return state, hugging_face_config(path.parent / "config.json")
+    beside = path.parent / "open_clip_config.json"
+    if beside.exists():
+        return state, open_clip_config(beside)
+    config = openai_config(state, str(path))
+    if "input_resolution" not in state:  # which OpenAI's own files have
+        heads = f"{config.vision.heads} and {config.text.heads} heads"
+        processes.warn(
+            [f"{path} does not specify activation and heads, taken: quick_gelu (not gelu), {heads} of width 64"]
+        )
+    return state, config
+
+
+_PRESET_FILES = {name: f"{name.replace('/', '-').replace('@', '-')}.pt" for name in clip.PRESETS}
+
+
 def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
-    """Returns model and tokenizer of a preset, a Hugging Face folder, or a `.pt` or `.safetensors` file like OpenAI's.
+    """Returns model and tokenizer of a preset, a folder or a file, else of a repository on the Hugging Face hub.
 
     Raises InputError if a file is missing or damaged, or if the files do not belong together.
     """
-    path = TINY if name == "tiny" else Path(name)
+    path = TINY if name == "tiny" else Path(name).expanduser()
     if name in clip.PRESETS:
-        path = download.published(f"{name.replace('/', '-').replace('@', '-')}.pt")
+        path = download.published(_PRESET_FILES[name])
+    elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and path.suffix not in WEIGHT_SUFFIXES:
+        path = download.from_hub(name)
     elif not path.exists() and not {"/", os.sep, "."} & set(name):
         raise unknown("model preset", name, ["tiny", *clip.PRESETS])
-    if path.is_dir():
-        config = hugging_face_config(path / "config.json")
-        model = clip.from_state_dict(read_hugging_face_weights(path), config, "hugging_face", str(path))
-        tokenizer = hugging_face_tokenizer(path)
+    state, config = from_folder(path) if path.is_dir() else from_file(path)
+    state, style = unwrapped(state, str(path))
+    folder = path if path.is_dir() else path.parent
+    config = with_image_statistics(config, folder)
+    own = folder != cache_folder() and (folder / VOCABULARY_FILE).exists()
+    if style == "hugging_face" or (folder / "tokenizer.json").exists() or (folder / "merges.txt").exists():
+        tokenizer = hugging_face_tokenizer(folder)
     else:
-        state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_archive(path)
-        model = clip.from_state_dict(state, openai_config(state, str(path)), "openai", str(path))
-        beside = path.parent / VOCABULARY_FILE
-        own = path.parent != cache_folder() and beside.exists()
-        tokenizer = openai_tokenizer(beside if own else download.published(VOCABULARY_FILE))
-    if tokenizer.get_vocab_size() > model.config.vocabulary_size:
+        tokenizer = openai_tokenizer(folder / VOCABULARY_FILE if own else download.published(VOCABULARY_FILE))
+    if tokenizer.get_vocab_size() > config.vocabulary_size:
         raise InputError(
             f"the tokenizer of {path} has {tokenizer.get_vocab_size()} tokens, the text tower embeds only "
-            f"{model.config.vocabulary_size}: put the model's own tokenizer files beside it"
+            f"{config.vocabulary_size}: put the model's own tokenizer files beside it"
         )
-    return model, tokenizer
+    config = with_special_tokens(config, tokenizer, str(path))
+    return clip.from_state_dict(state, config, style, str(path)), tokenizer

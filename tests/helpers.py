@@ -121,7 +121,7 @@ CONFIG = config_of(SIZES)
 MERGES = [("d", "o"), ("do", "g</w>")]
 
 
-SYMBOLS = clip.byte_symbols()
+SYMBOLS = weights.byte_symbols()
 
 
 def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
@@ -139,7 +139,9 @@ TOKENIZER = clip.bpe_tokenizer(VOCABULARY, MERGES)
 def hugging_face_state() -> Mapping[str, np.ndarray]:
     """Seeded weights, with values in them that arithmetic would change."""
     state = seeded.hugging_face_weights(SIZES, seeded.SEED)
-    special = np.array([0x80000000, 0x7FC00123, 0xFF800000, 0x00000001], np.uint32)  # -0, a NaN, -inf, the least float
+    special = np.array(
+        [0x80000000, 0x3F800001, 0xBF7FFFFF, 0x00000001], np.uint32
+    )  # -0, beside 1 and -1, the least float
     state["text_model.embeddings.token_embedding.weight"][0, :4] = special.view(np.float32)
     return state
 

@@ -5,6 +5,7 @@ import itertools
 import math
 import shutil
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from helpers import assert_batches_raise, pixels, raises, smooth, take
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import data
 from support import processes
@@ -142,8 +143,8 @@ def test_palette_images(transparency: bytes | int | None, tmp_path: Path) -> Non
 def picture(mode: str) -> Image.Image:
     """A smooth picture in the given mode."""
     colour = smooth(50, 40)
-    if mode == "P":
-        return colour.quantize(256)
+    if mode in ("P", "PA"):
+        return colour.quantize(256).convert(mode)
     if mode.startswith("I;16"):
         wide = np.asarray(colour.convert("L")).astype(np.uint16) * 256 + np.arange(50, dtype=np.uint16)
         return Image.frombytes("I;16B", (50, 40), wide.astype(">u2").tobytes()) if mode[4:] else Image.fromarray(wide)
@@ -164,17 +165,47 @@ def picture(mode: str) -> Image.Image:
         ("RGB", "webp", 10),
         ("P", "png", 15),
         ("P", "gif", 15),
+        ("PA", "tiff", 15),
     ],
 )
 def test_every_kind_of_image(mode: str, suffix: str, tolerance: int, tmp_path: Path) -> None:
     """On average near the result for the picture in RGB or grey. Of 16-bit images, the high byte counts."""
     options = {"quality": 95, "subsampling": 0} if suffix == "jpg" else {}
     file = saved(picture(mode), tmp_path / f"image.{suffix}", **options)
-    same = saved(smooth(50, 40).convert("RGB" if mode in ("RGB", "CMYK", "P") else "L"), tmp_path / "same.png")
+    same = saved(smooth(50, 40).convert("RGB" if mode in ("RGB", "CMYK", "P", "PA") else "L"), tmp_path / "same.png")
     for prepare in (evaluate, lambda file, resolution: train(file, resolution, seed=0)):
         actual, expected = prepare(file, 32), prepare(same, 32)
         assert actual.shape == (32, 32, 3) and actual.dtype == np.uint8
         assert np.mean(np.abs(actual.astype(int) - expected)) <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "LAB"])
+def test_pixels_of_unknown_range_are_refused(mode: str, tmp_path: Path) -> None:
+    grey = smooth(50, 40).convert("L")
+    image = Image.fromarray(np.asarray(grey).astype({"F": np.float32, "I": np.int32}[mode])) if mode != "LAB" else grey
+    file = saved(image if mode != "LAB" else Image.new("LAB", (50, 40)), tmp_path / "image.tiff")
+    for read in (data.check_image, lambda file: data.read_image(file, 32)):
+        with raises(f"list line 1: .*its pixels have Pillow's mode {mode}, of unknown range: save it as 8-bit RGB"):
+            read(file)
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 9_000)])
+def test_memory_of_extreme_shapes(size: tuple[int, int]) -> None:
+    """The middle of a gradient along the long side, in memory of a few megabytes: resized whole, it would take 4 GB."""
+    long = max(size)
+    ramp = (np.arange(long) * 255 // long).astype(np.uint8)
+    pixels = np.broadcast_to(ramp if size[0] == long else ramp[:, None], size[::-1])
+    tracemalloc.start()
+    image = data.evaluation_image(Image.fromarray(np.ascontiguousarray(pixels)), 224)
+    assert tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
+    assert image.shape == (224, 224, 3) and np.all(np.abs(image.astype(int) - 127) <= 1)
+
+
+def test_long_text_in_a_png(tmp_path: Path) -> None:
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("history", "x" * 2**21, zip=True)
+    data.check_image(saved(smooth(50, 40), tmp_path / "image.png", pnginfo=notes))
 
 
 def test_cmyk_jpeg_keeps_its_colour(tmp_path: Path) -> None:
@@ -465,6 +496,16 @@ def test_broken_files_are_found_at_once(name: str, tmp_path: Path) -> None:
     with raises(message):
         data.check_images([split_of([whole]), split], workers=3)
     assert_batches_raise(split, message)
+
+
+def test_broken_files_are_counted(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{index}.png" for index in range(6)]
+    for path in paths:
+        path.write_bytes(b"no image")
+    smooth(8, 8).save(paths[2])
+    message = "list line 1: .*; list line 2: .*; list line 4: .*; and 2 more of 6 images"
+    with raises(message):
+        data.check_images([split_of(paths)], workers=2)
 
 
 def test_a_folder_is_not_an_image(tmp_path: Path) -> None:

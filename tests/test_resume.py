@@ -193,6 +193,19 @@ def test_a_signal_in_an_evaluation_acts_at_once(
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_lost_terminal_saves_unless_it_is_to_be_ignored() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with train.Signals().heard(), pytest.raises(train.Stopped):
+            signal.raise_signal(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by nohup
+        with train.Signals().heard():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_loss_that_is_not_finite_is_an_error_and_keeps_checkpoints(
     command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

@@ -140,7 +140,7 @@ def test_exported_benchmark_gives_the_same_numbers(
         ({"shifts": ("real",)}, "'real' is the reference and a shift at once"),
         ({"data_root": None}, "--data-root is needed with --data domainnet"),
         ({"data": "minidomain"}, "--data minidomain is drawn, not read from --data-root"),
-        ({"data_root": Path("nowhere")}, "--data-root nowhere has no DOMAIN_test.txt (found: no such folder)"),
+        ({"data_root": Path("nowhere")}, "nowhere has no DOMAIN_test.txt (found: no such folder)"),
         ({"steps": (0,)}, "--steps is 0: give at least 1"),
         ({"warmup": 1.5}, "--warmup is 1.5"),
         ({"learning_rate": (float("nan"),)}, "--learning-rate is nan"),

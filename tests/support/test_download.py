@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import shared
-from helpers import SIZES, archive, openai_state, refused, vocabulary_file, write
+from helpers import SIZES, TOKENIZER, archive, openai_state, refused, small_model, vocabulary_file, write
+from safetensors.numpy import save_file
 
 import clip
 from support import download, errors, files, opening, weights
@@ -114,7 +115,7 @@ def assert_downloads(server: Server, path: Path) -> None:
 
 def test_file_is_downloaded_once(server: Server, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_downloads(server, path)
-    assert "file: 100%" in capsys.readouterr().err
+    assert f"downloading {server.address}" in capsys.readouterr().err
     assert_downloads(server, path)
     assert server.ranges == [None]
 
@@ -236,7 +237,7 @@ def test_two_processes_download_once(
             threading.Event().wait(0.01)
         assert_downloads(server, path)
         assert other.wait(30) == 0
-        assert "file: 100%" in other.communicate()[1]
+        assert f"downloading {server.address}" in other.communicate()[1]
     assert f"waiting for another process that downloads {path}" in capsys.readouterr().err
     assert server.ranges == [None]
 
@@ -347,3 +348,118 @@ def test_wrong_classes_are_refused(classes: Any, cache: Path) -> None:
 def test_invalid_notebook_is_refused(content: str, cache: Path) -> None:
     (cache / download.NOTEBOOK).write_text(content)
     refused(download.openai_classes, cache / download.NOTEBOOK)
+
+
+# ------------------------------------------------------------------------------------------------- the Hugging Face hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's interface as a download needs, over the files of `server.repository`."""
+
+    def do_HEAD(self) -> None:
+        self.answer(b"", 404)
+
+    def do_GET(self) -> None:
+        self.answer(b"", 404)
+
+    def answer(self, content: bytes, status: int) -> None:
+        path = self.path.partition("?")[0]
+        files = {file.name: file.read_bytes() for file in self.server.repository.iterdir()}
+        siblings = [{"rfilename": name} for name in files]
+        name = path.rpartition("/")[2]
+        if path.startswith("/api/models/someone/clip"):
+            information = {"id": "someone/clip", "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
+            if "/tree/" in path:
+                information = [
+                    {"type": "file", "path": name, "size": len(content), "oid": "0"} for name, content in files.items()
+                ]
+            content, status = json.dumps(information).encode(), 200
+        elif path.startswith("/someone/clip/resolve/") and name in files:
+            content, status = files[name], 200
+            if self.command == "GET":
+                self.server.asked.append(name)
+        self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+LOAD = """
+import sys
+from support import errors, weights
+try:
+    model, tokenizer = weights.load(sys.argv[1])
+    print(model.config.activation, float(model.vision.class_embedding.sum()), tokenizer.encode("a dog").ids)
+except errors.InputError as error:
+    print("refused:", error)
+"""
+
+
+def loaded(tmp_path: Path, address: str, name: str = "someone/clip", **environment: str) -> str:
+    """What a process of its own prints that loads a model from the hub at `address`."""
+    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "127.0.0.1"}
+    environment |= {"PYTHONPATH": str(Path(download.__file__).parents[1])}
+    arguments = [sys.executable, "-c", LOAD, name]
+    done = subprocess.run(arguments, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("kind", ["hugging face", "open_clip"])
+def test_a_model_of_the_hub(kind: str, tmp_path: Path) -> None:
+    """One download of the files that are needed, none the second time; then it works without the hub."""
+    repository = tmp_path / "repository"
+    weights.save(repository, small_model(), TOKENIZER)
+    (repository / "flax_model.msgpack").write_bytes(b"not needed")
+    if kind == "open_clip":
+        (repository / "config.json").unlink()
+        config = small_model().config
+        vision = {"image_size": config.image_size, "patch_size": config.patch_size}
+        vision |= {"layers": config.vision.layers, "width": config.vision.width}
+        text = {"context_length": config.context_length, "vocab_size": config.vocabulary_size}
+        text |= {"layers": config.text.layers, "width": config.text.width, "heads": config.text.heads}
+        mlp_ratios = [tower.mlp_width / tower.width for tower in (config.vision, config.text)]
+        vision["mlp_ratio"], text["mlp_ratio"] = mlp_ratios
+        sizes = {"embed_dim": config.embedding_size, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+        (repository / "open_clip_config.json").write_text(json.dumps({"model_cfg": sizes}))
+        state = clip.to_state_dict(small_model(), "openai")
+        arrays = {name: np.array(array, order="C") for name, array in state.items()}
+        save_file(arrays, repository / "open_clip_model.safetensors")
+        (repository / "model.safetensors").unlink()
+    expected = f"quick_gelu {float(small_model().vision.class_embedding.sum())} {TOKENIZER.encode('a dog').ids}"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repository, server.asked = repository, []
+    address = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        assert loaded(tmp_path, address) == expected
+        asked, server.asked = sorted(server.asked), []
+        assert loaded(tmp_path, address) == expected
+        assert server.asked == []
+        assert "not on the Hugging Face hub" in loaded(tmp_path, address, "someone/clop")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    needed = {"tokenizer.json", "preprocessor_config.json"}
+    needed |= (
+        {"config.json", "model.safetensors"}
+        if kind != "open_clip"
+        else {"open_clip_config.json", "open_clip_model.safetensors"}
+    )
+    assert asked == sorted(needed)
+    assert loaded(tmp_path, address) == expected  # the hub does not answer
+    assert loaded(tmp_path, address, HF_HUB_OFFLINE="1") == expected
+    refusal = loaded(tmp_path, address, "someone/else", HF_HUB_OFFLINE="1")
+    assert refusal.startswith(f"refused: someone/else cannot be downloaded from {address}") and "ViT-B/32" in refusal

@@ -139,6 +139,27 @@ def test_settings_and_sources_may_not_change_and_execution_may() -> None:
         options.check_unchanged(other, Path("run"), config)
 
 
+def test_files_may_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths are absolute in config.json. A run goes on where data and models lie elsewhere, if the names stay."""
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "clip.pt").write_bytes(b"")
+    monkeypatch.chdir(tmp_path / "here")
+    command = changed(
+        options.DEFAULTS["domainnet"], reference=("real",), model="clip.pt", templates="a {}.", data_root=Path("set")
+    )
+    (run,) = options.runs(options.resolved(command))
+    assert (run.sources.model, run.sources.data_root) == (str(tmp_path / "here/clip.pt"), tmp_path / "here/set")
+    config = {"settings": options.flat(run.sources, run.settings)}
+    monkeypatch.chdir(tmp_path / "there")
+    (moved,) = options.runs(options.resolved(changed(command, data_root=Path("other"))))
+    assert moved.sources.model == str(tmp_path / "there/clip.pt")
+    options.check_unchanged(moved, Path("run"), config)
+    (other,) = options.runs(options.resolved(changed(command, model="b.pt")))
+    with pytest.raises(InputError, match=r"--model clip\.pt, now b\.pt"):
+        options.check_unchanged(other, Path("run"), config)
+
+
 def test_settings_that_a_method_does_not_read_make_no_runs() -> None:
     command = changed(
         options.DEFAULTS["minidomain"], method=("ft", "ema", "car-ft"), temperature=(1.0, 2.0), decay=(0.5, 0.9)
