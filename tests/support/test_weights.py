@@ -797,6 +797,35 @@ def test_any_bytes_in_safetensors(examples: int, saved: Path) -> None:
     with_mutations(examples, content, check, range(8 + int.from_bytes(content[:8], "little")))
 
 
+@EXAMPLES
+@pytest.mark.parametrize("name", ["config.json", "open_clip_config.json", "preprocessor_config.json"])
+def test_any_bytes_in_a_configuration(name: str, examples: int, tmp_path: Path) -> None:
+    """Any change is refused, or gives sizes that are positive and statistics that are finite."""
+    weights.save(tmp_path, small_model(), TOKENIZER)
+    if name == "open_clip_config.json":
+        (tmp_path / "preprocessor_config.json").unlink()
+        (tmp_path / name).write_text(json.dumps(OPEN_CLIP))
+    path = tmp_path / name
+    original = path.read_bytes()
+
+    def read() -> clip.Config:
+        if name == "open_clip_config.json":
+            return weights.with_image_statistics(weights.open_clip_config(path), tmp_path)
+        return weights.with_image_statistics(weights.hugging_face_config(tmp_path / "config.json"), tmp_path)
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        config = read_unless_refused(read, path)
+        if config is not None:
+            sizes = [*vars(config.vision).values(), *vars(config.text).values(), config.image_size, config.patch_size]
+            assert all(type(size) is int and size > 0 for size in sizes)
+            assert (
+                np.all(np.isfinite([*config.image_mean, *config.image_deviation])) and min(config.image_deviation) > 0
+            )
+
+    with_mutations(examples, original, check)
+
+
 def encodes(tokenizer: Tokenizer) -> None:
     """Encodes texts like `clip.tokenize`, so that a tokenizer that loads but cannot encode fails the test."""
     tokenizer.encode_batch(["dog", "a photo of a dog.", "\U0001f9b4"], add_special_tokens=False)
