@@ -165,6 +165,7 @@ def from_hub(name: str) -> Path:
     if the repository does not exist, is no CLIP, or cannot be downloaded.
     """
     import huggingface_hub as hub  # half a second that other runs do not need
+    from huggingface_hub import constants, errors
 
     def chosen(there: Callable[[str], bool], *more: str) -> list[str]:
         """The files to load, of those that are there; none if something is missing."""
@@ -180,7 +181,7 @@ def from_hub(name: str) -> Path:
     try:
         files = chosen(is_cached, "tokenizer.json|merges.txt")
         if not files:
-            print(f"{name} is no file or folder here: looking on {hub.constants.ENDPOINT}", file=sys.stderr)
+            print(f"{name} is no file or folder here: looking on {constants.ENDPOINT}", file=sys.stderr)
             files = chosen(set(hub.HfApi().list_repo_files(name)).__contains__)
             if not files:
                 raise InputError(f"{name} on the Hugging Face hub is no CLIP of transformers or open_clip: choose one")
@@ -188,7 +189,7 @@ def from_hub(name: str) -> Path:
             return Path(hub.snapshot_download(name, allow_patterns=[*files, *shards, *_BESIDE]))
     except InputError:
         raise
-    except hub.errors.RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         advice = f"correct it, log in with `hf auth login` if it is private, or give one of {', '.join(PRESETS)}"
         raise InputError(f"{name} is no file or folder here, and not on the Hugging Face hub: {advice}") from error
     except Exception as error:  # the hub's client raises what its HTTP library raises
@@ -198,9 +199,7 @@ def from_hub(name: str) -> Path:
                 f"download it elsewhere, put it at a folder here and give that, or give one of {', '.join(PRESETS)}"
             )
             reason = str(error).strip().split("\n")[0]
-            raise InputError(
-                f"{name} cannot be downloaded from {hub.constants.ENDPOINT} ({reason}): {advice}"
-            ) from error
+            raise InputError(f"{name} cannot be downloaded from {constants.ENDPOINT} ({reason}): {advice}") from error
     return Path(hub.try_to_load_from_cache(name, files[0])).parent
 
 

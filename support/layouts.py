@@ -220,19 +220,8 @@ def read_cub(root: Path | None, reference: str, shifts: Words, select_on: str) -
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".jp2", ".ppm", ".pgm",
 )  # fmt: skip
-NO_IMAGES = (
-    ".txt",
-    ".csv",
-    ".json",
-    ".xml",
-    ".md",
-    ".db",
-    ".ini",
-    ".html",
-    ".pdf",
-    ".yaml",
-    ".yml",
-)  # left out silently
+# Left out without a warning.
+NO_IMAGES = (".txt", ".csv", ".json", ".xml", ".md", ".db", ".ini", ".html", ".pdf", ".yaml", ".yml")
 
 
 def entries(folder: Path) -> list[os.DirEntry]:

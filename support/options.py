@@ -181,8 +181,11 @@ def defaults_of(command: Command) -> Command:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """The command line, with the defaults of its data set. Raises InputError for an unknown data set."""
+    """The command line, with the defaults of its data set. Raises InputError for an unknown data set or no value."""
     arguments = expanded(arguments)
+    for word, following in itertools.pairwise([*arguments, "--"]):
+        if word in ("--shifts", "--unseen", "--split-roots") and following.startswith("--"):
+            raise InputError(f"{word} has no value: give one or more, or leave it out")  # () would mean the default
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in {"data": "minidomain", "protocol": None, "model": ""}.items():
         finder.add_argument(flag(name), default=default)

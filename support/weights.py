@@ -148,13 +148,8 @@ def tower(path: Path, section: Mapping[str, Any]) -> clip.Transformer:
 
 # open_clip's defaults, and the keys that change nothing here: settings of its training, and of its own code.
 _OPEN_CLIP_VISION = {
-    "image_size": 224,
-    "layers": 12,
-    "width": 768,
-    "patch_size": 16,
-    "head_width": 64,
-    "mlp_ratio": 4.0,
-}
+    "image_size": 224, "layers": 12, "width": 768, "patch_size": 16, "head_width": 64, "mlp_ratio": 4.0,
+}  # fmt: skip
 _OPEN_CLIP_TEXT = {
     "context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
 }  # fmt: skip

@@ -139,6 +139,12 @@ def test_settings_and_sources_may_not_change_and_execution_may() -> None:
         options.check_unchanged(other, Path("run"), config)
 
 
+@pytest.mark.parametrize("after", [[], ["--steps", "3"]])
+def test_a_list_without_values_is_not_the_default(after: list[str]) -> None:
+    with pytest.raises(InputError, match="--shifts has no value: give one or more, or leave it out"):
+        options.parse(["--shifts", *after])
+
+
 def test_files_may_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths are absolute in config.json. A run goes on where data and models lie elsewhere, if the names stay."""
     for place in ("here", "there"):
