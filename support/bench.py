@@ -53,8 +53,6 @@ class Case:
     """A method of train.py that trains."""
     batch_size: int = 8
     """Images per step, over all devices."""
-    classes: int = 345
-    """Classes; DomainNet's are 345."""
     precision: Precision = "float32"
     """Type that the towers compute in."""
     accumulate: int = 1
@@ -63,6 +61,8 @@ class Case:
     """Compute each block again in the backward pass."""
     fsdp: bool = False
     """Spread weights and optimizer over the devices."""
+    classes: int = 345
+    """Classes; DomainNet's are 345."""
 
     def config(self) -> clip.Config:
         """The sizes of the model. Raises InputError for an unknown model or method."""
