@@ -181,8 +181,7 @@ def check_images(splits: Sequence[Split], workers: int) -> None:
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         checks = pool.map(problem, files)
-        hidden = None if writes_files() else True  # None: hidden if stderr is no terminal
-        bar = tqdm(checks, "checking images", len(files), unit="image", leave=False, delay=2, disable=hidden)
+        bar = tqdm(checks, "checking images", len(files), unit="image", leave=False, delay=2, disable=hides_bars())
         problems = list(filter(None, bar))
     if problems:
         more = [f"and {len(problems) - 3} more of {len(files)} images"] if len(problems) > 3 else []
@@ -353,6 +352,11 @@ EVALUATED_AT_ONCE = 64  # images per device: each takes ViT-L/14 some 20 MB of a
 def writes_files() -> bool:
     """Whether this process writes files and shows progress; exactly one does."""
     return jax.process_index() == 0
+
+
+def hides_bars() -> bool | None:
+    """What `tqdm` takes as `disable`: one process shows bars, and (None) only on a terminal."""
+    return None if writes_files() else True
 
 
 def all_devices() -> list[jax.Device]:

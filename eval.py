@@ -121,7 +121,7 @@ def per_image(
     """The outputs of a function of batches for every image of a split, in order: the one evaluation loop."""
     batches = tqdm(
         data.evaluation_batches(split, resolution, batch_size, workers, data.own_part()), f"evaluating {split.name}",
-        -(-len(split) // batch_size), unit="batch", leave=False, disable=None if data.writes_files() else True,
+        -(-len(split) // batch_size), unit="batch", leave=False, disable=data.hides_bars(),
     )  # fmt: skip
     computed = ((*outputs(batch), batch["valid"]) for batch in (data.shard_batch(each, mesh) for each in batches))
     collected = []
@@ -288,7 +288,7 @@ def tpgm(
         setup.data.selection, zero_shot.vision.image_size, batch_size, run.results["seed"], setup.execution.workers,
         augmentation="off",
     )  # fmt: skip
-    for _ in tqdm(range(steps), "TPGM", unit="step", leave=False, disable=None):
+    for _ in tqdm(range(steps), "TPGM", unit="step", leave=False, disable=data.hides_bars()):
         batch = data.shard_batch(next(batches), setup.mesh)
         gamma, state, _ = lipsum.tpgm_step(gamma, bound, state, zero_shot, fine_tuned, setup.tau, batch, norm, penalty)
     return setup.over_all(lipsum.tpgm_projection(zero_shot, fine_tuned, gamma, norm))

@@ -234,12 +234,11 @@ def draw_weights(case: Case, folder: Path) -> Advance:
     """Writes random weights and heads to the file that both implementations read."""
     config = case.config()
 
-    # The hardware's generator draws a model of 150 million weights in a second, JAX's default one in seven.
     @eqx.filter_jit
     def draw(key: jax.Array) -> tuple[clip.CLIP, tuple[jax.Array, jax.Array]]:
         return clip.CLIP(config, key), case.heads(config.embedding_size, key)
 
-    model, heads = draw(jax.random.key(0, impl="rbg"))
+    model, heads = draw(jax.random.key(0))
     arrays = clip.to_state_dict(model, "hugging_face") | dict(zip(HEADS, heads, strict=True))
     save_file({name: np.array(array, order="C") for name, array in arrays.items()}, folder / WEIGHTS)
     return lambda: 0.0
@@ -277,19 +276,7 @@ def torch_step(case: Case, folder: Path) -> Advance:
     import transformers
 
     config = case.config()
-    towers = {
-        name: {
-            "hidden_size": sizes.width, "intermediate_size": sizes.mlp_width, "num_hidden_layers": sizes.layers,
-            "num_attention_heads": sizes.heads, "hidden_act": config.activation,
-        }
-        for name, sizes in (("vision_config", config.vision), ("text_config", config.text))
-    }  # fmt: skip
-    towers["vision_config"] |= {"image_size": config.image_size, "patch_size": config.patch_size}
-    towers["text_config"] |= {
-        "vocab_size": config.vocabulary_size, "max_position_embeddings": config.context_length,
-        "bos_token_id": config.start_token, "eos_token_id": config.end_token,
-    }  # fmt: skip
-    hub_config = transformers.CLIPConfig(**towers, projection_dim=config.embedding_size)
+    hub_config = transformers.CLIPConfig.from_dict(weights.hugging_face_json(config))
     arrays = {name: torch.from_numpy(array) for name, array in load_file(folder / WEIGHTS).items()}
     head = arrays.pop(HEADS[0]).requires_grad_()
     models = [transformers.CLIPModel(hub_config) for _ in range(2)]

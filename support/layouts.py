@@ -98,8 +98,8 @@ def read_list(source: Path, train_folders: Words = ()) -> tuple[tuple[ListedFile
     places: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         place = f"{source} line {number}"
-        path, label = ("", "", *line.rsplit(maxsplit=1))[-2:]  # any white space before the label
-        *_, folder, file = "", *path.strip().split("/")  # pathlib would take seconds for all of DomainNet
+        path, label = ("", "", *line.strip().rsplit(maxsplit=1))[-2:]  # any white space before the label
+        *_, folder, file = "", *path.split("/")  # pathlib would take seconds for all of DomainNet
         folder = composed(folder)
         if not (folder and file and NUMBER.fullmatch(label)):
             raise InputError(f"{place}: {line!r} is not 'DOMAIN/CLASS/FILE LABEL': correct the line")
@@ -112,7 +112,7 @@ def read_list(source: Path, train_folders: Words = ()) -> tuple[tuple[ListedFile
                 contradiction = f"{pairs[known]} gives folder {known[0]!r} label {known[1]}"
                 raise InputError(f"{place}: {path} has label {label}, but {contradiction}: correct one")
         refuse_duplicate(places, path, place)
-        files.append(ListedFile(source.parent / path.strip(), place))
+        files.append(ListedFile(source.parent / path, place))
         labels.append(int(label))
     if missing := set(range(len(pair_per_label))) - set(pair_per_label):
         raise InputError(f"list {source} has no label {min(missing)}: number the classes from 0 without gaps")
@@ -253,7 +253,8 @@ def class_folders(root: Path) -> Words:
 def read_class_folders(name: str, root: Path, classes: Words, label_per_folder: dict[str, int], source: str) -> Split:
     """The split of the images `root/CLASS/IMAGE`, in label order.
 
-    Raises InputError if a folder contains no image or has no label; `source` names what specifies the labels.
+    Labels are by the composed names of folders. Raises InputError if a folder contains no image or has no label;
+    `source` names what specifies the labels.
     """
     root = root.resolve()
     folders = class_folders(root)
@@ -265,19 +266,15 @@ def read_class_folders(name: str, root: Path, classes: Words, label_per_folder: 
         processes.warn(
             [f"{root}: left out {len(left_out)} files or folders in class folders, which are not read: {few}"]
         )
-    labels_composed = {composed(folder): label for folder, label in label_per_folder.items()}
-    label_per_folder = {
-        folder: labels_composed[composed(folder)] for folder in folders if composed(folder) in labels_composed
-    }
     for folder, names in names_per_folder.items():
         if not names:
             raise InputError(f"{root / folder} has no image ({' '.join(SUFFIXES)}): add some or delete it")
-        if folder not in label_per_folder:
+        if composed(folder) not in label_per_folder:
             advice = f"rename or delete it, or leave {name} out of --shifts"
             raise InputError(f"{root / folder} is no class of {source}: {advice}")
-    folders = sorted(folders, key=label_per_folder.__getitem__)
+    folders = sorted(folders, key=lambda folder: label_per_folder[composed(folder)])
     images = Files(root, tuple(f"{folder}/{name}" for folder in folders for name in names_per_folder[folder]))
-    labels = np.array([label_per_folder[folder] for folder in folders], np.int32)
+    labels = np.array([label_per_folder[composed(folder)] for folder in folders], np.int32)
     return Split(name, classes, images, np.repeat(labels, [len(names_per_folder[folder]) for folder in folders]))
 
 
@@ -302,7 +299,7 @@ def read_folder(root: Path | None, reference: str, shifts: Words, select_on: str
     if trained not in splits:
         raise wrong_root(root, f"no {trained}/CLASS", FOLDER_LAYOUT)
     classes = class_folders(root / trained)
-    label_per_folder = {folder: label for label, folder in enumerate(classes)}
+    label_per_folder = {composed(folder): label for label, folder in enumerate(classes)}
 
     def read(name: str) -> Split:
         return read_class_folders(name, root / name, classes, label_per_folder, str(root / trained))

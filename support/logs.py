@@ -36,7 +36,6 @@ class Log:
         self.folder = folder
         self.profile = profile and folder is not None
         self.board = board(folder / "tensorboard", first) if tensorboard and folder else None
-        self.last = last
         # disable=None: a bar on a terminal alone. Elsewhere a line is printed now and then.
         self.bar = tqdm(total=last, initial=first, desc=label, unit="step", disable=None if shown else True)
         self.told = label if shown and self.bar.disable else ""
@@ -92,10 +91,10 @@ class Log:
             seconds = (time.perf_counter() - self._timed_at) / max(step - self._timed_step, 1)
             speed = {"images_per_second": self.batch_size / seconds, "seconds_per_step": seconds}
             values |= {name: round(value, 4) for name, value in speed.items()}
-            self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s")
-            if self.told and (step == self.last or time.perf_counter() - self._told_at >= TELL_EVERY):
-                speed = f"{values['images_per_second']:.0f} images/s"
-                print(f"{self.told}: step {step} of {self.last}, loss {values['loss']:.3f}, {speed}", file=sys.stderr)
+            state = f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s"
+            self.bar.set_postfix_str(state)
+            if self.told and (step == self.bar.total or time.perf_counter() - self._told_at >= TELL_EVERY):
+                print(f"{self.told}: step {step} of {self.bar.total}, {state}", file=sys.stderr)
                 self._told_at = time.perf_counter()
             self._write(step, values)
             self.start_clock(step)

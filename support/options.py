@@ -24,6 +24,7 @@ import equinox as eqx
 import jax
 import tyro
 
+import clip
 import lipsum
 from support.errors import InputError, expanded, flag, read_lines, unknown
 
@@ -183,8 +184,9 @@ def defaults_of(command: Command) -> Command:
 def parse(arguments: Sequence[str]) -> Command:
     """The command line, with the defaults of its data set. Raises InputError for an unknown data set or no value."""
     arguments = expanded(arguments)
+    lists = [flag(field.name) for field in dataclasses.fields(Sources) if field.default == ()]
     for word, following in itertools.pairwise([*arguments, "--"]):
-        if word in ("--shifts", "--unseen", "--split-roots") and following.startswith("--"):
+        if word in lists and following.startswith("--"):
             raise InputError(f"{word} has no value: give one or more, or leave it out")  # () would mean the default
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name, default in {"data": "minidomain", "protocol": None, "model": ""}.items():
@@ -255,10 +257,14 @@ MOVABLE = {"data_root", "split_roots"}
 
 
 def absolute(name: str, value: Any) -> Any:
-    """An option's value with its paths absolute, so that a run is opened from any working folder."""
+    """An option's value with its paths absolute, so that a run is opened from any working folder.
+
+    `openai` and the names of models mean the same whatever lies in that folder.
+    """
     if name == "split_roots":
         return tuple(re.sub("=(.+)", lambda match: f"={os.path.abspath(match[1])}", each) for each in value)
-    if isinstance(value, Path) or (name in PLACES and value and os.path.exists(value)):
+    is_place = name in PLACES and value and value not in ("tiny", "openai", *clip.PRESETS) and os.path.exists(value)
+    if isinstance(value, Path) or is_place:
         return type(value)(os.path.abspath(value))
     return value
 

@@ -49,7 +49,7 @@ def connect(cluster: Cluster) -> None:
         jax.distributed.initialize(cluster.coordinator, cluster.processes, cluster.process)
     else:
         join_cluster()
-    all_devices()
+    all_devices()  # raises, if there are none, what the user can read
     if not writes_files():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # silences libraries, too
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +138,11 @@ def positive(path: Path, section: Mapping[str, Any], key: str) -> int:
     return section[key]
 
 
-def tower(path: Path, section: Mapping[str, Any]) -> clip.Transformer:
-    """The sizes of a tower in a Hugging Face configuration. Raises InputError if they do not fit each other."""
-    width, layers, heads, mlp_width = (positive(path, section, key) for key in _TOWER_KEYS)
+def tower(path: Path, section: Mapping[str, Any], keys: Sequence[str] = _TOWER_KEYS) -> clip.Transformer:
+    """The sizes of a tower, under the given keys. Raises InputError if they do not fit each other."""
+    width, layers, heads, mlp_width = (positive(path, section, key) for key in keys)
     if width % heads:
-        raise InputError(f"{path}: hidden_size {width} is no multiple of its {heads} heads: restore the file")
+        raise InputError(f"{path}: {keys[0]} {width} is no multiple of its {heads} heads: restore the file")
     return clip.Transformer(width, layers, heads, mlp_width)
 
 
@@ -153,6 +153,7 @@ _OPEN_CLIP_VISION = {
 _OPEN_CLIP_TEXT = {
     "context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
 }  # fmt: skip
+_OPEN_CLIP_TOWER = ("width", "layers", "heads", "mlp_width")
 _OPEN_CLIP_INERT = {
     "patch_dropout", "output_tokens", "hf_tokenizer_name", "tokenizer_kwargs", "init_logit_scale", "custom_text",
 }  # fmt: skip
@@ -175,18 +176,14 @@ def open_clip_config(path: Path) -> clip.Config:
                 f"{path}: the tokenizer {text['hf_tokenizer_name']} is not there: put its tokenizer.json beside"
             )
         vision["heads"] = positive(path, vision, "width") // positive(path, vision, "head_width")
-        towers = []
         for section in (vision, text):
-            width, layers, heads = (positive(path, section, key) for key in ("width", "layers", "heads"))
-            if width % heads:
-                raise InputError(f"{path}: width {width} is no multiple of its {heads} heads: restore the file")
-            towers.append(clip.Transformer(width, layers, heads, int(width * section["mlp_ratio"])))
+            section["mlp_width"] = int(positive(path, section, "width") * section["mlp_ratio"])
         vocabulary_size = positive(path, text, "vocab_size")
         return clip.Config(
             image_size=positive(path, vision, "image_size"),
             patch_size=positive(path, vision, "patch_size"),
-            vision=towers[0],
-            text=towers[1],
+            vision=tower(path, vision, _OPEN_CLIP_TOWER),
+            text=tower(path, text, _OPEN_CLIP_TOWER),
             embedding_size=positive(path, whole, "embed_dim"),
             context_length=positive(path, text, "context_length"),
             vocabulary_size=vocabulary_size,
@@ -237,12 +234,10 @@ def with_image_statistics(config: clip.Config, folder: Path) -> clip.Config:
 def read_weights(folder: Path, single: str, archive: str) -> dict[str, np.ndarray]:
     """Reads a folder's safetensors file `single`, the shards that its index names, or the PyTorch file `archive`."""
     index = folder / f"{single}.index.json"
-    if (folder / single).exists():
+    if (folder / single).exists() or not (index.exists() or (folder / archive).exists()):
         return read_safetensors(folder / single)
     if not index.exists():
-        return (
-            read_torch_archive(folder / archive) if (folder / archive).exists() else read_safetensors(folder / single)
-        )
+        return read_torch_archive(folder / archive)
     try:
         shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     except (KeyError, TypeError, AttributeError) as error:
@@ -270,13 +265,41 @@ def unwrapped(state: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, n
         raise InputError(f"weights {source} hold {len(found)} models, at {places}: save the one to use alone")
     prefix, style = found[0] if found else ("", "openai")
     inner = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
-    if (
-        style == "openai" and "text.token_embedding.weight" in inner
-    ):  # open_clip's models with a text tower of their own
+    # Some models of open_clip keep their text tower apart.
+    if style == "openai" and "text.token_embedding.weight" in inner:
         inner = {name.removeprefix("text."): array for name, array in inner.items()}
     if found and not any(name.startswith(("text_model.", "token_embedding.")) for name in inner):
         raise InputError(f"weights {source} have no text tower: give a CLIP with both")
     return inner, style
+
+
+def hugging_face_json(config: clip.Config) -> dict[str, Any]:
+    """The content of a `config.json`, which `hugging_face_config` reads."""
+
+    def tower(kind: str, sizes: clip.Transformer) -> dict[str, Any]:
+        return {
+            "model_type": f"clip_{kind}_model",
+            **dict(zip(_TOWER_KEYS, vars(sizes).values(), strict=True)),
+            "hidden_act": config.activation,
+            "layer_norm_eps": config.layer_norm_epsilon,
+            "projection_dim": config.embedding_size,
+        }
+
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embedding_size,
+        "vision_config": tower("vision", config.vision)
+        | {"image_size": config.image_size, "patch_size": config.patch_size, "num_channels": 3},
+        "text_config": tower("text", config.text)
+        | {
+            "max_position_embeddings": config.context_length,
+            "vocab_size": config.vocabulary_size,
+            "bos_token_id": config.start_token,
+            "eos_token_id": config.end_token,
+            "pad_token_id": 0,
+        },
+    }
 
 
 def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.float32) -> None:
@@ -288,31 +311,8 @@ def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.f
     arrays = {name: np.asarray(leaf, dtype, order="C") for name, leaf in state.items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def tower(kind: str, sizes: clip.Transformer) -> dict[str, Any]:
-        return {
-            "model_type": f"clip_{kind}_model",
-            **dict(zip(_TOWER_KEYS, vars(sizes).values(), strict=True)),
-            "hidden_act": config.activation,
-            "layer_norm_eps": config.layer_norm_epsilon,
-            "projection_dim": config.embedding_size,
-        }
-
     files = {
-        "config.json": {
-            "architectures": ["CLIPModel"],
-            "model_type": "clip",
-            "projection_dim": config.embedding_size,
-            "vision_config": tower("vision", config.vision)
-            | {"image_size": config.image_size, "patch_size": config.patch_size, "num_channels": 3},
-            "text_config": tower("text", config.text)
-            | {
-                "max_position_embeddings": config.context_length,
-                "vocab_size": config.vocabulary_size,
-                "bos_token_id": config.start_token,
-                "eos_token_id": config.end_token,
-                "pad_token_id": 0,
-            },
-        },
+        "config.json": hugging_face_json(config),
         "preprocessor_config.json": {
             "image_processor_type": "CLIPImageProcessor",
             "size": {"shortest_edge": config.image_size},
@@ -401,17 +401,19 @@ def with_special_tokens(config: clip.Config, tokenizer: Tokenizer, source: str) 
     return dataclasses.replace(config, start_token=special[0])
 
 
-def from_folder(path: Path) -> tuple[dict[str, np.ndarray], clip.Config]:
-    """State dict and configuration of a folder in the format of Hugging Face or of open_clip."""
+def from_folder(path: Path) -> tuple[dict[str, np.ndarray], str, clip.Config]:
+    """State dict, style of its names, and configuration of a folder in the format of Hugging Face or of open_clip."""
     if (path / "config.json").exists() or not (path / "open_clip_config.json").exists():
         config = hugging_face_config(path / "config.json")
-        return read_weights(path, "model.safetensors", "pytorch_model.bin"), config
-    config = open_clip_config(path / "open_clip_config.json")
-    return read_weights(path, "open_clip_model.safetensors", "open_clip_pytorch_model.bin"), config
+        state = read_weights(path, "model.safetensors", "pytorch_model.bin")
+    else:
+        config = open_clip_config(path / "open_clip_config.json")
+        state = read_weights(path, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return *unwrapped(state, str(path)), config
 
 
-def from_file(path: Path) -> tuple[dict[str, np.ndarray], clip.Config]:
-    """State dict and configuration of a `.pt`, `.bin` or `.safetensors` file.
+def from_file(path: Path) -> tuple[dict[str, np.ndarray], str, clip.Config]:
+    """State dict, style of its names, and configuration of a `.pt`, `.bin` or `.safetensors` file.
 
     The configuration beside the file specifies activation and heads. Without one they are OpenAI's, with a warning if
     the file is not OpenAI's.
@@ -419,20 +421,17 @@ def from_file(path: Path) -> tuple[dict[str, np.ndarray], clip.Config]:
     state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_archive(path)
     state, style = unwrapped(state, str(path))
     if style == "hugging_face":
-        return state, hugging_face_config(path.parent / "config.json")
+        return state, style, hugging_face_config(path.parent / "config.json")
     beside = path.parent / "open_clip_config.json"
     if beside.exists():
-        return state, open_clip_config(beside)
+        return state, style, open_clip_config(beside)
     config = openai_config(state, str(path))
     if "input_resolution" not in state:  # which OpenAI's own files have
         heads = f"{config.vision.heads} and {config.text.heads} heads"
         processes.warn(
             [f"{path} does not specify activation and heads, taken: quick_gelu (not gelu), {heads} of width 64"]
         )
-    return state, config
-
-
-_PRESET_FILES = {name: f"{name.replace('/', '-').replace('@', '-')}.pt" for name in clip.PRESETS}
+    return state, style, config
 
 
 def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
@@ -440,15 +439,14 @@ def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
 
     Raises InputError if a file is missing or damaged, or if the files do not belong together.
     """
-    path = TINY if name == "tiny" else Path(name).expanduser()
+    path = TINY if name == "tiny" else Path(name)
     if name in clip.PRESETS:
-        path = download.published(_PRESET_FILES[name])
+        path = download.published(f"{name.replace('/', '-').replace('@', '-')}.pt")
     elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and path.suffix not in WEIGHT_SUFFIXES:
         path = download.from_hub(name)
     elif not path.exists() and not {"/", os.sep, "."} & set(name):
         raise unknown("model preset", name, ["tiny", *clip.PRESETS])
-    state, config = from_folder(path) if path.is_dir() else from_file(path)
-    state, style = unwrapped(state, str(path))
+    state, style, config = from_folder(path) if path.is_dir() else from_file(path)
     folder = path if path.is_dir() else path.parent
     config = with_image_statistics(config, folder)
     own = folder != cache_folder() and (folder / VOCABULARY_FILE).exists()

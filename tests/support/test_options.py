@@ -156,6 +156,9 @@ def test_files_may_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     )
     (run,) = options.runs(options.resolved(command))
     assert (run.sources.model, run.sources.data_root) == (str(tmp_path / "here/clip.pt"), tmp_path / "here/set")
+    for name in ("tiny", "openai"):  # names, whatever lies in the working folder
+        (tmp_path / "here" / name).mkdir()
+        assert options.absolute("model", name) == options.absolute("templates", name) == name
     config = {"settings": options.flat(run.sources, run.settings)}
     monkeypatch.chdir(tmp_path / "there")
     (moved,) = options.runs(options.resolved(changed(command, data_root=Path("other"))))
