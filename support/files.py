@@ -31,7 +31,7 @@ from support.errors import InputError
 
 
 def cache_folder() -> Path:
-    """The folder of downloaded files: `LIPSUM_CACHE`, else `lipsum` in the user's cache folder."""
+    """The folder of what is drawn and compiled once: `LIPSUM_CACHE`, else `lipsum` in the user's cache folder."""
     if folder := os.environ.get("LIPSUM_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lipsum"

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from data import Data, Files, ListedFile, Split, hold_out
-from support import download, minidomain, processes
+from support import minidomain, processes
 from support.errors import InputError, read_lines, unknown
 from support.options import Sources
 
@@ -328,6 +328,8 @@ def read_folder(root: Path | None, reference: str, shifts: Words, select_on: str
 
 # ------------------------------------------------------------------------------------------------------------- ImageNet
 
+# OpenAI's names of the 1,000 classes, in the order of their WordNet ids, from the notebook that has its prompts.
+OPENAI_CLASSES = Path(__file__).parents[1] / "assets" / "openai-classes.txt"
 # The folders under --data-root in which each split is looked for: this project's name, then the published archive's.
 IMAGENET = {
     "imagenet": ("imagenet", "ILSVRC/Data/CLS-LOC"),
@@ -339,11 +341,6 @@ IMAGENET = {
 IMAGENET_LAYOUT = "imagenet/train/WNID/IMAGE, imagenet/val/WNID/IMAGE, and of the shifts those wanted: " + ", ".join(
     " or ".join(folders) for name, folders in IMAGENET.items() if name != "imagenet"
 )
-
-
-def imagenet_classes() -> Words:
-    """OpenAI's names of the 1,000 classes, in the order of their WordNet ids. Raises InputError without its file."""
-    return tuple(download.openai_classes())
 
 
 def imagenet_places(root: Path | None, split_roots: Words) -> dict[str, Path]:
@@ -387,7 +384,7 @@ def read_imagenet(root: Path | None, reference: str, shifts: Words, select_on: s
     if not (base / "train").is_dir() or not (base / "val").is_dir():
         raise wrong_root(base, "no train or no val", "train/WNID/IMAGE and val/WNID/IMAGE", "ImageNet's folder")
     folders = class_folders(base / "train")
-    classes = imagenet_classes()
+    classes = tuple(read_lines(OPENAI_CLASSES))
     for folder in folders:
         if not re.fullmatch(r"n\d{8}", folder):
             raise InputError(f"{base / 'train' / folder} is no WordNet id such as n01440764: rename or delete it")

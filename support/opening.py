@@ -92,7 +92,7 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
     )  # fmt: skip
 
 
-# OpenAI's prompts for ImageNet, from the notebook of its CLIP repository (MIT licence) that `download` knows.
+# OpenAI's prompts for ImageNet, from notebooks/Prompt_Engineering_for_ImageNet.ipynb of openai/CLIP (MIT licence).
 OPENAI_PROMPTS = Path(__file__).parents[1] / "assets" / "openai-prompts.txt"
 
 

@@ -23,10 +23,9 @@ from tokenizers import Tokenizer
 import clip
 from support import download, processes
 from support.archives import read_safetensors, read_torch_archive
-from support.download import VOCABULARY_FILE
 from support.errors import InputError, read_json, read_lines, unknown
-from support.files import cache_folder
 
+VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # beside OpenAI's files
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 TINY = Path(__file__).parents[1] / "assets" / "tiny-clip"
 _TOWER_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")  # as in clip.Transformer
@@ -440,20 +439,21 @@ def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
     Raises InputError if a file is missing or damaged, or if the files do not belong together.
     """
     path = TINY if name == "tiny" else Path(name)
-    if name in clip.PRESETS:
-        path = download.published(f"{name.replace('/', '-').replace('@', '-')}.pt")
+    if name in download.OPENAI:
+        path = download.from_hub(download.OPENAI[name])
     elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and path.suffix not in WEIGHT_SUFFIXES:
         path = download.from_hub(name)
     elif not path.exists() and not {"/", os.sep, "."} & set(name):
-        raise unknown("model preset", name, ["tiny", *clip.PRESETS])
+        raise unknown("model preset", name, ["tiny", *download.OPENAI])
     state, style, config = from_folder(path) if path.is_dir() else from_file(path)
     folder = path if path.is_dir() else path.parent
     config = with_image_statistics(config, folder)
-    own = folder != cache_folder() and (folder / VOCABULARY_FILE).exists()
     if style == "hugging_face" or (folder / "tokenizer.json").exists() or (folder / "merges.txt").exists():
         tokenizer = hugging_face_tokenizer(folder)
+    elif (folder / VOCABULARY_FILE).exists():
+        tokenizer = openai_tokenizer(folder / VOCABULARY_FILE)
     else:
-        tokenizer = openai_tokenizer(folder / VOCABULARY_FILE if own else download.published(VOCABULARY_FILE))
+        tokenizer = hugging_face_tokenizer(download.from_hub(download.OPENAI["ViT-B/32"], download.TOKENIZER))
     if tokenizer.get_vocab_size() > config.vocabulary_size:
         raise InputError(
             f"the tokenizer of {path} has {tokenizer.get_vocab_size()} tokens, the text tower embeds only "

@@ -22,7 +22,7 @@ from PIL import Image
 
 import clip
 import data
-from support import download, layouts, options, weights
+from support import options, weights
 from support.errors import InputError
 
 # ------------------------------------------------------------------------------------------------ images and errors
@@ -275,7 +275,7 @@ def archive(
 def vocabulary_file(folder: Path) -> None:
     """As many merges as OpenAI's file holds, made up."""
     merges = [f"{one} {other}" for one in SYMBOLS for other in SYMBOLS][: 49152 - 256 - 2]
-    (folder / download.VOCABULARY_FILE).write_bytes(gzip.compress("\n".join(["header", *merges]).encode(), 1))
+    (folder / weights.VOCABULARY_FILE).write_bytes(gzip.compress("\n".join(["header", *merges]).encode(), 1))
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
@@ -343,9 +343,6 @@ WNIDS = [f"n{1440764 + 37 * number:08}" for number in range(1000)]
 BY_ID = {wnid: label for label, wnid in enumerate(WNIDS)}
 
 
-NAMES = tuple(f"class {label}" for label in range(1000))
-
-
 IN_R, IN_A = (1, 500, 999), (0, 2, 10)
 
 
@@ -364,7 +361,6 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def imagenet(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, to be changed: a root of links to the folders."""
-    monkeypatch.setattr(layouts, "imagenet_classes", lambda: NAMES)
     root = tmp_path / "root"
     (root / "imagenet").mkdir(parents=True)
     for path in (*planted.iterdir(), *(planted / "imagenet").iterdir()):

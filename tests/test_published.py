@@ -1,8 +1,6 @@
 """OpenAI's published weights give what OpenAI published. `pytest -m weights` runs these where the cache holds them."""
 
-import os
-from pathlib import Path
-
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import shared
@@ -10,23 +8,21 @@ from PIL import Image
 
 import clip
 import data
-from support import download, files, layouts, opening, weights
+import eval as evaluation
+from support import download, layouts, opening, options, weights
 
 pytestmark = pytest.mark.weights
 
 
-def cached(name: str) -> Path:
-    """A file in the cache; skips the test where it is absent. Tests download nothing."""
-    path = files.cache_folder() / name
-    if not path.exists():
-        pytest.skip(f"{path} is missing (`python train.py --model ViT-B/32` downloads it)")
-    return path
+def needs(name: str) -> None:
+    """Skips the test if the hub's cache lacks the model. Tests download nothing."""
+    if not huggingface_hub.try_to_load_from_cache(download.OPENAI[name], "config.json"):
+        pytest.skip(f"the cache lacks {name} (`python train.py --model {name}` downloads it)")
 
 
 def test_probabilities_of_the_diagram() -> None:
     """The example in the README of github.com/openai/CLIP, which computes in float16 on a GPU."""
-    for name in ("ViT-B-32.pt", download.VOCABULARY_FILE):
-        cached(name)
+    needs("ViT-B/32")
     with Image.open(shared("data/openai/CLIP.png")) as file:
         image = data.evaluation_image(file, 224)
     model, tokenizer = weights.load("ViT-B/32")
@@ -48,24 +44,11 @@ ZERO_SHOT = {
 @pytest.mark.parametrize("name", ZERO_SHOT)
 def test_zero_shot_accuracies_on_imagenet(name: str) -> None:
     """Half a point is left for what published figures differ by among themselves (B/32: 63.2 to 63.4)."""
-    for file in (f"{name.replace('/', '-')}.pt", download.VOCABULARY_FILE, "Prompt_Engineering_for_ImageNet.ipynb"):
-        cached(file)
-    sources = opening.Sources(
-        name,
-        "imagenet",
-        shared("data/imagenet"),
-        "imagenet",
-        (),
-        "openai",
-        False,
-        "test",
-        (),
-        (),
-        0,
-        256,
-        os.cpu_count(),
-    )
-    found = opening.prepare(sources).zero_shot_results
+    needs(name)
+    root = shared("data/imagenet")
+    sources = options.Sources(name, "imagenet", root, templates="openai", select_on="test", reference="imagenet")
+    setup = opening.prepare(sources, options.Execution(), batch_size=256)
+    found = evaluation.Evaluator(setup).zero_shot_results
     assert "imagenet" in found
     for split, published in zip(layouts.IMAGENET, ZERO_SHOT[name], strict=True):
         if split in found:

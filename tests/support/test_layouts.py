@@ -1,5 +1,7 @@
 """The readers of layouts.py, on trees of small real image files, against a brute-force reading."""
 
+import ast
+import json
 import os
 import shutil
 import unicodedata
@@ -9,12 +11,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EXAMPLES
+from conftest import EXAMPLES, shared
 from helpers import (
     BY_ID,
     IN_A,
     IN_R,
-    NAMES,
     WNIDS,
     ZOO,
     assert_batches_raise,
@@ -28,10 +29,11 @@ from mutations import read_unless_refused, with_mutations
 import data
 import eval as evaluation
 import lipsum
-from support import layouts
+from support import layouts, opening
 from support.options import Sources
 
 CLASSES = ("The_Eiffel_Tower", "dog", "ice_cream")
+CLASSES_OF_IMAGENET = tuple(layouts.OPENAI_CLASSES.read_text().splitlines())
 READABLE_CLASSES = ("The Eiffel Tower", "dog", "ice cream")
 
 
@@ -548,6 +550,21 @@ def test_archives_that_unpack_one_folder_deeper(imagenet: Path, tmp_path: Path) 
     assert found.images.names == expected.images.names
 
 
+def test_openais_classes_and_prompts() -> None:
+    """They are those of OpenAI's notebook."""
+    notebook = json.loads(shared("data/openai/Prompt_Engineering_for_ImageNet.ipynb").read_text())
+    assigned = {}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if source.startswith(("imagenet_classes = ", "imagenet_templates = ")):
+            statement = ast.parse(source).body[0]
+            assigned[statement.targets[0].id] = ast.literal_eval(statement.value)
+    assert list(CLASSES_OF_IMAGENET) == assigned["imagenet_classes"]
+    assert opening.read_templates("openai") == assigned["imagenet_templates"]
+    # Two names stand for two classes each.
+    assert (len(CLASSES_OF_IMAGENET), len(set(CLASSES_OF_IMAGENET))) == (1000, 998)
+
+
 def test_imagenet_layout(imagenet: Path, planted: Path) -> None:
     images = layouts.read_imagenet(imagenet, "imagenet", (), "test")
     assert list(images.reports) == ["imagenet", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch"]
@@ -560,7 +577,7 @@ def test_imagenet_layout(imagenet: Path, planted: Path) -> None:
     for name, folder in (("imagenet-r", "imagenet-r"), ("imagenet-a", "imagenet-a"), ("imagenet-sketch", "sketch")):
         assert_holds(images.reports[name], planted / folder, BY_ID)
     for split in (images.train, *images.reports.values()):
-        assert split.classes == NAMES
+        assert split.classes == CLASSES_OF_IMAGENET
         compared = {"imagenet-r": IN_R, "imagenet-a": IN_A}.get(split.name)
         assert split.compared is None if compared is None else tuple(np.flatnonzero(split.compared)) == compared
 

@@ -5,7 +5,6 @@ import functools
 import gzip
 import json
 import pickle
-import re
 import shutil
 import struct
 import zipfile
@@ -43,6 +42,7 @@ from helpers import (
     vocabulary_file,
     write,
 )
+from huggingface_hub import constants
 from mutations import read_unless_refused, with_mutations
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
@@ -715,14 +715,19 @@ def test_missing_shard_is_named(folder: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- load refused
 
 
-def test_missing_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
+@pytest.fixture
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache of the hub, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_missing_vocabulary(empty_hub: None, tmp_path: Path) -> None:
     path = write(tmp_path / "clip.pt", archive(openai_state()))
-    refused(lambda: weights.load(str(path)), download.VOCABULARY_FILE, tmp_path, tmp_path / "cache")
+    refused(lambda: weights.load(str(path)), download.OPENAI["ViT-B/32"], "tokenizer.json", "put it")
 
 
-def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
+def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
     path = write(tmp_path / "clip.pt", archive(openai_state()))
     vocabulary_file(tmp_path)
     refused(lambda: weights.load(str(path)), path, "49408 tokens", "516")
@@ -734,10 +739,8 @@ def test_unknown_preset(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", clip.PRESETS)
-def test_preset_that_is_not_in_the_cache(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path))
-    file = re.sub("[/@]", "-", name) + ".pt"
-    refused(lambda: weights.load(name), download.FILES[file].address, tmp_path / file)
+def test_preset_that_is_not_in_the_cache(name: str, empty_hub: None) -> None:
+    refused(lambda: weights.load(name), download.OPENAI[name], "model.safetensors", "put it at")
 
 
 # ----------------------------------------------------------------------------------------------------- corrupted bytes
@@ -852,7 +855,7 @@ def test_any_bytes_in_a_tokenizer(name: str, examples: int, tmp_path: Path) -> N
 def test_any_bytes_in_openais_vocabulary(examples: int, tmp_path: Path) -> None:
     """Changes the compressed file, whose checksum fails, and a tenth as often the text before compression."""
     vocabulary_file(tmp_path)
-    path = tmp_path / download.VOCABULARY_FILE
+    path = tmp_path / weights.VOCABULARY_FILE
     compressed = path.read_bytes()
 
     def check(content: bytes) -> None:
