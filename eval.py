@@ -8,7 +8,7 @@ import sys
 
 from support import tables
 from support.errors import InputError, check_positive, quiet_interrupts, read_json
-from support.tables import Runs
+from support.tables import Paths
 
 if __name__ == "__main__":
     quiet_interrupts()
@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -35,7 +35,7 @@ import clip
 import data
 import lipsum
 from support import files, opening
-from support.opening import FinishedRun, Setup
+from support.opening import FinishedRun, Runs, Setup
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
@@ -261,7 +261,6 @@ def wise_command(runs: Runs, alphas: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.
     """WiSE (equation 17): weights between the zero-shot model's and each run's, a result per alpha.
 
     Args:
-        runs: Folders of finished runs, such as runs/lipsum/seed-0.
         alphas: Shares of the fine-tuned weights, from 0 to 1.
         overwrite: Replace earlier results.
     """
@@ -306,7 +305,6 @@ def tpgm_command(
     """TPGM (equations 18 and 19): each parameter tensor projected into a ball around the zero-shot model's.
 
     Args:
-        runs: Folders of finished runs, such as runs/lipsum/seed-0.
         penalty: TPGM-C: mu, the weight of the radii's squares, a result each (the paper: 0.1 0.2 0.5 1 2 5).
         norm: Norm of a tensor's distance: frobenius, or mars, the L1 norm row by row.
         steps: Steps of Adam, rate 1e-2, on the radii.
@@ -331,7 +329,6 @@ def greedy_command(runs: Runs, kind: tyro.conf.Fixed[Literal["soup", "ensemble"]
     """Greedy soup, the average of runs' weights, or greedy ensemble, the average of the probabilities of at most four.
 
     Args:
-        runs: Folders of finished runs, of which those stay that raise the accuracy on the selection data.
         kind: soup or ensemble.
         overwrite: Replace earlier results.
     """
@@ -365,7 +362,6 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
     """Write the paper's figures for finished runs, as PNG and SVG.
 
     Args:
-        runs: Folders of runs, or folders that hold some.
         out: The folder to write to.
         files_only: Leave out the two figures that need the data and the models (energy vectors, contact sheet).
     """
@@ -373,11 +369,11 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
         from support import figures  # needs the extra; everything else does without
     except ImportError as error:
         raise InputError(f"figures need {error.name}: pip install '.[plots]'") from error
-    results = tables.read_results(runs)
+    results = tables.read_results(runs.folders)
     drawn = {name: partial(draw, results) for name, draw in figures.FROM_FILES.items()}
     if not files_only:
         first_of = {run["method"]: run["path"].parent for run in reversed(figures.main_settings(results))}
-        opened, setup = opening.open_runs(list(reversed(first_of.values())))
+        opened, setup = opening.open_runs(replace(runs, folders=tuple(reversed(first_of.values()))))
         drawn["energy_vectors"] = lambda: figures.energy_vectors(*energy_vectors_of(opened, Evaluator(setup)))
         drawn["contact_sheet"] = lambda: figures.contact_sheet(setup)
     figures.write_figures(drawn, out)
@@ -402,7 +398,6 @@ def energy_gap_command(
     """Print the energy gap (equation 6) of runs over random texts of your choice, on every split.
 
     Args:
-        runs: Folders of finished runs, such as runs/lipsum/seed-0.
         num_texts: Random texts.
         text_length: Random tokens per text.
         seed: Seed of the random texts. results.json has the gap over 10,000 texts of 8 tokens from seed 0.
@@ -427,7 +422,7 @@ def energy_gap_command(
             print(line)
 
 
-def predict_command(images: Runs, model: Path, top: int = 5) -> None:
+def predict_command(images: Paths, model: Path, top: int = 5) -> None:
     """Print the most probable classes of image files.
 
     Args:

@@ -36,14 +36,15 @@ from support.processes import Signals, Stopped, broadcast, check_processes, conn
 # ------------------------------------------------------------------------------------------------------- runs on disk
 
 
-def run_config(run: Run, classes: tuple[str, ...]) -> dict[str, Any]:
-    """The content of config.json: every option, the classes, the versions of the libraries, the devices."""
+def run_config(run: Run, setup: opening.Setup) -> dict[str, Any]:
+    """The content of config.json: every option, what was read, the versions of the libraries, the devices."""
     return {
         "method": run.method,
         "seed": run.seed,
         "settings": options.flat(run.sources, run.settings),
         "execution": options.flat(run.execution),
-        "classes": list(classes),
+        "classes": list(setup.classes),
+        "checksum": setup.checksum,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "equinox", "optax", "grain")},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
@@ -95,10 +96,9 @@ def restore(
             return progress
         config = checkpoint.progress["config"]
         options.check_unchanged(run, checkpoints.folder, config)
-        if config["classes"] != progress["config"]["classes"]:
-            raise InputError(
-                f"{checkpoints.folder} was made with other classes: restore the data, or give another --out"
-            )
+        for name, what in (("classes", "classes"), ("checksum", "weights or prompts")):
+            if config.get(name, progress["config"][name]) != progress["config"][name]:
+                raise InputError(f"{checkpoints.folder} was made with other {what}: restore them, or change --out")
         arrays = files.from_names(checkpoint.arrays, empty)
         return checkpoint.progress | {"config": progress["config"]}
 
@@ -155,7 +155,7 @@ def begin(
     best = data.fetch(classifier)
     progress: Progress = {
         "step": 0, "seconds": 0.0, "evaluated": -1, "best_accuracy": -1.0, "best_step": 0,
-        "config": run_config(run, setup.classes),
+        "config": run_config(run, setup),
     }  # fmt: skip
     if resume:
         progress, state, best = restore(run, checkpoints, progress, state, best)

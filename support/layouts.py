@@ -21,7 +21,7 @@ from jaxtyping import Int
 from data import Data, Files, ListedFile, Split, hold_out
 from support import minidomain, processes
 from support.errors import InputError, read_lines, unknown
-from support.options import Sources
+from support.options import Places, Sources
 
 Words = tuple[str, ...]
 NUMBER = re.compile("[0-9]{1,9}")
@@ -451,12 +451,12 @@ def read_class_names(path: Path, classes: Words) -> Words:
     return tuple(names[composed(name)] for name in classes)
 
 
-def read(sources: Sources) -> Data:
+def read(sources: Sources, places: Places) -> Data:
     """Returns the data of a run. Raises InputError as the data set's reader does."""
-    arguments = (sources.data_root, sources.reference, sources.shifts, sources.select_on)
+    arguments = (places.data_root, sources.reference, sources.shifts, sources.select_on)
     if sources.data == "imagenet":
-        data = read_imagenet(*arguments, sources.split_roots)
-    elif sources.split_roots:
+        data = read_imagenet(*arguments, places.split_roots)
+    elif places.split_roots:
         raise InputError(f"--split-roots is for --data imagenet: leave it out with --data {sources.data}")
     else:
         data = READERS[sources.data](*arguments)

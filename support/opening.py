@@ -6,6 +6,7 @@ Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` and `python
 import dataclasses
 import functools
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -25,7 +27,7 @@ import data
 import lipsum
 from support import files, layouts, minidomain, tables, weights
 from support.errors import InputError, read_json, read_lines, unknown
-from support.options import Execution, Run, Sources, flat, restored
+from support.options import Execution, Places, Run, Sources, absolute, flat, restored
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,7 @@ class Setup:
     execution: Execution
     batch_size: int  # the largest that is trained with
     model: clip.CLIP
+    checksum: int  # of the weights and prompts: files may change under their names
     tokenizer: Tokenizer
     templates: tuple[str, ...]
     data: data.Data
@@ -70,7 +73,7 @@ class Setup:
 def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
     """Loads and checks the model and the data. Raises InputError before any long work."""
     mesh = data.device_mesh(data.evaluation_batch_size(batch_size, execution.accumulate))
-    images = layouts.read(sources)
+    images = layouts.read(sources, execution)
     templates = read_templates(sources.templates)
     # This may download, so it comes after the data, whose root may be wrong.
     model, tokenizer = weights.load(sources.model)
@@ -80,6 +83,9 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
         train, selection = (data.of_classes(split, seen) for split in (images.train, images.selection))
         images = data.Data(train, selection, images.reports)
     data.check_images([images.train, images.selection, *images.reports.values()], execution.workers)
+    checksum = zlib.crc32(repr(templates).encode())
+    for leaf in jax.tree.leaves(model):
+        checksum = zlib.crc32(np.asarray(leaf), checksum)
     features = clip.prompt_features(model, tokenizer, classes, templates)
     head = clip.zero_shot_head(features)
     context_head = clip.context_head(features[:, seen])  # training knows no unseen class
@@ -87,7 +93,7 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
     model, head, context_head, tau = data.place((model, head, context_head, tau), mesh, execution.fsdp)
     zero_shot = lipsum.Classifier(model.vision, head)
     return Setup(
-        sources, execution, batch_size, model, tokenizer, tuple(templates), images, classes, seen, zero_shot,
+        sources, execution, batch_size, model, checksum, tokenizer, tuple(templates), images, classes, seen, zero_shot,
         context_head, tau, mesh,
     )  # fmt: skip
 
@@ -281,11 +287,19 @@ def read_run(folder: Path) -> FinishedRun:
     return FinishedRun(folder, read_json(folder / "config.json"), results, classifier)
 
 
-def open_runs(folders: Sequence[Path], select_on: str | None = None) -> tuple[list[FinishedRun], Setup]:
+@dataclass(frozen=True)
+class Runs(Places):
+    """The runs, and where their data lie if they moved."""
+
+    folders: tables.Paths = ()
+    """Folders of finished runs, such as runs/lipsum/seed-0."""
+
+
+def open_runs(given: Runs, select_on: str | None = None) -> tuple[list[FinishedRun], Setup]:
     """Reads runs, and opens the setup that they share. Raises InputError if they do not share one."""
-    if not folders:
+    if not given.folders:
         raise InputError("no run is given: give the folders of finished runs, such as runs/lipsum/seed-0")
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(folder) for folder in given.folders]
     first = runs[0]
     for run in runs[1:]:
         if run.config["classes"] != first.config["classes"]:
@@ -297,12 +311,19 @@ def open_runs(folders: Sequence[Path], select_on: str | None = None) -> tuple[li
                 )
     sources = dataclasses.replace(first.sources, select_on=select_on or first.sources.select_on)
     settings = first.config["settings"]
-    # Runs made before --precision became part of the execution have it among their settings.
+    # Earlier runs have --precision and --data-root among their settings.
     execution = restored(Execution, settings | first.config.get("execution", {}))
-    execution = dataclasses.replace(execution, workers=Execution.workers)
+    moved = vars(absolute(Places(given.data_root, given.split_roots)))
+    given_places = {name: value for name, value in moved.items() if value}
+    execution = dataclasses.replace(execution, workers=Execution.workers, **given_places)
     setup = prepare(sources, execution, settings["batch_size"])
     if list(setup.classes) != first.config["classes"]:
-        raise InputError(f"the data of {first.folder} have other classes now: restore {sources.data_root}")
+        raise InputError(f"the data of {first.folder} have other classes now: restore {execution.data_root}")
+    for run in runs:
+        if run.config.get("checksum", setup.checksum) != setup.checksum:
+            raise InputError(
+                f"{run.folder} was made with other weights or prompts: restore {sources.model}, its prompts"
+            )
     return runs, setup
 
 

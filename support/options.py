@@ -38,18 +38,16 @@ def shown(metavar: str, default: str) -> Any:
 class Sources:
     """What is read: the model, the data, the prompts."""
 
-    model: str = "tiny"
+    model: Annotated[str | Path, shown("NAME|PATH", "tiny")] = "tiny"
     """A preset (ViT-B/16 ..., downloaded), a file or folder of OpenAI, Hugging Face or open_clip, a name on the Hugging
     Face hub, a run's best/ folder, or tiny."""
     data: str = "minidomain"
     """minidomain (drawn), domainnet, imagenet (with V2, R, A, Sketch), cub or folder: see docs/data.md."""
-    data_root: Annotated[Path | None, shown("DIR", "none")] = None
-    """Folder with the data. minidomain has none."""
-    split_roots: Annotated[tuple[str, ...], shown("NAME=DIR ...", "none")] = ()
-    """Folders of splits that lie elsewhere (imagenet)."""
     shifts: Annotated[tuple[str, ...], shown("SPLIT ...", "all others, but quickdraw of domainnet")] = ()
     """Splits that are only evaluated. With several references, a run leaves its own out."""
-    templates: Annotated[str | None, shown("FILE|PROMPT", "eight on minidomain, one on folder, else openai")] = None
+    templates: Annotated[str | Path | None, shown("FILE|PROMPT", "eight on minidomain, one on folder, else openai")] = (
+        None
+    )
     """openai (its 80 for ImageNet), a file with one prompt per line, or one prompt; {} stands for the class."""
     class_names: Annotated[Path | None, shown("FILE", "the folders' names")] = None
     """Names of classes whose folders are numbers or WordNet ids: one 'FOLDER NAME' per line."""
@@ -77,8 +75,18 @@ class Sweep(lipsum.Settings):
 
 
 @dataclass(frozen=True)
-class Execution(lipsum.Computation):
-    """How it is executed. The results are the same up to rounding, and --resume may change these options."""
+class Places:
+    """Where the data lie."""
+
+    data_root: Annotated[Path | None, shown("DIR", "none")] = None
+    """Folder with the data. minidomain has none."""
+    split_roots: Annotated[tuple[str, ...], shown("NAME=DIR ...", "none")] = ()
+    """Folders of splits that lie elsewhere (imagenet)."""
+
+
+@dataclass(frozen=True)
+class Execution(lipsum.Computation, Places):
+    """Where and how it is executed. The results are the same up to rounding, and --resume may change these options."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that the towers compute in; auto: bfloat16 on TPU and GPU, else float32. All else is float32."""
@@ -184,7 +192,8 @@ def defaults_of(command: Command) -> Command:
 def parse(arguments: Sequence[str]) -> Command:
     """The command line, with the defaults of its data set. Raises InputError for an unknown data set or no value."""
     arguments = expanded(arguments)
-    lists = [flag(field.name) for field in dataclasses.fields(Sources) if field.default == ()]
+    boxes = (*dataclasses.fields(Sources), *dataclasses.fields(Places))
+    lists = [flag(field.name) for field in boxes if field.default == ()]
     for word, following in itertools.pairwise([*arguments, "--"]):
         if word in lists and following.startswith("--"):
             raise InputError(f"{word} has no value: give one or more, or leave it out")  # () would mean the default
@@ -214,7 +223,7 @@ def protocol_lines(command: Command) -> str:
     for name, value in options(defaults_of(command)).items():
         if given[name] == value:
             kept += [flag(name) if value is True else f"{flag(name)} {words(value)}"] if value else []
-        elif name not in ("data_root", "split_roots"):
+        else:
             instead.append(f"{flag(name)} {words(given[name])} instead of {words(value) or 'none'}")
     return f"protocol paper: {' '.join(kept)}" + (f"\nnot the paper's: {', '.join(instead)}" if instead else "")
 
@@ -246,37 +255,39 @@ def restored(box: type, saved: dict[str, Any]) -> Any:
     def value(name: str) -> Any:
         if isinstance(saved[name], list):
             return tuple(saved[name])
-        return Path(saved[name]) if saved[name] and Path in typing.get_args(hints[name]) else saved[name]
+        is_path = {Path, str} & set(typing.get_args(hints[name])) == {Path}
+        return Path(saved[name]) if saved[name] and is_path else saved[name]
 
     return box(**{field.name: value(field.name) for field in dataclasses.fields(box) if field.name in saved})
 
 
-# Where files lie is no setting: a run may go on after they moved. A file's name stays.
-PLACES = {"model", "templates", "class_names", "guidance"}
-MOVABLE = {"data_root", "split_roots"}
-
-
-def absolute(name: str, value: Any) -> Any:
-    """An option's value with its paths absolute, so that a run is opened from any working folder.
+def absolute(box: Any) -> Any:
+    """The box with its paths absolute, so that a run is opened from any working folder.
 
     `openai` and the names of models mean the same whatever lies in that folder.
     """
-    if name == "split_roots":
-        return tuple(re.sub("=(.+)", lambda match: f"={os.path.abspath(match[1])}", each) for each in value)
-    is_place = name in PLACES and value and value not in ("tiny", "openai", *clip.PRESETS) and os.path.exists(value)
-    if isinstance(value, Path) or is_place:
-        return type(value)(os.path.abspath(value))
-    return value
+    hints = typing.get_type_hints(type(box))
+
+    def value(name: str, given: Any) -> Any:
+        if name == "split_roots":
+            return tuple(re.sub("=(.+)", lambda root: f"={os.path.abspath(root[1])}", each) for each in given)
+        is_name = isinstance(given, str) and (given in ("tiny", "openai", *clip.PRESETS) or not os.path.exists(given))
+        if given is None or is_name or Path not in typing.get_args(hints[name]):
+            return given
+        return type(given)(os.path.abspath(given))
+
+    return dataclasses.replace(box, **{name: value(name, given) for name, given in vars(box).items()})
 
 
 def check_unchanged(run: Run, path: Path, config: dict[str, Any]) -> None:
     """Raises InputError if the settings of a config.json, by which `path` was made, are not those of `run`."""
     before = flat(restored(Sources, config["settings"]), restored(lipsum.Settings, config["settings"]))
     now = flat(run.sources, run.settings)
-    for name in MOVABLE | unread_settings(lipsum.METHODS[run.method], run.settings.guidance):
+    for name in unread_settings(lipsum.METHODS[run.method], run.settings.guidance):
         del now[name]
-    for name in PLACES & now.keys():
-        before[name], now[name] = (value and os.path.basename(value) for value in (before[name], now[name]))
+    for name, value in now.items():  # a file may have moved
+        if isinstance(value, str) and os.path.isabs(value) and before[name]:
+            before[name], now[name] = os.path.basename(before[name]), os.path.basename(value)
     if changed := [f"{flag(name)} {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]:
         problem = f"{path} was made with other settings ({', '.join(changed)})"
         raise InputError(f"{problem}: give the same ones, --overwrite or another --out")
@@ -296,13 +307,11 @@ def resolved(command: Command) -> Command:
         command,
         method=tuple(dict.fromkeys(methods)),
         unseen_file=None,
-        sources=Sources(**{name: absolute(name, x) for name, x in vars(command.sources).items()} | {"unseen": unseen}),
+        sources=dataclasses.replace(absolute(command.sources), unseen=unseen),
         settings=dataclasses.replace(
-            command.settings,
-            guidance=absolute("guidance", command.settings.guidance),
-            fixed_head=command.settings.fixed_head or bool(unseen),
+            absolute(command.settings), fixed_head=command.settings.fixed_head or bool(unseen)
         ),
-        execution=dataclasses.replace(command.execution, precision=precision),
+        execution=dataclasses.replace(absolute(command.execution), precision=precision),
     )
 
 

@@ -112,8 +112,11 @@ def names(method: str) -> dict[str, Any]:
 
 
 def with_names(results: Results) -> Results:
-    """Adds what results.json of earlier versions lack: `names` and `settings`."""
-    return {"settings": {}} | results | ({} if "label" in results else names(results["method"]))
+    """Adds what results.json of earlier versions lack, `names` and `settings`, of which places are none."""
+    settings = {
+        name: value for name, value in results.get("settings", {}).items() if not name.endswith(("_root", "_roots"))
+    }
+    return results | {"settings": settings} | ({} if "label" in results else names(results["method"]))
 
 
 def by_method(results: Iterable[Results]) -> dict[str, list[Results]]:
@@ -328,7 +331,7 @@ def correlations(results: Sequence[Results]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ commands
 
-Runs = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")]
+Paths = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")]
 
 
 def print_accuracies(results: Sequence[Results]) -> None:
@@ -336,7 +339,7 @@ def print_accuracies(results: Sequence[Results]) -> None:
     print(rendered(table(results, "accuracy"), "text", bold=sys.stdout.isatty()))
 
 
-def table_command(runs: Runs, metric: MetricName = "accuracy", format: Format = "text") -> None:
+def table_command(runs: Paths, metric: MetricName = "accuracy", format: Format = "text") -> None:
     """Print the table of finished runs: a row per method, a column per split, mean ± standard deviation over seeds.
 
     Args:
@@ -350,7 +353,7 @@ def table_command(runs: Runs, metric: MetricName = "accuracy", format: Format = 
         print(correlations(results))
 
 
-def costs_command(runs: Runs, format: Format = "text") -> None:
+def costs_command(runs: Paths, format: Format = "text") -> None:
     """Print training costs per method: time per step, its ratio to FT's, images per second, time per run.
 
     Args:
@@ -366,6 +369,6 @@ def run(more: Mapping[str, Callable[..., None]] | None = None) -> int:
     for name, command in {"table": table_command, "costs": costs_command, **(more or {})}.items():
         app.command(name=name)(command)
     description = "Commands on finished runs: tables, figures, post-hoc methods."
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed, tyro.conf.OmitArgPrefixes)
     arguments = {"args": expanded(sys.argv[1:]), "prog": "python eval.py", "description": description, "config": config}
     return exit_code(lambda: app.cli(**arguments))

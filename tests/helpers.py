@@ -22,7 +22,7 @@ from PIL import Image
 
 import clip
 import data
-from support import options, weights
+from support import opening, options, weights
 from support.errors import InputError
 
 # ------------------------------------------------------------------------------------------------ images and errors
@@ -423,6 +423,11 @@ def changed(command: options.Command, **changes: Any) -> options.Command:
         )
         command = dataclasses.replace(command, **{box: dataclasses.replace(getattr(command, box), **{name: value})})
     return command
+
+
+def given(*folders: Path) -> opening.Runs:
+    """The runs of a command of eval.py."""
+    return opening.Runs(folders=folders)
 
 
 def tiny_command(model: Path, root: Path, out: Path) -> options.Command:

@@ -2,15 +2,17 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import shared
-from helpers import changed, seeded_model, tiny_command
+from helpers import changed, given, seeded_model, tiny_command
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -139,7 +141,7 @@ def classifier_of(folder: Path) -> list[np.ndarray]:
 
 def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [finished / "ft" / "seed-0", finished / "lipsum" / "seed-0", finished / "lipsum" / "seed-1"]
-    evaluation.wise_command((runs[0],), alphas=(0.0, 0.5, 1.0))
+    evaluation.wise_command(given(runs[0]), alphas=(0.0, 0.5, 1.0))
     results = json.loads((runs[0] / "results.json").read_text())
     ends = {
         alpha: json.loads((finished / f"ft+wise-{alpha}" / "seed-0" / "results.json").read_text()) for alpha in (0, 1)
@@ -151,18 +153,18 @@ def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -
         np.testing.assert_array_equal(mixed, tuned)
     assert "FT + WiSE 0.5" in capsys.readouterr().out
 
-    evaluation.tpgm_command((runs[1],), penalty=(0.5,), norm="mars", steps=3, batch_size=8)
+    evaluation.tpgm_command(given(runs[1]), penalty=(0.5,), norm="mars", steps=3, batch_size=8)
     assert "Lipsum-FT + TPGM-C 0.5 mars" in capsys.readouterr().out
     how = json.loads((finished / "lipsum+tpgm-c-0.5-mars" / "seed-0" / "results.json").read_text())["post_hoc"]
     assert how["select_on"] == "val"
 
-    evaluation.greedy_command(tuple(runs), "soup")
-    evaluation.greedy_command(tuple(runs), "ensemble")
+    evaluation.greedy_command(given(*runs), "soup")
+    evaluation.greedy_command(given(*runs), "ensemble")
     selection = [json.loads((run / "results.json").read_text())["selection"]["accuracy"] for run in runs]
     for kind in ("soup", "ensemble"):
         made = json.loads((finished / f"ft,lipsum+{kind}" / "seed-0" / "results.json").read_text())
         assert made["selection"]["accuracy"] >= max(selection)
-    evaluation.greedy_command((runs[1],), "soup")
+    evaluation.greedy_command(given(runs[1]), "soup")
     for mixed, tuned in zip(classifier_of(finished / "lipsum+soup" / "seed-0"), classifier_of(runs[1]), strict=True):
         np.testing.assert_array_equal(mixed, tuned)
     tables.table_command((finished / "ft", finished / "ft+wise-0.5", finished / "ft,lipsum+ensemble"))
@@ -176,19 +178,42 @@ def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -
 def test_post_hoc_bad_input(finished: Path, tmp_path: Path) -> None:
     run = finished / "ft" / "seed-1"
     with pytest.raises(errors.InputError, match=r"--alphas has 1\.5"):
-        evaluation.wise_command((run,), alphas=(1.5,))
+        evaluation.wise_command(given(run), alphas=(1.5,))
     with pytest.raises(errors.InputError, match=r"has no config\.json"):
-        evaluation.wise_command((tmp_path,))
+        evaluation.wise_command(given(tmp_path))
     with pytest.raises(errors.InputError, match="no run is given"):
-        evaluation.greedy_command((), "soup")
+        evaluation.greedy_command(given(), "soup")
     with pytest.raises(errors.InputError, match="has templates 'a photo of a"):
-        evaluation.greedy_command((run, finished / "other" / "ft" / "seed-0"), "soup")
+        evaluation.greedy_command(given(run, finished / "other" / "ft" / "seed-0"), "soup")
     with pytest.raises(errors.InputError, match="penalty has -1"):
-        evaluation.tpgm_command((run,), penalty=(-1.0,))
-    evaluation.wise_command((run,), alphas=(0.7,))
+        evaluation.tpgm_command(given(run), penalty=(-1.0,))
+    evaluation.wise_command(given(run), alphas=(0.7,))
     with pytest.raises(errors.InputError, match="give --overwrite"):
-        evaluation.wise_command((run,), alphas=(0.7,))
-    evaluation.wise_command((run,), alphas=(0.7,), overwrite=True)
+        evaluation.wise_command(given(run), alphas=(0.7,))
+    evaluation.wise_command(given(run), alphas=(0.7,), overwrite=True)
+
+
+def test_data_and_models_that_moved(finished: Path, model: Path, root: Path, tmp_path: Path, capsys) -> None:
+    """Commands take the data's new place. Weights that are others under the same name are noticed."""
+    run = shutil.copytree(finished / "ft" / "seed-0", tmp_path / "ft" / "seed-0")
+    config = json.loads((run / "config.json").read_text())
+    config["execution"]["data_root"] = "moved away"
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(errors.InputError, match=r"moved away has no DOMAIN_test\.txt"):
+        evaluation.energy_gap_command(given(run), num_texts=3, text_length=3)
+    evaluation.energy_gap_command(opening.Runs(data_root=root, folders=(run,)), num_texts=3, text_length=3)
+    assert "sketch" in capsys.readouterr().out
+    other, tokenizer = weights.load(str(model))
+    other = eqx.tree_at(lambda model: model.logit_scale, other, jnp.float32(1))
+    weights.save(tmp_path / model.name, other, tokenizer)
+    config["settings"]["model"] = str(tmp_path / model.name)
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(errors.InputError, match="was made with other weights or prompts: restore"):
+        evaluation.energy_gap_command(opening.Runs(data_root=root, folders=(run,)))
+    command = changed(tiny_command(tmp_path / model.name, root, tmp_path), method=("ft",), steps=(4,), eval_every=1000)
+    (run / "results.json").unlink()
+    assert errors.exit_code(lambda: train.main(changed(command, resume=True))) == 2
+    assert "was made with other weights or prompts: restore" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- analysis of finished runs
@@ -211,7 +236,7 @@ def test_predict(finished: Path, root: Path, capsys: pytest.CaptureFixture[str])
     assert lines[1] == f"  {100 * probabilities[order[0]]:5.1f} %  {names[order[0]]}"
     evaluation.predict_command(images, run / "best", top=2)
     assert capsys.readouterr().out.splitlines() == lines
-    evaluation.greedy_command((run, finished / "lipsum" / "seed-0"), "ensemble", overwrite=True)
+    evaluation.greedy_command(given(run, finished / "lipsum" / "seed-0"), "ensemble", overwrite=True)
     evaluation.predict_command(images[:1], finished / "ft,lipsum+ensemble" / "seed-0", top=1)
     assert len(capsys.readouterr().out.splitlines()[-2:]) == 2
     with pytest.raises(errors.InputError, match=r"missing\.png does not exist"):
@@ -223,7 +248,7 @@ def test_predict(finished: Path, root: Path, capsys: pytest.CaptureFixture[str])
 def test_energy_gap_command(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both ways agree to 1e-5, and with results.json if the texts are the same."""
     run = finished / "ft" / "seed-0"
-    evaluation.energy_gap_command((run,), brute_force=True)
+    evaluation.energy_gap_command(given(run), brute_force=True)
     results = json.loads((run / "results.json").read_text())["splits"]
     for line in capsys.readouterr().out.splitlines():
         _, name, closed, _, _, brute_force = line.split()
@@ -236,10 +261,10 @@ def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     """Every figure is written; what the runs do not hold is named; without matplotlib, the extra to install."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
-    evaluation.wise_command((finished / "ft" / "seed-0",), alphas=(0.25,), overwrite=True)
+    evaluation.wise_command(given(finished / "ft" / "seed-0"), alphas=(0.25,), overwrite=True)
     capsys.readouterr()
     runs = (finished / "ft", finished / "lipsum", finished / "ft+wise-0.25")
-    evaluation.figures_command(runs, tmp_path)
+    evaluation.figures_command(given(*runs), tmp_path)
     output = capsys.readouterr().out
     assert "soups: nothing to show yet, it needs python eval.py soup RUNS" in output
     assert "weights: nothing to show yet, it needs python train.py --method kd --weight" in output
@@ -259,7 +284,7 @@ def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     monkeypatch.setitem(sys.modules, "support.figures", None)
     monkeypatch.delattr("support.figures")
     with pytest.raises(errors.InputError, match=r"pip install '\.\[plots\]'"):
-        evaluation.figures_command(runs, tmp_path)
+        evaluation.figures_command(given(*runs), tmp_path)
 
 
 def test_the_figure_of_weights_shows_means_over_seeds(finished: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import scaling
 import seeded
 from conftest import REFERENCE
-from helpers import changed, draw_images, save_model, tiny_command
+from helpers import changed, draw_images, given, save_model, tiny_command
 
 import data
 import eval as evaluation
@@ -128,7 +128,7 @@ def test_earlier_runs_open_and_resume(
         assert found["splits"][name]["accuracy"] == split["accuracy"]
         for metric in ("nll", "energy_gap", "distortion"):
             np.testing.assert_allclose(found["splits"][name][metric], split[metric], rtol=1e-4)
-    evaluation.wise_command((Path("runs/lipsum/seed-0"),), alphas=(1.0,))
+    evaluation.wise_command(given(Path("runs/lipsum/seed-0")), alphas=(1.0,))
     mixed, run = (json.loads(Path(f"runs/lipsum{name}/seed-0/results.json").read_text()) for name in ("+wise-1", ""))
     np.testing.assert_allclose(mixed["splits"]["sketch"]["nll"], run["splits"]["sketch"]["nll"], rtol=1e-5)
 
@@ -312,7 +312,7 @@ def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path)
             "--data",
             "domainnet",
             "--data-root",
-            str(command.sources.data_root),
+            str(command.execution.data_root),
             "--templates",
             command.sources.templates,
             "--reference",

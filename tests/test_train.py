@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import changed
+from helpers import changed, given
 from safetensors.numpy import load_file
 
 import clip
@@ -59,7 +59,7 @@ def test_run_from_start_to_table(command: Command, capsys: pytest.CaptureFixture
     best, _ = weights.load(str(folder / "best"))
     head = load_file(folder / "best" / "head.safetensors")["head"]
     assert json.loads((folder / "best" / "classes.json").read_text()) == config["classes"]
-    split = layouts.read_domainnet(command.sources.data_root, "real", ("sketch",), "val").reports["sketch"]
+    split = layouts.read_domainnet(command.execution.data_root, "real", ("sketch",), "val").reports["sketch"]
     tau = jnp.exp(best.logit_scale)
     classifier = lipsum.Classifier(best.vision, jnp.asarray(head))
     again = evaluation.metrics(evaluation.predict([classifier], tau, split, 8, 1, data.device_mesh(8)))
@@ -300,7 +300,7 @@ def test_unseen_classes_are_reported_and_not_trained(command: Command, tmp_path:
     assert results["settings"]["fixed_head"] and results["settings"]["unseen"] == ["guitar"]
 
     # Against brute force: the saved model over all three classes, image by image.
-    (run,), setup = opening.open_runs([folder], None)
+    (run,), setup = opening.open_runs(given(folder))
     assert setup.data.train.classes == ("ice cream", "dog") and set(setup.data.train.labels) == {0, 1}
     np.testing.assert_array_equal(run.classifier.head, setup.zero_shot.head)
     split = setup.data.reports["sketch"]
@@ -311,8 +311,8 @@ def test_unseen_classes_are_reported_and_not_trained(command: Command, tmp_path:
         right[int(label)].append(int(jnp.argmax(features @ run.classifier.head)) == label)
     seen, unseen = np.mean(right[0] + right[1]), np.mean(right[2])
     assert results["splits"]["sketch"]["seen"] == seen and results["splits"]["sketch"]["unseen"] == unseen
-    evaluation.wise_command((folder,), alphas=(0.5,))
-    evaluation.tpgm_command((folder,), steps=2, batch_size=8)
+    evaluation.wise_command(given(folder), alphas=(0.5,))
+    evaluation.tpgm_command(given(folder), steps=2, batch_size=8)
     tables.table_command((command.out,), metric="harmonic-mean")
     assert "harmonic mean of seen and unseen" in capsys.readouterr().out
 

@@ -30,7 +30,7 @@ import data
 import eval as evaluation
 import lipsum
 from support import layouts, opening
-from support.options import Sources
+from support.options import Places, Sources
 
 CLASSES = ("The_Eiffel_Tower", "dog", "ice_cream")
 CLASSES_OF_IMAGENET = tuple(layouts.OPENAI_CLASSES.read_text().splitlines())
@@ -79,8 +79,8 @@ def test_domainnet_layout(root: Path) -> None:
 def test_class_names(root: Path) -> None:
     """Spaces replace underscores in every split, unless --keep-underscores is given."""
     for kept, classes in ((False, READABLE_CLASSES), (True, CLASSES)):
-        sources = Sources(data="domainnet", data_root=root, reference="real", shifts=(), keep_underscores=kept)
-        images = layouts.read(sources)
+        sources = Sources(data="domainnet", reference="real", keep_underscores=kept)
+        images = layouts.read(sources, Places(root))
         for split in (images.train, images.selection, *images.reports.values()):
             assert split.classes == classes
 
@@ -307,7 +307,7 @@ def test_cub_layout(cub: Path) -> None:
         assert len(split) == len(expected) == (12 if part == "1" else 6)
         assert {(file.path, label) for file, label in zip(split.images, split.labels, strict=True)} == expected
     data.check_images([images.train, images.selection], workers=1)
-    held_out = layouts.read(Sources(data="cub", data_root=cub, reference="cub", shifts=(), select_on="val"))
+    held_out = layouts.read(Sources(data="cub", reference="cub", select_on="val"), Places(cub))
     assert (len(held_out.train), len(held_out.selection)) == (11, 1)
     assert held_out.train.classes == ("Black footed Albatross", "Laysan Albatross", "Chuck will Widow")
     assert held_out.reports["cub"].images == images.reports["cub"].images
@@ -381,7 +381,7 @@ def test_folder_layout(zoo: Path) -> None:
         assert split.compared is None
         assert_holds(split, zoo / split.name, ZOO)
     assert images.reports["sketch"].labels.tolist() == [0, 0, 1, 1, 3, 3]
-    named = layouts.read(Sources(data="folder", data_root=zoo, reference="val", shifts=("sketch",)))
+    named = layouts.read(Sources(data="folder", reference="val", shifts=("sketch",)), Places(zoo))
     assert list(named.reports) == ["val", "sketch"] and named.train.classes[0] == "ice cream"
 
 
@@ -464,7 +464,7 @@ def test_wrong_roots_of_folder(zoo: Path) -> None:
     with raises("--shifts has 'sketch' twice: give it once"):
         layouts.read_folder(zoo, "val", ("sketch", "sketch"), "test")
     with raises("--split-roots is for --data imagenet: leave it out with --data folder"):
-        layouts.read(Sources(data="folder", data_root=zoo, reference="val", split_roots=("sketch=here",)))
+        layouts.read(Sources(data="folder", reference="val"), Places(zoo, ("sketch=here",)))
 
 
 def test_domains_without_lists(root: Path) -> None:
@@ -489,18 +489,18 @@ def test_domains_without_lists(root: Path) -> None:
 def test_names_of_classes_from_a_file(zoo: Path, tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text("zebra striped horse\nice_cream gelato\n犬 dog\nÉléphant\u0020 x\nn1 no class of the data\n")
-    sources = Sources(data="folder", data_root=zoo, reference="val", shifts=("sketch",), class_names=path)
+    sources = Sources(data="folder", reference="val", shifts=("sketch",), class_names=path)
     with raises(r"names.txt has no line for Éléphant d'Asie \(1 in all\): add them"):
-        layouts.read(sources)
+        layouts.read(sources, Places(zoo))
     for folder in (zoo / split for split in ("train", "val")):
         (folder / "Éléphant d'Asie").rename(folder / "n02504458")
     shutil.rmtree(zoo / "sketch/Éléphant d'Asie", ignore_errors=True)
     path.write_text("zebra striped horse\nice_cream  gelato\n犬 dog\nn02504458\telephant\n")
-    read = layouts.read(sources)
+    read = layouts.read(sources, Places(zoo))
     assert read.train.classes == read.reports["sketch"].classes == ("gelato", "elephant", "striped horse", "dog")
     path.write_text("zebra\n")
     with raises("names.txt line 1: 'zebra' is not 'FOLDER NAME': correct the line"):
-        layouts.read(sources)
+        layouts.read(sources, Places(zoo))
 
 
 def test_what_is_left_out_is_told(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:

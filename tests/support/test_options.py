@@ -149,16 +149,18 @@ def test_files_may_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """Paths are absolute in config.json. A run goes on where data and models lie elsewhere, if the names stay."""
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
-        (tmp_path / place / "clip.pt").write_bytes(b"")
+        for name in ("clip.pt", "b.pt"):
+            (tmp_path / place / name).write_bytes(b"")
     monkeypatch.chdir(tmp_path / "here")
     command = changed(
         options.DEFAULTS["domainnet"], reference=("real",), model="clip.pt", templates="a {}.", data_root=Path("set")
     )
     (run,) = options.runs(options.resolved(command))
-    assert (run.sources.model, run.sources.data_root) == (str(tmp_path / "here/clip.pt"), tmp_path / "here/set")
+    assert (run.sources.model, run.execution.data_root) == (str(tmp_path / "here/clip.pt"), tmp_path / "here/set")
     for name in ("tiny", "openai"):  # names, whatever lies in the working folder
         (tmp_path / "here" / name).mkdir()
-        assert options.absolute("model", name) == options.absolute("templates", name) == name
+        named = options.Sources(model=name, templates=name)
+        assert options.absolute(named) == named
     config = {"settings": options.flat(run.sources, run.settings)}
     monkeypatch.chdir(tmp_path / "there")
     (moved,) = options.runs(options.resolved(changed(command, data_root=Path("other"))))
