@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from support.errors import InputError
+from support.errors import InputError, few
 
 # ------------------------------------------------------------------------------------------------------- configuration
 
@@ -362,10 +362,9 @@ def from_state_dict(state: Mapping[str, np.ndarray], config: Config, style: str,
         elif name == "logit_scale" and state[name] > MAXIMAL_LOGIT_SCALE:
             problems.append(f"logit_scale is {state[name]:.4g}, which exp() makes huge: store its logarithm")
     if problems:
-        more = [f"and {len(problems) - 6} more"] if len(problems) > 6 else []
         raise InputError(
             f"weights {source} do not fit the model's sizes; download them and their configuration again: "
-            f"{'; '.join(sorted(problems)[:6] + more)}"
+            f"{few(sorted(problems), '; ', 6)}"
         )
 
     def read(names: Names, layer: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from support.errors import InputError
+from support.errors import InputError, few
 
 # -------------------------------------------------------------------------------------------------------------- splits
 
@@ -184,8 +184,7 @@ def check_images(splits: Sequence[Split], workers: int) -> None:
         bar = tqdm(checks, "checking images", len(files), unit="image", leave=False, delay=2, disable=hides_bars())
         problems = list(filter(None, bar))
     if problems:
-        more = [f"and {len(problems) - 3} more of {len(files)} images"] if len(problems) > 3 else []
-        raise InputError("; ".join(problems[:3] + more))
+        raise InputError(few(problems, "; "))
 
 
 def indices_to_check(split: Split) -> Int[np.ndarray, " checked"]:

@@ -25,6 +25,12 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
+def few(texts: Sequence[str], separator: str = ", ", most: int = 3) -> str:
+    """The first `most` texts and the number of the others."""
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return separator.join([*texts[:most], *more])
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not among `known`. It suggests the nearest ones."""
     known = sorted(known)

@@ -7,6 +7,7 @@ the reference's reported images, as in the paper, or `val` for images that are n
 before any image is opened, if the root does not have the layout that it expects.
 """
 
+import functools
 import os
 import re
 import unicodedata
@@ -20,7 +21,7 @@ from jaxtyping import Int
 
 from data import Data, Files, ListedFile, Split, hold_out
 from support import minidomain, processes
-from support.errors import InputError, read_lines, unknown
+from support.errors import InputError, few, read_lines, unknown
 from support.options import Places, Sources
 
 Words = tuple[str, ...]
@@ -71,6 +72,22 @@ def composed(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+@functools.cache
+def names_in(folder: Path) -> dict[str, str]:
+    """The names in a folder, by their composed form."""
+    return {composed(path.name): path.name for path in folder.iterdir()} if folder.is_dir() else {}
+
+
+def on_disk(root: Path, path: str) -> str:
+    """A path below `root` in the disk's own spelling of its letters, if a list spells them in another way."""
+    if path.isascii() or (root / path).exists():
+        return path
+    spelt = ""
+    for part in path.split("/"):
+        spelt += "/" * bool(spelt) + names_in(root / spelt).get(composed(part), part)
+    return spelt
+
+
 def refuse_duplicate(places: dict[str, str], item: str, place: str, advice: str = "delete one of them") -> None:
     """Raises InputError if `places`, which maps an item to its file and line, has the item already, else adds it."""
     earlier = places.setdefault(item, place)
@@ -112,7 +129,7 @@ def read_list(source: Path, train_folders: Words = ()) -> tuple[tuple[ListedFile
                 contradiction = f"{pairs[known]} gives folder {known[0]!r} label {known[1]}"
                 raise InputError(f"{place}: {path} has label {label}, but {contradiction}: correct one")
         refuse_duplicate(places, path, place)
-        files.append(ListedFile(source.parent / path, place))
+        files.append(ListedFile(source.parent / on_disk(source.parent, path), place))
         labels.append(int(label))
     if missing := set(range(len(pair_per_label))) - set(pair_per_label):
         raise InputError(f"list {source} has no label {min(missing)}: number the classes from 0 without gaps")
@@ -262,10 +279,8 @@ def read_class_folders(name: str, root: Path, classes: Words, label_per_folder: 
         found = list(pool.map(lambda folder: image_names(root / folder), folders))
     names_per_folder = {folder: names for folder, (names, _) in zip(folders, found, strict=True)}
     if left_out := [f"{folder}/{name}" for folder, (_, names) in zip(folders, found, strict=True) for name in names]:
-        few = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        processes.warn(
-            [f"{root}: left out {len(left_out)} files or folders in class folders, which are not read: {few}"]
-        )
+        what = f"{len(left_out)} files or folders in class folders, which are not read"
+        processes.warn([f"{root}: left out {what}: {few(left_out)}"])
     for folder, names in names_per_folder.items():
         if not names:
             raise InputError(f"{root / folder} has no image ({' '.join(SUFFIXES)}): add some or delete it")
@@ -445,9 +460,7 @@ def read_class_names(path: Path, classes: Words) -> Words:
             raise InputError(f"--class-names {path} line {number}: {line!r} is not 'FOLDER NAME': correct the line")
         names[composed(folder)] = name.strip()
     if missing := [name for name in classes if composed(name) not in names]:
-        raise InputError(
-            f"--class-names {path} has no line for {', '.join(missing[:3])} ({len(missing)} in all): add them"
-        )
+        raise InputError(f"--class-names {path} has no line for {few(missing)}: add them")
     return tuple(names[composed(name)] for name in classes)
 
 

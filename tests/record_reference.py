@@ -65,6 +65,7 @@ REFERENCE = REPOSITORY / "tests" / "reference"
 MODELS = {
     "tiny": ("tiny", "quick_gelu"),
     "tiny-gelu": ("tiny", "gelu"),
+    "heads-80-gelu": ("heads-80", "gelu"),
     "vit-b-32": ("ViT-B/32", "quick_gelu"),
     "vit-b-16": ("ViT-B/16", "quick_gelu"),
     "vit-l-14": ("ViT-L/14", "quick_gelu"),

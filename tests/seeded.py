@@ -55,6 +55,8 @@ ARCHITECTURES = {
     },
 }
 
+# Heads that are not 64 wide, as in ViT-H and its like.
+ARCHITECTURES["heads-80"] = ARCHITECTURES["tiny"] | {"vision_width": 160, "vision_heads": 2, "vision_layers": 1}
 # Small enough to record whole gradients.
 ARCHITECTURES["nano"] = ARCHITECTURES["tiny"] | {
     "image_size": 16,

@@ -18,7 +18,14 @@ import clip
 from support import errors, weights
 from support.errors import InputError
 
-FILES = {"tiny": "tiny", "tiny-gelu": "tiny", "vit-b-32": "ViT-B/32", "vit-b-16": "ViT-B/16", "vit-l-14": "ViT-L/14"}
+FILES = {
+    "tiny": "tiny",
+    "tiny-gelu": "tiny",
+    "heads-80-gelu": "heads-80",
+    "vit-b-32": "ViT-B/32",
+    "vit-b-16": "ViT-B/16",
+    "vit-l-14": "ViT-L/14",
+}
 
 
 def close(actual: jax.Array, expected: np.ndarray, tolerance: float) -> None:
