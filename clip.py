@@ -82,7 +82,8 @@ def _linear(inputs: int, outputs: int, scale: float, key: PRNGKeyArray, use_bias
 
 def _apply(layer: eqx.nn.Linear, x: Float[Array, "tokens inputs"]) -> Float[Array, "tokens outputs"]:
     """Applies a layer to all tokens in one matrix product: on CPU, a step takes 20% less time than with `jax.vmap`."""
-    return x @ layer.weight.T + layer.bias[None]
+    product = x @ layer.weight.T
+    return product if layer.bias is None else product + layer.bias[None]
 
 
 class Block(eqx.Module):

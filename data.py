@@ -39,7 +39,7 @@ ImageSource = ListedFile | UInt8[np.ndarray, "height width 3"]
 
 
 @dataclass(frozen=True, eq=False)
-class Files(Sequence[ListedFile]):
+class Files:
     """Image files under one folder, stored as names: a million `ListedFile`s would take half a gigabyte."""
 
     root: Path
@@ -61,7 +61,7 @@ class Split:
 
     name: str
     classes: tuple[str, ...]
-    images: Sequence[ImageSource] | UInt8[np.ndarray, "images height width 3"]
+    images: Sequence[ImageSource] | Files | UInt8[np.ndarray, "images height width 3"]
     labels: Int[np.ndarray, " images"]
     compared: Bool[np.ndarray, " classes"] | None = None
 
@@ -119,7 +119,7 @@ def of_classes(split: Split, kept: Int[np.ndarray, " kept"]) -> Split:
 
 # Pillow refuses images of twice the size that it warns of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; the notes of painting programs exceed Pillow's limit of 2^20
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # pyrefly: ignore[bad-assignment] # bytes; the notes of painting programs exceed Pillow's limit of 2^20
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -133,10 +133,12 @@ def open_image(source: ImageSource) -> Image.Image:
             raise ValueError(f"its pixels have Pillow's mode {image.mode}, of unknown range: save it as 8-bit RGB")
         return image
     except Exception as error:  # Pillow's readers raise whatever the damage causes
-        raise broken_image(source, error) from error
+        raise _broken_image(source, error) from error
 
 
-def broken_image(file: ListedFile, error: Exception) -> InputError:
+def _broken_image(file: ImageSource, error: Exception) -> InputError:
+    if isinstance(file, np.ndarray):
+        return InputError(f"an image in memory of shape {file.shape} cannot be prepared ({error}): replace it")
     missing = isinstance(error, FileNotFoundError)
     problem = "does not exist: restore it" if missing else f"is no readable image ({error}): replace it"
     if file.place:
@@ -157,7 +159,7 @@ def check_image(file: ListedFile) -> None:
                 if not end_marker or end_marker not in stream.read():
                     image.load()
         except Exception as error:
-            raise broken_image(file, error) from error
+            raise _broken_image(file, error) from error
 
 
 # All of DomainNet is checked, in a minute or two; ImageNet's 1.28 million images would take an hour on a slow disk.
@@ -170,7 +172,7 @@ def check_images(splits: Sequence[Split], workers: int) -> None:
 
     Raises InputError for the broken files. One outside the sample raises when it is decoded.
     """
-    files = dict.fromkeys(split.images[index] for split in splits for index in indices_to_check(split))
+    files = dict.fromkeys(split.images[index] for split in splits for index in _indices_to_check(split))
 
     def problem(file: ListedFile) -> str:
         try:
@@ -187,7 +189,7 @@ def check_images(splits: Sequence[Split], workers: int) -> None:
         raise InputError(few(problems, "; "))
 
 
-def indices_to_check(split: Split) -> Int[np.ndarray, " checked"]:
+def _indices_to_check(split: Split) -> Int[np.ndarray, " checked"]:
     if not len(split) or isinstance(split.images[0], np.ndarray):
         return np.arange(0)
     count = len(split) if len(split) <= CHECK_ALL_UP_TO else CHECKED_SAMPLE
@@ -197,7 +199,7 @@ def indices_to_check(split: Split) -> Int[np.ndarray, " checked"]:
 # ------------------------------------------------------------------------------------------------------ preprocessing
 
 
-def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     image.info.pop("transparency", None)  # does not affect the pixels, but Pillow warns if a palette has it
     return np.asarray(image.convert("RGB"))
 
@@ -223,10 +225,10 @@ def evaluation_image(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "
     """OpenAI's preprocessing: resizes the shorter side with Pillow's bicubic filter, crops the centre, makes it RGB."""
     image = middle(eight_bit(image))
     short, long = sorted(image.size)
-    size = tuple(resolution if side == short else int(resolution * long / short) for side in image.size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (round((side - resolution) / 2) for side in size)  # ties to even
-    return to_rgb(image.crop((left, top, left + resolution, top + resolution)))
+    width, height = (resolution if side == short else int(resolution * long / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (round((side - resolution) / 2) for side in (width, height))  # ties to even
+    return _to_rgb(image.crop((left, top, left + resolution, top + resolution)))
 
 
 def random_crop(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
@@ -257,7 +259,7 @@ def training_image(
     image = eight_bit(image).resize((resolution, resolution), Image.Resampling.BICUBIC, box)
     if random.random() < 0.5:  # by Pillow: numpy's mirrored view takes ten times as long to copy into a batch
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return to_rgb(image)
+    return _to_rgb(image)
 
 
 AUGMENTATIONS = {"crop": training_image, "off": lambda image, resolution, random: evaluation_image(image, resolution)}
@@ -287,10 +289,10 @@ def read_image(
         try:
             return prepare(image, resolution, *random)
         except Exception as error:
-            raise broken_image(source, error) from error
+            raise _broken_image(source, error) from error
 
 
-def read_options(workers: int) -> grain.ReadOptions:
+def _read_options(workers: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 1)
 
 
@@ -323,7 +325,7 @@ def training_batches(
         .random_map(example)
         .batch(batch_size // part.count)
     )
-    return iter(parts[start * part.count + part.index :: part.count].to_iter_dataset(read_options(workers)))
+    return iter(parts[start * part.count + part.index :: part.count].to_iter_dataset(_read_options(workers)))
 
 
 def evaluation_batches(
@@ -331,7 +333,7 @@ def evaluation_batches(
 ) -> Iterator[HostBatch]:
     """Yields `part` of batches with each image once, in order. Images that fill up the last batch are not `valid`."""
 
-    def example(index: int) -> dict[str, np.ndarray]:
+    def example(index: int) -> dict[str, np.ndarray | np.generic]:
         if index < len(split):
             image = read_image(split.images[index], resolution)
             return {"image": image, "label": split.labels[index], "valid": np.bool_(True)}
@@ -340,7 +342,7 @@ def evaluation_batches(
 
     padded_length = math.ceil(len(split) / batch_size) * batch_size
     parts = grain.MapDataset.range(padded_length).map(example).batch(batch_size // part.count)
-    return iter(parts[part.index :: part.count].to_iter_dataset(read_options(workers)))
+    return iter(parts[part.index :: part.count].to_iter_dataset(_read_options(workers)))
 
 
 # ------------------------------------------------------------------------------------------- devices and processes

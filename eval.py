@@ -36,6 +36,7 @@ import data
 import lipsum
 from support import files, opening
 from support.opening import FinishedRun, Runs, Setup
+from support.options import SelectOn
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
@@ -243,7 +244,9 @@ def write_post_hoc(
 Variant = tuple[dict[str, Any], Callable[[Setup, FinishedRun], lipsum.Classifier]]
 
 
-def write_variants(runs: Runs, variants: dict[str, Variant], overwrite: bool, select_on: str | None = None) -> None:
+def write_variants(
+    runs: Runs, variants: dict[str, Variant], overwrite: bool, select_on: SelectOn | None = None
+) -> None:
     """Writes the variants of each run, which `variants` contains by method suffix, and prints the table of all."""
     opened, setup = opening.open_runs(runs, select_on)
     evaluator = Evaluator(setup)
@@ -299,7 +302,7 @@ def tpgm_command(
     norm: lipsum.Norm = "frobenius",
     steps: int = 200,
     batch_size: int = 64,
-    select_on: Literal["val", "test"] | None = None,
+    select_on: SelectOn | None = None,
     overwrite: bool = False,
 ) -> None:
     """TPGM (equations 18 and 19): each parameter tensor projected into a ball around the zero-shot model's.
@@ -370,7 +373,7 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
     except ImportError as error:
         raise InputError(f"figures need {error.name}: pip install '.[plots]'") from error
     results = tables.read_results(runs.folders)
-    drawn = {name: partial(draw, results) for name, draw in figures.FROM_FILES.items()}
+    drawn: dict[str, Callable] = {name: partial(draw, results) for name, draw in figures.FROM_FILES.items()}
     if not files_only:
         first_of = {run["method"]: run["path"].parent for run in reversed(figures.main_settings(results))}
         opened, setup = opening.open_runs(replace(runs, folders=tuple(reversed(first_of.values()))))
@@ -451,14 +454,15 @@ def predict_command(images: Paths, model: Path, top: int = 5) -> None:
             print(f"  {100 * probabilities[index]:5.1f} %  {classes[index]}")
 
 
+COMMANDS: dict[str, Callable[..., None]] = {
+    "figures": figures_command,
+    "energy-gap": energy_gap_command,
+    "predict": predict_command,
+    "wise": wise_command,
+    "tpgm": tpgm_command,
+    "soup": partial(greedy_command, kind="soup"),
+    "ensemble": partial(greedy_command, kind="ensemble"),
+}
+
 if __name__ == "__main__":
-    commands = {
-        "figures": figures_command,
-        "energy-gap": energy_gap_command,
-        "predict": predict_command,
-        "wise": wise_command,
-        "tpgm": tpgm_command,
-        "soup": partial(greedy_command, kind="soup"),
-        "ensemble": partial(greedy_command, kind="ensemble"),
-    }
-    sys.exit(tables.run(commands))
+    sys.exit(tables.run(COMMANDS))

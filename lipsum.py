@@ -206,6 +206,7 @@ def lipsum_exact_loss(
     classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
 ) -> Scalar:
     """Equation 7 in expectation over 10,000 texts: `tau^2 / 2 d^T C2 d`, without a text tower. Not the paper's."""
+    assert frozen.second_moment is not None
     return frozen.tau**2 / 2 * expected_energy_gap(features, zero_shot_features, frozen.second_moment)
 
 
@@ -382,13 +383,13 @@ def moving_average(average: Classifier, classifier: Classifier, decay: Number) -
 
 def initial_state(frozen: Frozen, classifier: Classifier | None = None, averaged: bool = False) -> State:
     """The state before the first step: of the zero-shot classifier, or the one given. Copies it: steps donate."""
-    classifier = jax.tree.map(jnp.copy, frozen.zero_shot if classifier is None else classifier)
+    start = jax.tree.map(jnp.copy, frozen.zero_shot if classifier is None else classifier)
     average = jax.tree.map(jnp.copy, frozen.zero_shot) if averaged else None
-    return State(classifier, optimizer(frozen.settings).init(classifier), jnp.int32(0), average)
+    return State(start, optimizer(frozen.settings).init(start), jnp.int32(0), average)
 
 
 @functools.cache
-def training_step(loss: MethodLoss | None, shardings: State | None = None) -> Step:
+def training_step(loss: MethodLoss | None, shardings: PyTree | None = None) -> Step:
     """The jitted step of a method: gradient, Adam, update. Donates its state, and returns it with the given shardings.
 
     `key` is the run's. The step's own key is folded from it, so a resumed run draws what an unbroken one would.
@@ -408,9 +409,7 @@ def training_step(loss: MethodLoss | None, shardings: State | None = None) -> St
             updates, optimizer_state = optimizer(frozen.settings).update(gradient, state.optimizer, state.classifier)
             rate = learning_rate(frozen.settings)(state.step)
         classifier = optax.apply_updates(state.classifier, updates)
-        average = state.average
-        if average is not None:
-            average = moving_average(average, classifier, frozen.settings.decay)
+        average = state.average and moving_average(state.average, classifier, frozen.settings.decay)
         metrics = {"loss": value, **terms, "learning_rate": rate, "gradient_norm": optax.tree.norm(gradient)}
         return State(classifier, optimizer_state, state.step + 1, average), metrics
 

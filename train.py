@@ -52,6 +52,7 @@ def run_config(run: Run, setup: opening.Setup) -> dict[str, Any]:
 
 
 def is_finished(run: Run) -> bool:
+    """Whether the run has its last file."""
     return (run.folder / "results.json").exists()
 
 
@@ -162,7 +163,7 @@ def begin(
     return progress, data.place(state, setup.mesh, run.execution.fsdp), best
 
 
-def is_due(step: int, every: int, last: int) -> bool:
+def _is_due(step: int, every: int, last: int) -> bool:
     return step == last or (step > 0 and step % every == 0)
 
 
@@ -192,8 +193,8 @@ def train(
 
     with open_log(run, first, last) as log, signals.deferred():
         for step in range(first, last + 1):
-            evaluates = step > progress["evaluated"] and is_due(step, settings.eval_every, last)
-            saves = evaluates or (step > first and is_due(step, run.execution.checkpoint_every, last))
+            evaluates = step > progress["evaluated"] and _is_due(step, settings.eval_every, last)
+            saves = evaluates or (step > first and _is_due(step, run.execution.checkpoint_every, last))
             if step > first:
                 batch = data.shard_batch(next(batches), setup.mesh)
                 dispatched = time.perf_counter()
@@ -208,7 +209,7 @@ def train(
 
             log.settle()  # a state that is not finite is not saved
             snapshot = data.fetch(state)
-            progress |= {"step": step, "seconds": earlier_seconds + log.seconds()}
+            progress["step"], progress["seconds"] = step, earlier_seconds + log.seconds()
             checkpoints.save(progress, (snapshot, best))
             if received:
                 raise Stopped(received)
@@ -216,9 +217,9 @@ def train(
                 with signals.deferred(False):
                     accuracy = evaluator.selection_accuracy([state.evaluated])
                 log.show(step, {"selection_accuracy": accuracy})
-                progress |= {"evaluated": step}
+                progress["evaluated"] = step
                 if accuracy > progress["best_accuracy"]:
-                    progress |= {"best_accuracy": accuracy, "best_step": step}
+                    progress["best_accuracy"], progress["best_step"] = accuracy, step
                     best = snapshot.evaluated
                 checkpoints.save(progress, (snapshot, best))
             log.start_clock(step)
@@ -364,7 +365,7 @@ def command_line(arguments: list[str]) -> int:
     def start() -> None:
         commands.append(options.parse(arguments))
         keep_freed_memory()
-        if not jax.config.jax_compilation_cache_dir:  # the next run of the same sizes starts at once
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the next run of the same sizes starts at once
             jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "jax"))
         connect(commands[0].cluster)
 

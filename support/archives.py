@@ -81,7 +81,8 @@ def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
 def _unpickle(content: bytes) -> Any:
     # The unpickler allocates memory for the highest memo index at once: four wrong bytes can cost 64 GB. genops itself
     # checks all other lengths against the content.
-    highest = max((index for opcode, index, _ in pickletools.genops(content) if opcode.name.endswith("PUT")), default=0)
+    puts = (index for opcode, index, _ in pickletools.genops(content) if opcode.name.endswith("PUT"))
+    highest = max((index or 0 for index in puts), default=0)
     if highest > len(content):
         raise InputError(f"its data.pkl has a memo of {highest} objects: download the file again")
     return _Unpickler(io.BytesIO(content)).load()

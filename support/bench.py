@@ -77,7 +77,8 @@ class Case:
 
     def heads(self, dim: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A zero-shot and a context head."""
-        return tuple(clip.normalize(jax.random.normal(key, (count, dim))).T for count in (self.classes, 80))
+        zero_shot, context = (clip.normalize(jax.random.normal(key, (count, dim))).T for count in (self.classes, 80))
+        return zero_shot, context
 
     def start(self, model: clip.CLIP, heads: tuple[jax.Array, jax.Array]) -> tuple[lipsum.State, lipsum.Frozen]:
         """The state, and what is frozen."""
@@ -127,7 +128,7 @@ def compiled_step(case: Case, config: clip.Config, mesh: Mesh) -> jax.stages.Com
     state, frozen = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)
     batch = batch_shapes(case, config, NamedSharding(mesh, PartitionSpec("data")))
     key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=NamedSharding(mesh, PartitionSpec()))
-    step = lipsum.training_step(lipsum.METHODS[case.method].loss, shardings[0])
+    step: Any = lipsum.training_step(lipsum.METHODS[case.method].loss, shardings[0])
     return step.lower(state, frozen, batch, key).compile()
 
 
@@ -136,7 +137,7 @@ COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "coll
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Counts the collective operations in a program by kind. One in a loop over layers counts once."""
-    found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text())
+    found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text() or "")
     return dict(Counter(found))
 
 
@@ -185,7 +186,7 @@ def compile_command(
             raise
         print(f"  does not fit: it needs {needed[1]} GiB a core to compute in, of {needed[2]} GiB")
         return
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     held, computing = memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB
     print(f"  fits: {held:.2f} GiB a core of weights, optimizer and images, {computing:.2f} to compute in")
     kinds = ", ".join(f"{count} {kind}" for kind, count in collectives(compiled).items())
@@ -206,7 +207,7 @@ def unrolled_cost(case: Case, config: clip.Config, mesh: Mesh) -> tuple[float, f
         sizes = {"vision": vision, "text": text}
         towers = {name: dataclasses.replace(getattr(config, name), layers=count) for name, count in sizes.items()}
         with mock.patch.object(jax.lax, "scan", partial(jax.lax.scan, unroll=True)):
-            found = compiled_step(case, dataclasses.replace(config, **towers), mesh).cost_analysis()
+            found: Any = compiled_step(case, dataclasses.replace(config, **towers), mesh).cost_analysis()
         return np.array([found["flops"], found["bytes accessed"]])
 
     base = cost(1, 1)
@@ -252,8 +253,8 @@ def jax_step(case: Case, folder: Path) -> Advance:
     config = case.config()
     mesh = data.device_mesh(case.batch_size, case.accumulate)
     arrays = load_file(folder / WEIGHTS)
-    heads = tuple(arrays.pop(name) for name in HEADS)
-    start = clip.from_state_dict(arrays, config, "hugging_face", WEIGHTS), heads
+    zero_shot, context = (jnp.asarray(arrays.pop(name)) for name in HEADS)
+    start = clip.from_state_dict(arrays, config, "hugging_face", WEIGHTS), (zero_shot, context)
     del arrays
     state, frozen = data.place(case.start(*start), mesh, case.fsdp)
     del start
@@ -360,7 +361,7 @@ class Worker:
     def __init__(self, kind: str, case: Case, folder: Path):
         arguments = ["--worker", kind, json.dumps(dataclasses.asdict(case)), str(folder)]
         command = [sys.executable, "-m", "support.bench", *arguments]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process: Any = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.first = self.ask()
 
     def ask(self, what: str = "step") -> Any:

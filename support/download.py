@@ -62,10 +62,10 @@ def from_hub(name: str, formats: Sequence[Needed] = MODEL) -> Path:
     except Exception as error:  # the hub's client raises what its HTTP library raises
         files = chosen(is_cached)
         if not files:
-            wanted = " or ".join(", ".join(needed) for needed in formats).replace("|", " or ")
+            wanted = ", ".join(either.split("|")[0] for either in formats[0])
             reason = str(error).strip().split("\n")[0]
             raise InputError(
-                f"{name} cannot be downloaded from {constants.ENDPOINT} ({reason}): download it elsewhere ({wanted}), "
-                f"put it at a folder here and give --model FOLDER, or a name in the cache, as of {', '.join(OPENAI)}"
+                f"{name} cannot be downloaded from {constants.ENDPOINT} ({reason}): download its {wanted} elsewhere, "
+                f"put it at --model FOLDER, or give a model in the cache, perhaps {' or '.join(OPENAI)}"
             ) from error
-    return Path(hub.try_to_load_from_cache(name, files[0])).parent
+    return Path(str(hub.try_to_load_from_cache(name, files[0]))).parent

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +131,7 @@ _NAME = re.compile(r"step-(\d+)\.safetensors")
 class Checkpoint(NamedTuple):
     """How far a run has come, as JSON, and its arrays by name."""
 
-    progress: dict[str, Any]
+    progress: Any  # as it was saved
     arrays: dict[str, np.ndarray]
 
 
@@ -175,7 +175,7 @@ class Checkpoints:
             raise InputError(f"no checkpoint in {self.folder} is whole: give --overwrite to start anew")
         return None
 
-    def save(self, progress: dict[str, Any], tree: Any) -> None:
+    def save(self, progress: Mapping[str, Any], tree: Any) -> None:
         """Writes host arrays, which must not change, after those before. `progress["step"]` names the file."""
         self.wait()
         if self.writes:
@@ -218,7 +218,7 @@ def _digest(text: str, arrays: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+        digest.update(np.asarray(array, order="C").reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

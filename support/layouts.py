@@ -241,7 +241,7 @@ SUFFIXES = (
 NO_IMAGES = (".txt", ".csv", ".json", ".xml", ".md", ".db", ".ini", ".html", ".pdf", ".yaml", ".yml")
 
 
-def entries(folder: Path) -> list[os.DirEntry]:
+def entries(folder: Path) -> list[os.DirEntry[str]]:
     """The entries of a folder that are not hidden. Raises InputError if the folder cannot be listed."""
     try:
         with os.scandir(folder) as found:

@@ -34,7 +34,7 @@ class Log:
         self.first = first
         self.batch_size = batch_size
         self.folder = folder
-        self.profile = profile and folder is not None
+        self.profile = folder / "profile" if folder and profile else None
         self.board = board(folder / "tensorboard", first) if tensorboard and folder else None
         # disable=None: a bar on a terminal alone. Elsewhere a line is printed now and then.
         self.bar = tqdm(total=last, initial=first, desc=label, unit="step", disable=None if shown else True)
@@ -70,7 +70,7 @@ class Log:
         self._pending = step, metrics, written or step == 1 or step % LOG_EVERY == 0
         if self.profile and step - self.first == PROFILED[0] - 1:
             self.settle()
-            jax.profiler.start_trace(self.folder / "profile", create_perfetto_trace=True)
+            jax.profiler.start_trace(self.profile, create_perfetto_trace=True)
         if self.profile and step - self.first == PROFILED[-1]:
             self.settle()
             jax.profiler.stop_trace()

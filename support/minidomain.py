@@ -300,7 +300,7 @@ class Subject(NamedTuple):
 
 
 def pick(rng: Random, options: Sequence[str]) -> str:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def palette(rng: Random) -> Colour:
@@ -539,7 +539,7 @@ def draw(split: str, domain: str | None, index: int, seed: int = 0) -> tuple[UIn
     check_arguments(split, domain, index, seed)
     rng = stream(split, domain, index, seed)
     label = index % len(CLASSES)
-    if split == "web":
+    if domain is None:
         domain = "real" if rng.random() < WEB_REAL_SHARE else pick(rng, DOMAINS[1:])
         label = int(rng.integers(len(CLASSES)))
     size, position, colour, background = (
@@ -687,7 +687,7 @@ def cached(split: str, domain: str | None, number: int, seed: int) -> Arrays:
                 damaged = f"{path} was cut off or altered: drawing it again"
                 print("minidomain:", damaged if path.exists() else missing, file=sys.stderr)
                 buffer = io.BytesIO()
-                np.savez(buffer, **draw_all(split, domain, number, seed))
+                np.savez(buffer, **draw_all(split, domain, number, seed))  # pyrefly: ignore[bad-argument-type]
                 archive = buffer.getvalue()
                 write_whole(path, lambda new: new.write_bytes(hashlib.sha256(archive).digest() + archive))
     except (OSError, InputError) as error:

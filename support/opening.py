@@ -27,7 +27,7 @@ import data
 import lipsum
 from support import files, layouts, minidomain, tables, weights
 from support.errors import InputError, read_json, read_lines, unknown
-from support.options import Execution, Places, Run, Sources, absolute, flat, restored
+from support.options import Execution, Places, Run, SelectOn, Sources, absolute, flat, restored
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
     images = layouts.read(sources, execution)
     templates = read_templates(sources.templates)
     # This may download, so it comes after the data, whose root may be wrong.
-    model, tokenizer = weights.load(sources.model)
+    model, tokenizer = weights.load(str(sources.model))
     classes = images.train.classes
     seen = seen_classes(classes, sources.unseen)
     if sources.unseen:
@@ -85,7 +85,7 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
     data.check_images([images.train, images.selection, *images.reports.values()], execution.workers)
     checksum = zlib.crc32(repr(templates).encode())
     for leaf in jax.tree.leaves(model):
-        checksum = zlib.crc32(np.asarray(leaf), checksum)
+        checksum = zlib.crc32(np.asarray(leaf).data, checksum)
     features = clip.prompt_features(model, tokenizer, classes, templates)
     head = clip.zero_shot_head(features)
     context_head = clip.context_head(features[:, seen])  # training knows no unseen class
@@ -102,14 +102,14 @@ def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
 OPENAI_PROMPTS = Path(__file__).parents[1] / "assets" / "openai-prompts.txt"
 
 
-def read_templates(templates: str | None) -> list[str]:
+def read_templates(templates: str | Path | None) -> list[str]:
     """OpenAI's prompts, those of a file, the given prompt, or minidomain's. Raises InputError for one without `{}`."""
     if templates is None:
         return list(minidomain.TEMPLATES)
     if templates == "openai":
         return read_lines(OPENAI_PROMPTS)
-    if "{}" in templates:
-        return [templates]
+    if "{}" in str(templates):
+        return [str(templates)]
     name = f"--templates {templates!r} is neither openai nor a prompt with {{}}, and as a file it"
     prompts = [line for line in map(str.strip, read_lines(Path(templates), name, "give one of the three")) if line]
     if not prompts:
@@ -295,7 +295,7 @@ class Runs(Places):
     """Folders of finished runs, such as runs/lipsum/seed-0."""
 
 
-def open_runs(given: Runs, select_on: str | None = None) -> tuple[list[FinishedRun], Setup]:
+def open_runs(given: Runs, select_on: SelectOn | None = None) -> tuple[list[FinishedRun], Setup]:
     """Reads runs, and opens the setup that they share. Raises InputError if they do not share one."""
     if not given.folders:
         raise InputError("no run is given: give the folders of finished runs, such as runs/lipsum/seed-0")

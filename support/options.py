@@ -34,6 +34,9 @@ def shown(metavar: str, default: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
+SelectOn = Literal["val", "test"]
+
+
 @dataclass(frozen=True)
 class Sources:
     """What is read: the model, the data, the prompts."""
@@ -55,7 +58,7 @@ class Sources:
     """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
     unseen: Annotated[tuple[str, ...], shown("CLASS ...", "none")] = ()
     """Generalised zero-shot: classes that are reported but not trained on. The head is the fixed zero-shot one."""
-    select_on: Literal["val", "test"] = "val"
+    select_on: SelectOn = "val"
     """val: validation images, or a tenth of the training images, held out; test: the reported ones, as in the paper."""
     reference: tyro.conf.Fixed[str] = ""  # one of the command's
 
@@ -65,12 +68,12 @@ class Sweep(lipsum.Settings):
 
     steps: tuple[int, ...] = eqx.field(default=(lipsum.Settings.steps,), static=True)
     batch_size: tuple[int, ...] = eqx.field(default=(lipsum.Settings.batch_size,), static=True)
-    learning_rate: tuple[float, ...] = (lipsum.Settings.learning_rate,)
+    learning_rate: tuple[float, ...] = (float(lipsum.Settings.learning_rate),)
     weight: Annotated[tuple[float, ...], shown("FLOAT ...", "1; l2sp 0.1, car-ft 3")] = ()
     num_texts: tuple[int, ...] = eqx.field(default=(lipsum.Settings.num_texts,), static=True)
     text_length: tuple[int, ...] = eqx.field(default=(lipsum.Settings.text_length,), static=True)
     guidance: Annotated[Path | None, shown("FILE", "random texts")] = eqx.field(default=None, static=True)
-    temperature: tuple[float, ...] = (lipsum.Settings.temperature,)
+    temperature: tuple[float, ...] = (float(lipsum.Settings.temperature),)
     decay: Annotated[tuple[float, ...], shown("FLOAT ...", "1 - 1.25 / steps")] = ()
 
 
@@ -160,7 +163,7 @@ DEFAULTS = {
     "folder": Command(reference=("val",), sources=Sources(data="folder", templates="a photo of a {}.")),
 }
 # What --protocol paper changes in these (section 5, appendix B and the authors' script, which has no CUB).
-PAPER = {
+PAPER: dict[str, dict[str, Any]] = {
     "domainnet": {"shifts": ("painting", "clipart", "infograph", "sketch"), "keep_underscores": True},
     "imagenet": {"shifts": ("imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch")},
     "cub": {},
@@ -186,7 +189,7 @@ def defaults(data: str, protocol: str | None, model: str) -> Command:
 
 def defaults_of(command: Command) -> Command:
     """The defaults that the command was parsed with."""
-    return defaults(command.sources.data, command.protocol, command.sources.model)
+    return defaults(command.sources.data, command.protocol, str(command.sources.model))
 
 
 def parse(arguments: Sequence[str]) -> Command:

@@ -75,8 +75,9 @@ class PretrainingState(eqx.Module):
     recipe: Recipe = eqx.field(static=True)
 
 
-AnyArray = Array | np.ndarray
-CaptionedBatch = dict[str, UInt8[AnyArray, "batch height width 3"] | Int[AnyArray, "batch tokens"]]  # `image`, `ids`
+CaptionedBatch = dict[
+    str, UInt8[np.ndarray, "batch height width 3"] | Int[np.ndarray, "batch tokens"]
+]  # `image`, `ids`
 
 # ------------------------------------------------------------------------------------------------------ loss and update
 
@@ -140,7 +141,7 @@ def pretraining_state(model: clip.CLIP, recipe: Recipe) -> PretrainingState:
     return PretrainingState(model, muon_and_adamw(recipe).init(model), jnp.int32(0), recipe)
 
 
-def clip_loss(model: clip.CLIP, batch: CaptionedBatch) -> lipsum.Scalar:
+def clip_loss(model: clip.CLIP, batch: dict[str, Array]) -> lipsum.Scalar:
     """`contrastive_loss` of a batch."""
     images = clip.image_features(model.vision, batch["image"])
     texts = clip.text_features(model.text, batch["ids"])
@@ -148,7 +149,7 @@ def clip_loss(model: clip.CLIP, batch: CaptionedBatch) -> lipsum.Scalar:
 
 
 @partial(jax.jit, donate_argnums=0)
-def clip_step(state: PretrainingState, batch: CaptionedBatch) -> tuple[PretrainingState, lipsum.Metrics]:
+def clip_step(state: PretrainingState, batch: dict[str, Array]) -> tuple[PretrainingState, lipsum.Metrics]:
     """One update, with the scale of the logits capped at 100. Donates the state."""
     loss, gradient = jax.value_and_grad(clip_loss)(state.model, batch)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count with floats
@@ -231,6 +232,7 @@ class Corpus(NamedTuple):
 
 @lru_cache(maxsize=2)
 def epoch_order(number: int, seed: int, epoch: int) -> Int[np.ndarray, " number"]:
+    """Returns the order of an epoch's images."""
     return np.random.default_rng([seed, 0, epoch]).permutation(number)
 
 

@@ -36,6 +36,7 @@ def connect(cluster: Cluster) -> None:
         for name in vars(cluster):
             if name not in given:
                 raise InputError(f"{flag(given[0])} needs {flag(name)}: give --coordinator, --processes and --process")
+        assert cluster.coordinator is not None and cluster.processes is not None and cluster.process is not None
         if cluster.processes < 1 or not 0 <= cluster.process < cluster.processes:
             raise InputError(
                 f"--process is {cluster.process} of --processes {cluster.processes}: number them from 0 to "

@@ -79,10 +79,12 @@ def check_comparable(one: Results, other: Results) -> None:
 
 
 def reference_of(results: Results) -> str:
+    """Returns the name of the split that the run was trained on."""
     return next(name for name, split in results["splits"].items() if split["role"] == "reference")
 
 
 def shifts_of(results: Results) -> list[str]:
+    """Returns the names of the splits that were only evaluated."""
     return [name for name, split in results["splits"].items() if split["role"] != "reference"]
 
 
@@ -174,7 +176,7 @@ METRICS = {
     "unseen": Metric(100, 1, max, "accuracy on unseen classes, %"),
     "harmonic-mean": Metric(100, 1, max, "harmonic mean of seen and unseen, %"),
 }
-MetricName = Literal[*METRICS]
+MetricName = Literal[*METRICS]  # pyrefly: ignore[invalid-literal] (names of the table above)
 Format = Literal["text", "markdown", "latex", "csv", "json"]
 
 
@@ -196,9 +198,10 @@ class Table(NamedTuple):
 
 def cell(values: Sequence[float | None]) -> Cell:
     """Returns the cell for one value per seed. It is empty if a value is missing."""
-    if not values or None in values:
+    numbers = [value for value in values if value is not None]
+    if not numbers or len(numbers) < len(values):
         return Cell(None)
-    return Cell(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return Cell(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
 
 
 def rows_of(grouped: Mapping[str, list[Results]], values: Callable[..., list[float | None]]) -> dict[str, list[Cell]]:
@@ -363,12 +366,15 @@ def costs_command(runs: Paths, format: Format = "text") -> None:
     print(rendered(costs(read_results(runs)), format))
 
 
+COMMAND_LINE = (tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed, tyro.conf.OmitArgPrefixes)
+COMMANDS: dict[str, Callable[..., None]] = {"table": table_command, "costs": costs_command}
+
+
 def run(more: Mapping[str, Callable[..., None]] | None = None) -> int:
-    """Runs eval.py's command line: `table`, `costs` and `more` commands. Returns the exit code."""
+    """Runs eval.py's command line: the commands above and `more`. Returns the exit code."""
     app = tyro.extras.SubcommandApp()
-    for name, command in {"table": table_command, "costs": costs_command, **(more or {})}.items():
+    for name, command in (COMMANDS | dict(more or {})).items():
         app.command(name=name)(command)
     description = "Commands on finished runs: tables, figures, post-hoc methods."
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed, tyro.conf.OmitArgPrefixes)
-    arguments = {"args": expanded(sys.argv[1:]), "prog": "python eval.py", "description": description, "config": config}
-    return exit_code(lambda: app.cli(**arguments))
+    arguments = {"args": expanded(sys.argv[1:]), "prog": "python eval.py", "description": description}
+    return exit_code(lambda: app.cli(**arguments, config=COMMAND_LINE))

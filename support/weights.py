@@ -216,7 +216,7 @@ def with_image_statistics(config: clip.Config, folder: Path) -> clip.Config:
             content = content.get(section) if isinstance(content, dict) else None
         if not isinstance(content, dict) or not any(key in content for key in keys):
             continue
-        values = [content.get(key) for key in keys]
+        values = [content.get(key) or [] for key in keys]
         numbers = [
             isinstance(each, list) and len(each) == 3 and all(type(x) in (int, float) for x in each) for each in values
         ]
@@ -347,16 +347,16 @@ def openai_tokenizer(path: Path) -> Tokenizer:
     count = 49152 - 256 - 2
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 1 + count]]
+            pairs = [line.split() for line in file.read().split("\n")[1 : 1 + count]]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"vocabulary {path} cannot be read ({error}): put OpenAI's {VOCABULARY_FILE} there") from error
     symbols = byte_symbols()
-    words = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), clip.START_TEXT, clip.END_TEXT]
+    words = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, pairs), clip.START_TEXT, clip.END_TEXT]
     vocabulary = {word: index for index, word in enumerate(words)}
-    known = all(len(merge) == 2 and vocabulary.keys() >= set(merge) for merge in merges)
+    known = all(len(pair) == 2 and vocabulary.keys() >= set(pair) for pair in pairs)
     if len(vocabulary) < 256 + 256 + count + 2 or not known:
         raise InputError(f"vocabulary {path} does not contain {count} merges: put OpenAI's {VOCABULARY_FILE} there")
-    return clip.bpe_tokenizer(vocabulary, merges)
+    return clip.bpe_tokenizer(vocabulary, [(first, second) for first, second in pairs])
 
 
 def hugging_face_tokenizer(folder: Path) -> Tokenizer:

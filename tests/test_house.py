@@ -3,15 +3,20 @@
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+import tyro
 
 import clip
+import eval as evaluation
 import lipsum
-from support import options
+from support import figures, options, tables
+from support.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]
@@ -66,6 +71,16 @@ def test_no_function_is_longer_than_a_screen() -> None:
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
 
 
+PYREFLY = f"pyrefly check --python-interpreter-path {shlex.quote(sys.executable)}"
+
+
+@pytest.mark.parametrize("command", ["ruff check", "ruff format --check", PYREFLY], ids=lambda command: command[:12])
+def test_lint_and_types(command: str) -> None:
+    """Ruff and pyrefly find nothing. pyproject.toml configures both."""
+    done = subprocess.run([sys.executable, "-m", *shlex.split(command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # ----------------------------------------------------------------------------------------------------------- documents
 
 
@@ -90,15 +105,49 @@ def test_the_readmes_new_method_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert jnp.shape(loss(None, features, features, None, None)) == ()
 
 
+def understand(line: str) -> None:
+    """Raises unless every `python train.py` and `python eval.py` command in a line has options that exist."""
+    for program, text in re.findall(r"python (train|eval)\.py ([^`#&]*)", line):
+        if "..." in text or "--help" in text:
+            continue
+        words = shlex.split(re.sub(r"\{.*\}|\*", "x", text))
+        if program == "train":
+            options.parse(words)
+        else:
+            name, *words = words
+            with pytest.raises(InputError):  # there are no runs, which comes after the options
+                tyro.cli((tables.COMMANDS | evaluation.COMMANDS)[name], args=words, config=tables.COMMAND_LINE)
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_in_documents_are_understood(path: Path) -> None:
-    """Every `python train.py` command has options that exist; documents name nothing outside the repository."""
+def test_commands_in_documents_are_understood(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command has options that exist; documents name nothing outside the repository."""
     text = path.read_text(encoding="utf-8")
     assert "../shared" not in text and len(text.splitlines()) <= 140
-    for line in text.replace("\\\n", " ").splitlines():
-        command = re.search(r"python train\.py ([^`#&]*)", line)
-        if command and "..." not in command[1]:
-            words = shlex.split(command[1])
-            assert "--help" in words or options.parse(words)
     for link in re.findall(r"\]\((?!http)([^)]+)\)|src=\"([^\"]+)\"", text):
         assert (path.parent / (link[0] or link[1])).exists(), link
+    monkeypatch.chdir(tmp_path)
+    for line in text.replace("\\\n", " ").splitlines():
+        understand(line)
+
+
+def test_the_map_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has every equation, table and figure of the paper. The functions and options that it names exist."""
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, list[int]] = {}
+    for line in (ROOT / "docs/paper.md").read_text(encoding="utf-8").splitlines():
+        match = re.match(r"\| (equation|table|figure|[\d, to]+)\b", line)
+        if not match:
+            continue
+        if match[1].isalpha():
+            numbers = found.setdefault(match[1], [])
+            continue
+        spans = re.findall(r"(\d+)(?: to (\d+))?", match[1])
+        numbers += [number for first, last in spans for number in range(int(first), int(last or first) + 1)]
+        for module, name in re.findall(r"`(lipsum|clip|figures)\.(\w+)`", line):
+            assert callable(getattr({"lipsum": lipsum, "clip": clip, "figures": figures}[module], name))
+        paper = "`python train.py --protocol paper --data domainnet --data-root DIR "
+        understand(re.sub("`(paper|over) (--method lipsum)?", f"{paper}\\2", line))
+    assert {kind: sorted(numbers) for kind, numbers in found.items()} == {
+        "equation": list(range(1, 22)), "table": list(range(1, 12)), "figure": list(range(1, 17)),
+    }  # fmt: skip
