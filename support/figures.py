@@ -114,7 +114,7 @@ def trade_off_plot(results: Sequence[Results]) -> Figure:
     for method, method_runs in tables.by_method(trained(results)).items():
         varied = sorted(tables.varied_settings(method_runs), key=lambda name: name == "learning_rate")
         swept |= dict.fromkeys(varied)
-        lines: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
+        lines: dict[tuple[str, ...], list[tuple[float | None, ...]]] = {}
         for runs in tables.groups(method_runs).values():
             values = tuple(str(runs[0]["settings"][name]) for name in varied)
             shifts, reference = map(tables.cell, accuracies(runs).tolist())
