@@ -2,7 +2,8 @@
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py figures runs --out figures` writes them.
 
-Each function returns one figure, or raises Nothing if the runs lack the data that it shows.
+Each function returns one figure, or raises Nothing if the runs lack the data that it shows. Zero-shot, FT and Lipsum-FT
+have a colour, a grey value and a marker of their own, the others are grey. Names stand beside the points.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,260 +14,260 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from sklearn.manifold import TSNE
 
 import data
-import lipsum
 from support import tables
 from support.opening import Setup
 from support.tables import Results
+
+Point = Sequence[float] | Float[np.ndarray, "2"]
+Points = Sequence[Point] | Float[np.ndarray, "points 2"]
 
 
 class Nothing(Exception):
     """These runs lack the data of a figure; the message says which runs or command would provide it."""
 
 
-# Okabe and Ito's palette, which colour-blind readers can distinguish, without its yellow, which is too pale for lines.
-# There are more methods than colours, so each method also has its own marker.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "d", "8")
-PANELS_PER_ROW = 5
+LOOKS = {
+    "zero-shot": {"color": "black", "marker": "*", "markersize": 15, "zorder": 5},
+    "ft": {"color": "#D55E00", "marker": "s", "markersize": 7, "zorder": 3},
+    "lipsum": {"color": "#004488", "marker": "o", "markersize": 8, "zorder": 4},
+}
+OTHER = {"color": "0.68", "marker": "o", "markersize": 6, "zorder": 2}
 
 
 def look(method: str) -> dict[str, Any]:
-    """Returns the colour and marker of a training method, the same in every figure."""
-    names = list(lipsum.METHODS)
-    index = names.index(method) if method in names else sum(map(ord, method))
-    return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
+    """Returns the colour and marker of a method, the same in every figure. A post-hoc result's marker is hollow."""
+    base, is_post_hoc, _ = method.partition("+")
+    return LOOKS.get(base, OTHER) | ({"markerfacecolor": "none"} if is_post_hoc else {"markeredgecolor": "white"})
 
 
-def new_figure(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with `count` panels of the given size in inches, and room on the right for one legend."""
-    columns = min(count, PANELS_PER_ROW)
+def new_figure(count: int, **shared: bool) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with a grid of `count` panels, of a size at which eight points are readable on a slide."""
+    columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns + 1.9, height * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in panels:
-        axes.set_prop_cycle(color=COLORS)
+    figure = Figure(figsize=(7.2, 5.2 * rows / columns), dpi=200, layout="constrained")
+    for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False, **shared).flat):
+        axes.set(visible=index < count, xmargin=0.09, ymargin=0.09)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-    for axes in panels[count:]:
-        axes.set_visible(False)
-    return figure, panels[:count]
+        axes.tick_params(labelsize=9, labelbottom=True, labelleft=True)
+    return figure, figure.axes[:count]
 
 
-def with_legend(figure: Figure) -> Figure:
-    """Adds one legend for all panels, which contains each label once."""
-    handles = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
+def add_label(axes: Axes, text: str, point: Point, method: str, optional: bool = False) -> None:
+    """Writes a text that `place_labels` moves to a free place near its point, or removes if it is `optional`."""
+    color = LOOKS.get(method.partition("+")[0], {"color": "0.4"})["color"]
+    font = {"fontsize": 10, "weight": "bold"} if method in LOOKS and not optional else {"fontsize": 8}
+    place = {"ha": "center", "va": "center", "xytext": (0, 0), "textcoords": "offset points", "in_layout": False}
+    leader = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+    axes.annotate(text, point, label="optional" * optional, arrowprops=leader, color=color, zorder=6, **font, **place)
+
+
+def plot(axes: Axes, points: Points, method: str, label: str = "", **style: Any) -> None:
+    """Draws points (x, y), and a label beside the last one."""
+    axes.plot(*np.asarray(points).T, **look(method) | style)
+    if label:
+        add_label(axes, label, points[-1], method)
+
+
+def place_labels(figure: Figure) -> Figure:
+    """Moves each label to the nearest place around its point that least overlaps labels, edges, points and lines."""
+    figure.draw_without_rendering()
+    pixels = figure.dpi / 72
+    angles = np.radians(sorted(range(0, 360, 15), key=lambda angle: (angle % 90, angle % 180)))
+    angles, rings = map(np.ravel, np.meshgrid(angles, (5, 8, 12, 17, 23, 30, 38)))
+    around = np.clip(1.42 * np.stack([np.cos(angles), np.sin(angles)], axis=1), -1, 1)
+    for axes in filter(Axes.get_visible, figure.axes):
+        paths = [line.get_path() for line in axes.lines if line.get_linestyle() != "None"]
+        paths += [path for bars in axes.collections for path in bars.get_paths()]
+        marks = [(path.interpolated(30).vertices, 1) for path in paths]
+        marks += [(line.get_xydata(), line.get_markersize() / 2 + 1) for line in axes.lines]
+        marks = [np.insert(axes.transData.transform(points), 2, radius * pixels, axis=1) for points, radius in marks]
+        marks, taken, inside = np.concatenate(marks), np.zeros((0, 4)), axes.bbox.padded(-3 * pixels)
+        for text in sorted(axes.texts, key=lambda text: (text.get_label(), -text.get_fontsize())):
+            point = axes.transData.transform(text.xy)
+            half = np.array(Text.get_window_extent(text).size) / 2 + pixels
+            centers = (point + around * (half + rings[:, None] * pixels))[:, None]
+            outside = (centers - half < inside.min) | (centers + half > inside.max)
+            on_labels = (abs(taken[:, :2] - centers) < taken[:, 2:] + half).all(-1).sum(1)
+            on_marks = (abs(marks[:, :2] - centers) < marks[:, 2:] + half).all(-1) @ marks[:, 2]
+            costs = 1000 * (outside.any((1, 2)) + on_labels) + on_marks + rings
+            best = np.argmin(costs)
+            if text.get_label() and costs[best] > 8:
+                text.remove()
+                continue
+            text.set_position((centers[best, 0] - point) / pixels)
+            text.arrow_patch.set_visible(bool(rings[best] > 12))
+            taken = np.append(taken, [[*centers[best, 0], *half]], axis=0)
+            marks = np.append(marks, np.insert(np.linspace(point, centers[best, 0], 30), 2, pixels, axis=1), axis=0)
     return figure
 
 
-def trained(results: Sequence[Results]) -> list[Results]:
-    """Returns the runs of training methods, without the results of post-hoc methods."""
-    return [result for result in results if "+" not in result["method"]]
+def trained(results: Sequence[Results]) -> dict[str, list[Results]]:
+    """Returns the runs per training method, without the results of post-hoc methods."""
+    return tables.by_method(run for run in results if "+" not in run["method"])
 
 
 def main_settings(results: Sequence[Results]) -> list[Results]:
     """Returns each training method's runs with one choice of settings: the one with the most seeds, else the first."""
-    methods = tables.by_method(trained(results)).values()
-    return [run for runs in methods for run in max(tables.groups(runs).values(), key=len)]
+    return [run for runs in trained(results).values() for run in max(tables.groups(runs).values(), key=len)]
 
 
-def accuracies(runs: Sequence[Results]) -> Float[np.ndarray, "2 runs"]:
+def zero_shot_of(results: Sequence[Results]) -> Results:
+    """Returns the results of the zero-shot model, which all runs share."""
+    return results[0] | {"method": "zero-shot", "label": "zero-shot", "splits": results[0]["zero_shot"]}
+
+
+def accuracies(runs: Sequence[Results]) -> Float[np.ndarray, "runs 2"]:
     """Returns each run's mean accuracy on the shifts and its accuracy on the reference, in percent."""
-    shifts = [tables.mean_of_shifts(run, "accuracy") for run in runs]
-    if None in shifts:
+    values = [(tables.mean_of_shifts(run, "accuracy"), run["splits"][tables.reference_of(run)]) for run in runs]
+    if any(shifts is None for shifts, _ in values):
         raise Nothing("runs with shifts, for example --shifts painting sketch")
-    return 100 * np.array([shifts, [run["splits"][tables.reference_of(run)]["accuracy"] for run in runs]])
-
-
-def zero_shot_accuracies(results: Sequence[Results]) -> Float[np.ndarray, "2 1"]:
-    """Returns `accuracies` of the zero-shot model, which all runs share."""
-    return accuracies([results[0] | {"splits": results[0]["zero_shot"]}])
+    return 100 * np.array([(shifts, reference["accuracy"]) for shifts, reference in values])
 
 
 def with_axes(figure: Figure, results: Sequence[Results]) -> Figure:
-    """Adds the zero-shot accuracy, axis labels and legend to a figure of reference against shifts."""
-    (axes,) = figure.axes
-    star = {"color": "black", "markersize": 15, "markeredgecolor": "white", "zorder": 5}
-    axes.plot(*zero_shot_accuracies(results), "*", label="zero-shot", **star)
-    axes.set_xlabel("mean accuracy on the shifts, %")
-    axes.set_ylabel(f"accuracy on {tables.reference_of(results[0])}, %")
-    return with_legend(figure)
-
-
-# --------------------------------------------------------------------------------- from results.json and metrics.jsonl
+    """Completes a figure of reference against shifts: zero-shot in each panel, and the axes' labels."""
+    for axes in filter(Axes.get_visible, figure.axes):
+        plot(axes, accuracies([zero_shot_of(results)]), "zero-shot", "zero-shot")
+    figure.supxlabel("mean accuracy on the shifts, %", fontsize=10)
+    figure.supylabel(f"accuracy on {tables.reference_of(results[0])}, %", fontsize=10)
+    return place_labels(figure)
 
 
 def trade_off_plot(results: Sequence[Results]) -> Figure:
     """Figures 2, 7 and 8: each method's accuracy on the reference against that on the shifts.
 
-    Points are means over seeds with standard deviations. A line joins runs that differ in one swept setting, which is
-    the learning rate if it was swept.
+    Means over seeds, standard deviations. A line joins runs that differ in one swept setting, the learning rate if any.
     """
-    figure, (axes,) = new_figure(1, 5.4, 4.6)
-    swept: dict[str, None] = {}
-    for method, method_runs in tables.by_method(trained(results)).items():
-        varied = sorted(tables.varied_settings(method_runs), key=lambda name: name == "learning_rate")
-        swept |= dict.fromkeys(varied)
-        lines: dict[tuple[str, ...], list[tuple[float | None, ...]]] = {}
+    figure, (axes,) = new_figure(1)
+    joined: dict[str, None] = {}
+    for method, method_runs in trained(results).items():
+        *fixed, last = sorted(tables.varied_settings(method_runs), key=lambda name: name == "learning_rate") or [""]
+        lines: dict[str, list[list[Results]]] = {}
         for runs in tables.groups(method_runs).values():
-            values = tuple(str(runs[0]["settings"][name]) for name in varied)
-            shifts, reference = map(tables.cell, accuracies(runs).tolist())
-            point = (shifts.mean, reference.mean, shifts.deviation or 0, reference.deviation or 0)
-            lines.setdefault(values[:-1], []).append(point)
-            axes.annotate(", ".join(values), point[:2], xytext=(5, 4), textcoords="offset points", fontsize=6)
-        for points in lines.values():
-            x, y, x_error, y_error = zip(*points, strict=True)
-            style = look(method) | {"linewidth": 1, "elinewidth": 0.8, "markersize": 7, "markeredgecolor": "white"}
-            axes.errorbar(x, y, y_error, x_error, label=tables.names(method)["label"], **style)
-    if swept:
-        axes.set_title("at the points: " + ", ".join(swept).replace("_", " "), fontsize=7, loc="left")
+            line = ", ".join(f"{name.replace('_', ' ')} {runs[0]['settings'][name]}" for name in fixed)
+            lines.setdefault(line, []).append(runs)
+        for line, points in lines.items():
+            cells = np.array([[each.mean(0), each.std(0, ddof=len(each) > 1)] for each in map(accuracies, points)])
+            (x, y), (x_error, y_error) = cells.transpose(1, 2, 0)
+            axes.errorbar(x, y, y_error, x_error, elinewidth=0.8, **look(method))
+            if len(points) > 1:
+                joined[last.replace("_", " ")] = None
+                add_label(axes, line, (x[:2].mean(), y[:2].mean()), method, optional=True)
+            for index in (0, -1) if len(points) > 1 and method in LOOKS else ():
+                add_label(axes, str(points[index][0]["settings"][last]), (x[index], y[index]), method, optional=True)
+        add_label(axes, method_runs[0]["label"], accuracies(main_settings(method_runs)).mean(0), method)
+    axes.set_title("at the ends of lines: " * bool(joined) + " or ".join(joined), fontsize=9, loc="left")
     return with_axes(figure, results)
 
 
 def distortion_plot(results: Sequence[Results]) -> Figure:
-    """Figures 3 and 9 to 12: the feature distortion per split and method; means over seeds, standard deviations."""
-    splits = list(results[0]["splits"])
-    groups = {}
-    for label, runs in tables.groups(main_settings(results)).items():
-        cells = [tables.cell([run["splits"][name].get("distortion") for run in runs]) for name in splits]
-        if cells[0].mean is not None:
-            groups[label] = cells
-    if not groups:
+    """Figures 3 and 9 to 12: feature distortion per method and split; means over seeds, standard deviations."""
+    splits = [tables.reference_of(results[0]), *tables.shifts_of(results[0])]
+    methods = tables.by_method(run for run in main_settings(results) if "distortion" in run["splits"][splits[0]])
+    if not methods:
         raise Nothing("runs whose results.json contains the feature distortion")
-    figure, (axes,) = new_figure(1, 1.2 + 0.75 * len(groups), 3.6)
-    width = 0.8 / len(splits)
-    for index, name in enumerate(splits):
-        positions = np.arange(len(groups)) + (index - (len(splits) - 1) / 2) * width
-        label = f"{name} (reference)" if name == tables.reference_of(results[0]) else name
-        means, deviations = zip(*(cells[index] for cells in groups.values()), strict=True)
-        errors = [deviation or 0 for deviation in deviations]
-        axes.bar(positions, means, width, yerr=errors, label=label, error_kw={"elinewidth": 0.7})
-    axes.set_xticks(range(len(groups)), groups.keys(), rotation=35, ha="right")
-    axes.set_ylabel("mean distance of features\nfrom the zero-shot ones")
-    axes.grid(visible=False, axis="x")
-    return with_legend(figure)
+    figure, (axes,) = new_figure(1)
+    for column, (method, runs) in enumerate(methods.items()):
+        values = np.array([[run["splits"][name]["distortion"] for name in splits] for run in runs])
+        (level, *means), (_, *errors) = values.mean(axis=0), values.std(axis=0, ddof=len(runs) > 1)
+        style = look(method) | {"linestyle": "none", "markersize": 5, "elinewidth": 0.8}
+        axes.errorbar(column + np.linspace(-0.3, 0.3, len(means)), means, errors, **style)
+        axes.plot([column - 0.4, column + 0.4], [level, level], color=style["color"], linewidth=2.5)
+    axes.set_title(f"level: {splits[0]} (reference), points from left: {', '.join(splits[1:])}", fontsize=9, loc="left")
+    axes.set_xticks(range(len(methods)), [runs[0]["label"] for runs in methods.values()], rotation=40, ha="right")
+    axes.set_ylabel("mean distance of features from the zero-shot ones")
+    return figure
 
 
 def energy_gap_plot(results: Sequence[Results]) -> Figure:
-    """Figures 4 and 13: relative accuracy against the energy gap, a panel per shift, a point per run.
-
-    Gaps span three orders of magnitude: the axis is linear to 1e-3 and logarithmic above. The correlation is that of
-    the values themselves.
-    """
-    pairs = {shift: tables.relative_accuracies(results, shift, "energy_gap") for shift in tables.shifts_of(results[0])}
-    if not any(pairs.values()):
+    """Figures 4 and 13: relative accuracy against the energy gap, a panel per shift, a point per run and zero-shot."""
+    shifts = tables.shifts_of(results[0])
+    if not any(tables.relative_accuracies(results, shift, "energy_gap") for shift in shifts):
         raise Nothing("runs with shifts whose results.json contains the energy gap")
-    figure, panels = new_figure(len(pairs), 3.4, 3.2)
-    for axes, shift in zip(panels, pairs, strict=True):
-        for relative, gap, run in pairs[shift]:
-            base, *post_hoc = run["method"].split("+")
-            fill = {"markerfacecolor": "none"} if post_hoc else {"markeredgecolor": "white"}
-            label = tables.names(base)["label"] + (" + post-hoc" if post_hoc else "")
-            style = look(base.split(",")[0]) | {"linestyle": "none", "markersize": 6, "markeredgewidth": 0.7} | fill
-            axes.plot(gap, relative, label=label, **style)
+    figure, panels = new_figure(len(shifts))
+    for axes, shift in zip(panels, shifts, strict=True):
+        for relative, gap, run in tables.relative_accuracies([*results, zero_shot_of(results)], shift, "energy_gap"):
+            small = {"markersize": 0.7 * look(run["method"])["markersize"], "markeredgewidth": 0.7}
+            plot(axes, [(gap, relative)], run["method"], **small)
+        for method, runs in tables.by_method([*main_settings(results), zero_shot_of(results)]).items():
+            if found := tables.relative_accuracies(runs, shift, "energy_gap"):
+                point = np.mean([(gap, relative) for relative, gap, _ in found], axis=0)
+                add_label(axes, runs[0]["label"], point, method, optional=method not in LOOKS)
         pearson = tables.correlation(results, shift, "energy_gap")
         axes.set_title(shift + ("" if pearson is None else f"   PCC {pearson:.2f}"), fontsize=10)
-        axes.set_xlabel("energy gap, squared cosine")
-        axes.set_xscale("symlog", linthresh=1e-3)
-    panels[0].set_ylabel(f"accuracy relative to {tables.reference_of(results[0])}")
-    return with_legend(figure)
+        axes.set_xscale("symlog", linthresh=1e-3)  # gaps span three orders of magnitude
+    hollow = "   (hollow: after post-hoc methods)" if any("+" in run["method"] for run in results) else ""
+    figure.supxlabel(f"energy gap, squared cosine{hollow}", fontsize=10)
+    figure.supylabel(f"accuracy relative to {tables.reference_of(results[0])}", fontsize=10)
+    return place_labels(figure)
 
 
 def post_hoc_curves_plot(results: Sequence[Results]) -> Figure:
     """Figures 5 and 14: WiSE over alpha and TPGM over the penalty, for each fine-tuned run; means over seeds."""
-    groups = tables.groups([*main_settings(results), *(run for run in results if "+" in run["method"])]).values()
-    curves: dict[tuple[str, str], list[tuple[float, list[Results]]]] = {}
-    for runs in groups:
+
+    def position(run: Results) -> int | float:
+        return run.get("post_hoc", {}).get("penalty", 0) - run.get("post_hoc", {}).get("alpha", 0)
+
+    main = tables.by_method(main_settings(results))
+    curves: dict[tuple[str, str], list[list[Results]]] = {}
+    for runs in tables.groups(sorted(results, key=position)).values():
         base, _, suffix = runs[0]["method"].partition("+")
         kind = tables.post_hoc_kind(suffix)
         if kind and "+" not in suffix:
-            settings = runs[0].get("post_hoc", {})
-            position = -settings["alpha"] if "alpha" in settings else settings.get("penalty", 0.0)
-            curves.setdefault((base, kind), []).append((position, runs))
+            start = [main[base]] if kind == "wise" and base in main else []  # alpha 1 is the run itself
+            curves.setdefault((base, kind), start).append(runs)
     if not curves:
         raise Nothing("python eval.py wise RUN, or tpgm RUN")
-    bases = {base for base, _ in curves}
-    fine_tuned = {runs[0]["method"]: runs for runs in groups if runs[0]["method"] in bases}
-    figure, (axes,) = new_figure(1, 5.4, 4.6)
-    for method, runs in fine_tuned.items():
-        style = {"markersize": 9, "linestyle": "none"} | look(method)
-        axes.plot(*accuracies(runs).mean(axis=1), label=runs[0]["label"], **style)
-    markers = {"wise": ".", "tpgm": "P", "tpgm-c": "x"}
-    lines = {"wise": "-", "tpgm": "none", "tpgm-c": "--"}
-    for (base, kind), points in curves.items():
-        means = [accuracies(runs).mean(axis=1) for _, runs in sorted(points, key=lambda point: point[0])]
-        if kind == "wise" and base in fine_tuned:  # alpha 1 is the fine-tuned run itself
-            means.insert(0, accuracies(fine_tuned[base]).mean(axis=1))
-        style = look(base) | {"marker": markers[kind], "linestyle": lines[kind]}
-        label = f"{tables.names(base)['label']} + {tables.POST_HOC[kind]}"
-        axes.plot(*np.transpose(means), label=label, **style)
+    figure, (axes,) = new_figure(1)
+    for (base, kind), groups in curves.items():
+        means = [accuracies(runs).mean(0) for runs in groups]
+        style = {"linestyle": {"wise": "-", "tpgm": "none", "tpgm-c": "--"}[kind], "markersize": 5}
+        plot(axes, means, f"{base}+{kind}", groups[-1][0]["label"], **style)
+    for method, runs in main.items():
+        if method in {base for base, _ in curves}:
+            plot(axes, [accuracies(runs).mean(0)], method, runs[0]["label"])
     return with_axes(figure, results)
 
 
 def soups_plot(results: Sequence[Results]) -> Figure:
-    """Figure 6: soups and ensembles beside the runs that they were chosen from."""
+    """Figure 6: soups and ensembles, hollow, beside the runs that they were chosen from."""
     made = [run for run in results if run["method"].endswith(("+soup", "+ensemble"))]
     if not made:
         raise Nothing("python eval.py soup RUNS, or ensemble RUNS")
-    figure, (axes,) = new_figure(1, 5.4, 4.6)
-    bases = {name for run in made for name in run["method"].partition("+")[0].split(",")}
-    for run in results:
-        if run["method"] in bases:
-            style = look(run["method"]) | {"linestyle": "none", "markersize": 6, "alpha": 0.7}
-            axes.plot(*accuracies([run]), label=run["label"], **style)
+    figure, (axes,) = new_figure(1)
+    for method, runs in trained(results).items():
+        if any(method in run["method"].partition("+")[0].split(",") for run in made):
+            plot(axes, accuracies(runs), method, linestyle="none")
+            add_label(axes, runs[0]["label"], accuracies(main_settings(runs)).mean(0), method)
     for run in made:
-        base, _, kind = run["method"].partition("+")
-        color = look(base)["color"] if base in lipsum.METHODS else "0.4"
-        style = {"color": color, "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 2}
-        axes.plot(*accuracies([run]), {"soup": "s", "ensemble": "D"}[kind], label=run["label"], **style)
+        plot(axes, accuracies([run]), run["method"], run["label"], markersize=10, markeredgewidth=2)
     return with_axes(figure, results)
 
 
 def weights_plot(results: Sequence[Results]) -> Figure:
-    """Reference against shifts over lambda or EMA's decay: a panel per method, with Lipsum-FT's in each; seeds' means.
-
-    At the points: lambda, or the decay. The paper's text lacks these digits (docs/settings.md).
-    """
-    curves: dict[str, dict[float, Float[np.ndarray, "2"]]] = {}
-    for method, runs in tables.by_method(trained(results)).items():
+    """Reference against shifts over lambda or EMA's decay (docs/settings.md), and Lipsum-FT's; means over seeds."""
+    curves: dict[str, dict[str, Float[np.ndarray, "2"]]] = {}
+    for method, runs in trained(results).items():
         name = "decay" if method == "ema" else "weight"
-        groups = {group[0]["settings"][name]: group for group in tables.groups(runs).values()}
         if tables.varied_settings(runs) == ([] if method == "ft" else [name]):
-            curves[method] = {value: accuracies(group).mean(axis=1) for value, group in sorted(groups.items())}
-    fixed = {name: curves.pop(name, {}) for name in ("ft", "lipsum")}
+            groups = {f"{same[0]['settings'][name]:.4g}": same for same in tables.groups(runs).values()}
+            curves[method] = {value: accuracies(same).mean(0) for value, same in groups.items()}
+    fixed = {name: curves.pop(name) for name in ("ft", "lipsum") if name in curves}
     if not curves:
-        raise Nothing(
-            "python train.py --method kd --weight 0.3 1 3, or another method with several --weight or --decay"
-        )
-    figure, panels = new_figure(len(curves), 3, 3)
-    for axes, method in zip(panels, curves, strict=True):
-        if axes is not panels[0]:
-            axes.sharex(panels[0])
-            axes.sharey(panels[0])
-        for name, points in (fixed | {method: curves[method]}).items():
-            if points:
-                style = {"color": COLORS[0] if name == method else "0.6"}
-                label = "the panel's method" if name == method else tables.names(name)["label"]
-                marker = "s" if name == "ft" else "o-"
-                axes.plot(*np.transpose(list(points.values())), marker, label=label, markersize=4, **style)
-                for value, point in points.items() if name != "ft" else ():
-                    offset = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7}
-                    axes.annotate(f"{value:.4g}", point, **style, **offset)
-        axes.plot(*zero_shot_accuracies(results), "k*", label="zero-shot")
-        axes.set_title(tables.names(method)["label"], fontsize=10)
-        axes.set_xlabel("mean accuracy on the shifts, %")
-    panels[0].set_ylabel(f"accuracy on {tables.reference_of(results[0])}, %")
-    return with_legend(figure)
-
-
-# ------------------------------------------------------------------------------------------------- from model and data
+        raise Nothing("python train.py --method kd --weight 0.3 1 3, or another method with several of them or --decay")
+    figure, panels = new_figure(len(curves), sharex=True, sharey=True)
+    for axes, (method, curve) in zip(panels, curves.items(), strict=True):
+        for name, points in {**fixed, method: curve}.items():
+            style = {"color": "0.3", "zorder": 6} if name == method else {}
+            plot(axes, [*points.values()][::-1], name, "" if style else tables.names(name)["label"], **style)
+            for value, point in points.items() if name != "ft" else ():
+                add_label(axes, value, point, name, optional=not style)
+        axes.set_title(f"{tables.names(method)['label']}, by {'decay' if method == 'ema' else 'weight'}", fontsize=10)
+    return with_axes(figure, results)
 
 
 def energy_vectors(
@@ -281,37 +282,40 @@ def energy_vectors(
     """
     values, vectors = np.linalg.eigh(second_moment)
     root = vectors * np.sqrt(np.maximum(values, 0))
-    figure, panels = new_figure(len(after), 2.9, 2.9)
+    figure, panels = new_figure(len(after))
+    colors = {tables.names(method)["label"]: style["color"] for method, style in LOOKS.items()}
+    style = {"marker": "o", "linestyle": "none", "markersize": 5 / len(after) ** 0.5}
     for axes, (label, features) in zip(panels, after.items(), strict=True):
-        parts = [*before.values(), *features.values()]
-        points = np.concatenate(parts) @ root
+        points = np.concatenate([*before.values(), *features.values()]) @ root
         points = points / points.std()  # energies are small, and t-SNE's stopping thresholds are absolute
         placed = TSNE(random_state=0, perplexity=min(30, (len(points) - 1) / 3)).fit_transform(points)
-        clouds = np.split(placed, np.cumsum([len(part) for part in parts])[:-1])
-        for name, old, new in zip(before, clouds[: len(before)], clouds[len(before) :], strict=True):
-            hollow = {"markersize": 3.5, "markerfacecolor": "none", "markeredgewidth": 0.6}
-            (circles,) = axes.plot(*old.T, "o", label=f"{name}, zero-shot", **hollow)
-            axes.plot(*new.T, ".", color=circles.get_color(), markersize=4, label=f"{name}, fine-tuned")
-        axes.set_title(label, fontsize=10)
+        old, new = np.split(placed, 2)
+        axes.plot(*new.T, color=colors.get(label, OTHER["color"]), markeredgewidth=0, **style)
+        axes.plot(*old.T, color="black", markeredgewidth=0.3, fillstyle="none", **style)
+        clouds = np.split(old, np.cumsum([len(features) for features in before.values()])[:-1])
+        for name, cloud in zip(before, clouds, strict=True) if label in colors or axes is panels[0] else ():
+            add_label(axes, name, np.median(cloud, axis=0), "")
+        axes.set_title(label, fontsize=10, color=colors.get(label, "0.4"))
         axes.set(xticks=[], yticks=[])
-    return with_legend(figure)
+        axes.spines[:].set(visible=True, color="0.8")
+    figure.supxlabel("hollow: zero-shot, full: fine-tuned", fontsize=10)
+    return place_labels(figure)
 
 
-def contact_sheet(setup: Setup, most: int = 20) -> Figure:
+def contact_sheet(setup: Setup, most: int = 10) -> Figure:
     """Figure 16: the first image of each of the first `most` classes (columns) in every split (rows), preprocessed."""
     splits = list(setup.data.reports.values())
     classes = setup.classes[:most]
     figure = Figure(figsize=(0.7 * len(classes) + 0.9, 0.7 * len(splits) + 0.3), layout="constrained")
     grid = figure.subplots(len(splits), len(classes), squeeze=False)
-    for axes, name in zip(grid[0], classes, strict=True):
-        axes.set_title(name, fontsize=8)
     for row, split in zip(grid, splits, strict=True):
-        row[0].set_ylabel(split.name, rotation=0, ha="right", va="center", fontsize=8)
+        row[0].set_ylabel(split.name, rotation=0, ha="right", va="center", fontsize=9)
         for label, axes in enumerate(row):
             found = np.flatnonzero(split.labels == label)
             if len(found):
                 axes.imshow(data.read_image(split.images[found[0]], setup.model.config.image_size))
             axes.set(xticks=[], yticks=[])
+            axes.set_title(classes[label] if split is splits[0] else "", fontsize=9)
             axes.spines[:].set_visible(False)
     return figure
 
@@ -322,12 +326,11 @@ def write_figures(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> 
     for name, draw in figures.items():
         try:
             figure = draw()
+            for suffix in ("png", "svg"):
+                figure.savefig(folder / f"{name}.{suffix}", dpi=200)
+            print(f"{folder / name}.png, .svg")
         except Nothing as nothing:
             print(f"{name}: nothing to show yet, it needs {nothing}")
-            continue
-        for suffix in ("png", "svg"):
-            figure.savefig(folder / f"{name}.{suffix}", dpi=200)
-        print(f"{folder / name}.png, .svg")
 
 
 DRAWN = (trade_off_plot, distortion_plot, energy_gap_plot, post_hoc_curves_plot, soups_plot, weights_plot)

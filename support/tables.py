@@ -141,7 +141,7 @@ def groups(results: Iterable[Results]) -> dict[str, list[Results]]:
     The label is the method's, with the settings that vary among its runs. A method's rows are sorted by those settings.
     """
 
-    def position(value: Any) -> tuple[float, str]:
+    def position(value: Any) -> tuple[int | float, str]:
         return value if isinstance(value, int | float) else math.inf, str(value)
 
     grouped: dict[str, list[Results]] = {}

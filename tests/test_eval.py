@@ -288,7 +288,7 @@ def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_figure_of_weights_shows_means_over_seeds(finished: Path) -> None:
-    """A panel per method with several lambdas; Lipsum-FT's curve, in grey, and FT's point are in each."""
+    """A panel per method with several lambdas; Lipsum-FT's curve and FT's point are in each."""
     figures = pytest.importorskip("support.figures")
     ft, *_ = tables.read_results([finished / "ft"])
     lipsum_run, *_ = tables.read_results([finished / "lipsum"])
@@ -307,11 +307,26 @@ def test_the_figure_of_weights_shows_means_over_seeds(finished: Path) -> None:
     ]
     figure = figures.weights_plot(runs)
     (panel,) = figure.axes
-    lines = {line.get_label(): np.round(line.get_xydata(), 6).tolist() for line in panel.get_lines()}
-    zero_shot = lines.pop("zero-shot")
-    assert lines == {"FT": [[10, 90]], "Lipsum-FT": [[10, 80], [20, 80]], "the panel's method": [[3, 55], [30, 55]]}
-    assert np.shape(zero_shot) == (1, 2) and panel.get_title() == "KD"
-    assert [text.get_text() for text in panel.texts] == ["1", "2", "0.3", "3"]
+    lines = {
+        line.get_marker() + line.get_color(): np.round(line.get_xydata(), 6).tolist() for line in panel.get_lines()
+    }
+    zero_shot = lines.pop("*black")
+    assert lines == {
+        "s" + figures.LOOKS["ft"]["color"]: [[10, 90]],
+        "o" + figures.LOOKS["lipsum"]["color"]: [[20, 80], [10, 80]],
+        "o0.3": [[30, 55], [3, 55]],
+    }
+    assert np.shape(zero_shot) == (1, 2) and panel.get_title() == "KD, by weight"
+    labels = {text.get_text(): np.round(text.xy, 6).tolist() for text in panel.texts}
+    assert labels.pop("zero-shot") == np.round(zero_shot[0], 6).tolist()
+    assert labels == {
+        "FT": [10, 90],
+        "Lipsum-FT": [10, 80],
+        "1": [10, 80],
+        "2": [20, 80],
+        "0.3": [3, 55],
+        "3": [30, 55],
+    }
 
 
 def test_best_opens_in_transformers(finished: Path, root: Path, tmp_path: Path) -> None:
