@@ -68,7 +68,8 @@ def test_the_tour_prints_what_it_is_stored_with(tmp_path: Path, monkeypatch: pyt
     found.cells += [nbformat.v4.new_code_cell(code) for code in answers(found)]
     execute(found)  # raises if a cell does
     for old, new in zip(stored.cells, found.cells[: len(stored.cells)], strict=True):
-        assert not [each for each in old.get("outputs", ()) if "error" in each.output_type or each.get("name") == "stderr"]
+        for output in old.get("outputs", ()):
+            assert output.output_type != "error" and output.get("name") != "stderr"
         assert NUMBER.sub("#", printed(old)) == NUMBER.sub("#", printed(new))
         assert_equal_numbers(printed(old), printed(new))
 
