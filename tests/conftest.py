@@ -1,8 +1,15 @@
 """Strict JAX, shapes checked at run time, eight fake CPU devices."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# Most of the time goes into compiling. What one module, worker or process has compiled, the others load.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lipsum-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import pytest
@@ -20,6 +27,12 @@ os.environ |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 with install_import_hook(["clip", "lipsum", "data", "eval", "train", "support"], "beartype.beartype"):
     import train  # noqa: F401 (imports the others)
     from support import bench  # noqa: F401
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes the programs that were compiled, at the end of the process that started the others."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
