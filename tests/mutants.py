@@ -1,0 +1,482 @@
+"""Mutation testing by hand-made mutants: does a test fail if an equation is wrong? `python tests/mutants.py` runs it.
+
+Each mutant replaces one piece of a source file by something plausible and wrong.
+"""
+
+# Per file: what the mutant does, the text it replaces (which occurs once in the file), and the text it puts there.
+TABLE = {
+    "lipsum.py": [
+        (
+            "cross-entropy: a sum over the batch",
+            "return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(u, labels))",
+            "return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(u, labels))",
+        ),
+        ("the energy's sign", "return -images @ texts.T", "return images @ texts.T"),
+        (
+            "energy gap: the square of a mean",
+            "jnp.mean((energy(images, texts) - energy(zero_shot_images, texts)) ** 2)",
+            "jnp.mean(energy(images, texts) - energy(zero_shot_images, texts)) ** 2",
+        ),
+        (
+            "closed-form gap: only the diagonal of C2",
+            "difference @ second_moment * difference",
+            "difference * jnp.diagonal(second_moment)[None] * difference",
+        ),
+        (
+            "feature distortion: squared norms",
+            "jnp.mean(jnp.linalg.norm(images - zero_shot_images, axis=1))",
+            "jnp.mean(jnp.sum((images - zero_shot_images) ** 2, axis=1))",
+        ),
+        (
+            "random texts lack the last id",
+            "0, text.token_embedding.shape[0] - 2)",
+            "0, text.token_embedding.shape[0] - 3)",
+        ),
+        ("random texts may contain a special token", "(ids >= token)", "(ids > token)"),
+        (
+            "random texts step over the higher special token first",
+            "in sorted((text.start_token, text.end_token))",
+            "in sorted((text.start_token, text.end_token), reverse=True)",
+        ),
+        (
+            "every step draws the same random texts",
+            "frozen.settings.text_length, key)",
+            "frozen.settings.text_length, jax.random.key(0))",
+        ),
+        ("a user's text may be drawn twice in a step", "replace=False)", "replace=True)"),
+        ("embeddings of many texts are not normalised", "lambda one: clip.normalize(text(one))", "text"),
+        (
+            "C2 is centred",
+            "return features.T @ features / len(ids)",
+            "return (features - jnp.mean(features, axis=0)[None]).T @ features / len(ids)",
+        ),
+        ("Lipsum-FT: 1 / M for 1 / 2M", "/ (2 * len(texts))  # equation 7", "/ len(texts)  # equation 7"),
+        (
+            "Lipsum-FT: energies without tau",
+            "v = frozen.tau * (features @ texts.T)  # equation 8\n"
+            "    zero_shot_v = frozen.tau * (zero_shot_features @ texts.T)",
+            "v = features @ texts.T  # equation 8\n    zero_shot_v = zero_shot_features @ texts.T",
+        ),
+        ("Lipsum-FT, exact: tau for tau squared", "return frozen.tau**2 / 2 *", "return frozen.tau / 2 *"),
+        (
+            "L2SP leaves the head out",
+            "jnp.sum((leaf - start) ** 2), classifier, frozen.zero_shot)",
+            "jnp.sum((leaf - start) ** 2), classifier.vision, frozen.zero_shot.vision)",
+        ),
+        (
+            "KL's direction",
+            "jnp.exp(zero_shot_log_p) * (zero_shot_log_p - log_p)",
+            "jnp.exp(log_p) * (log_p - zero_shot_log_p)",
+        ),
+        ("T for T squared", "return temperature**2 *", "return temperature *"),
+        (
+            "KD: the teacher has the student's head",
+            "logits(zero_shot_features, frozen.zero_shot.head, frozen.tau)",
+            "logits(zero_shot_features, classifier.head, frozen.tau)",
+        ),
+        ("MSE, fixed: divided by the batch size", "/ (2 * v.shape[1])", "/ (2 * v.shape[0])"),
+        (
+            "FeatKD: a mean over dimensions",
+            "jnp.mean(jnp.sum((features - zero_shot_features) ** 2, axis=1))",
+            "jnp.mean((features - zero_shot_features) ** 2)",
+        ),
+        (
+            "the teacher is the student",
+            "embed_images(frozen.zero_shot.vision, frozen, batch)",
+            "embed_images(classifier.vision, frozen, batch)",
+        ),
+        ("lambda left out", "fit + frozen.settings.weight * penalty", "fit + penalty"),
+        (
+            "accumulation reads the first part again and again",
+            "jax.lax.scan(add, zeros, split)[0]",
+            "jax.lax.scan(add, zeros, {name: jnp.repeat(x[:1], parts, axis=0) for name, x in split.items()})[0]",
+        ),
+        ("accumulation: a sum over parts", "lambda total: total / parts", "lambda total: total"),
+        ("the warm-up lasts a step too long", "[rise, fall], [warmup_steps])", "[rise, fall], [warmup_steps + 1])"),
+        ("the rate does not reach 0", "max(steps - warmup_steps, 1)", "max(steps, 1)"),
+        ("Adam's second beta", "b2=0.999", "b2=0.99"),
+        ("Adam's epsilon", "eps=1e-8)", "eps=1e-6)"),
+        (
+            "EMA: d and 1 - d",
+            "decay * old + (1 - decay) * new",
+            "(1 - decay) * old + decay * new",
+        ),
+        (
+            "EMA starts from zeros",
+            "jax.tree.map(jnp.copy, frozen.zero_shot) if averaged",
+            "jax.tree.map(jnp.zeros_like, frozen.zero_shot) if averaged",
+        ),
+        (
+            "EMA averages the weights before the update",
+            "moving_average(average, classifier, frozen.settings.decay)",
+            "moving_average(average, state.classifier, frozen.settings.decay)",
+        ),
+        ("a step's key is the run's", "step_key = jax.random.fold_in(key, state.step)", "step_key = key"),
+        ("a fixed head is trained", "if frozen.settings.fixed_head:", "if False:"),
+        (
+            "the logged rate is the next step's",
+            "rate = learning_rate(frozen.settings)(state.step)",
+            "rate = learning_rate(frozen.settings)(state.step + 1)",
+        ),
+        (
+            "the logged gradient norm is the update's",
+            '"gradient_norm": optax.tree.norm(gradient)',
+            '"gradient_norm": optax.tree.norm(updates)',
+        ),
+        (
+            "the linear probe stops early",
+            "(optax.tree.norm(gradient) > tolerance)",
+            "(optax.tree.norm(gradient) > 30 * tolerance)",
+        ),
+        ("the linear probe returns tau W", "return scaled_head / tau,", "return scaled_head,"),
+        ("WiSE: alpha and 1 - alpha", "(1 - alpha) * start + alpha * end", "alpha * start + (1 - alpha) * end"),
+        ("soup: later members weigh more", "mean + (new - mean) / count", "(mean + new) / 2"),
+        (
+            "greedy: a member without effect is kept",
+            "accuracy_of([*members, index])) > best",
+            "accuracy_of([*members, index])) >= best",
+        ),
+        ("greedy: one member too many", "len(members) < most and", "len(members) <= most and"),
+        (
+            "TPGM: one ball for all layers",
+            "return tuple(range(int(in_blocks), leaf.ndim))",
+            "return tuple(range(leaf.ndim))",
+        ),
+        (
+            "MARS: columns for rows",
+            "axis=axes[1:] if len(axes) > 1 else axes",
+            "axis=axes[:-1] if len(axes) > 1 else axes",
+        ),
+        (
+            "TPGM: weights outside the fine-tuned ones' ball",
+            "jnp.where(radius < distance, radius / jnp.where(distance > 0, distance, 1), 1)",
+            "radius / jnp.where(distance > 0, distance, 1)",
+        ),
+        ("TPGM-C: a penalty on radii, not their squares", "jnp.sum(radius**2)", "jnp.sum(radius)"),
+        (
+            "TPGM: radii without an upper bound",
+            "jnp.clip(radius, 1e-8, jnp.maximum(most, 1e-8))",
+            "jnp.maximum(radius, 1e-8)",
+        ),
+    ],
+    "clip.py": [
+        ("QuickGELU's constant", "1.702 * x", "1.7 * x"),
+        ("GELU is the tanh approximation", "approximate=False", "approximate=True"),
+        ("no causal mask", "is_causal=self.causal", "is_causal=False"),
+        (
+            "query and key change places",
+            "jax.nn.dot_product_attention(query, key, value,",
+            "jax.nn.dot_product_attention(key, query, value,",
+        ),
+        (
+            "the perceptron reads the first LayerNorm",
+            "self.mlp(jax.vmap(self.layer_norm2)(x))",
+            "self.mlp(jax.vmap(self.layer_norm1)(x))",
+        ),
+        ("patches are transposed", ".transpose(0, 2, 4, 1, 3)", ".transpose(0, 2, 4, 3, 1)"),
+        (
+            "images: the mean of all tokens for the class token",
+            "self.layer_norm_post(x[0])",
+            "self.layer_norm_post(jnp.mean(x, axis=0))",
+        ),
+        (
+            "short texts have the last positions",
+            "self.position_embedding[: ids.size]",
+            "self.position_embedding[-ids.size :]",
+        ),
+        ("the end token is the highest id", "jnp.argmax(ids == self.end_token)", "jnp.argmax(ids)"),
+        (
+            "the text tower's last LayerNorm ignores epsilon",
+            "self.layer_norm_final = eqx.nn.LayerNorm(width, config.layer_norm_epsilon)",
+            "self.layer_norm_final = eqx.nn.LayerNorm(width)",
+        ),
+        ("a new model has a logits' scale for its log", "jnp.log(jnp.float32(1 / 0.07))", "jnp.float32(1 / 0.07)"),
+        (
+            "query and key are read from each other's weights",
+            '("query", "self_attn.q_proj", "attn.in_proj_", 0),\n            ("key", "self_attn.k_proj", "attn.in_proj_", 1),',
+            '("query", "self_attn.q_proj", "attn.in_proj_", 1),\n            ("key", "self_attn.k_proj", "attn.in_proj_", 0),',
+        ),
+        (
+            "OpenAI's visual projection is not transposed",
+            '"visual_projection.weight", "visual.proj", transposed_in_openai=True)',
+            '"visual_projection.weight", "visual.proj")',
+        ),
+        (
+            "weights with some NaN are taken",
+            "elif not np.all(np.isfinite(state[name])):",
+            "elif not np.any(np.isfinite(state[name])):",
+        ),
+        (
+            "one norm for a whole batch",
+            "jnp.linalg.norm(x, axis=-1, keepdims=True)",
+            "jnp.linalg.norm(x, keepdims=True)",
+        ),
+        ("bytes are divided by 256", "images.astype(jnp.float32) / 255", "images.astype(jnp.float32) / 256"),
+        ("the means of images are not subtracted", "return (images - mean) / deviation", "return images / deviation"),
+        (
+            "bfloat16: LayerNorms are cast",
+            "return node if isinstance(node, eqx.nn.LayerNorm) else node.astype(precision)",
+            "return jax.tree.map(lambda leaf: leaf.astype(precision), node)",
+        ),
+        (
+            "bfloat16: embeddings are normalised before the cast",
+            "normalize(embeddings.astype(at_least_float32))",
+            "normalize(embeddings).astype(at_least_float32)",
+        ),
+        (
+            "prompts are in another order than their embeddings",
+            "for template in templates for name in classes]",
+            "for name in classes for template in templates]",
+        ),
+        (
+            "the zero-shot head is not normalised",
+            "normalize(jnp.mean(features, axis=0)).T",
+            "jnp.mean(features, axis=0).T",
+        ),
+        (
+            "the context head is not normalised",
+            "normalize(jnp.mean(features, axis=1)).T",
+            "jnp.mean(features, axis=1).T",
+        ),
+        ("numbers are words, not single digits", "\\\\p{N}|[^", "\\\\p{N}+|[^"),
+        (
+            "HTML entities are unescaped once",
+            "html.unescape(html.unescape(ftfy.fix_text(text)))",
+            "html.unescape(ftfy.fix_text(text))",
+        ),
+        (
+            "a truncated text loses its end token",
+            "tokens = [config.start_token, *encoding.ids[:room], config.end_token]",
+            "tokens = [config.start_token, *encoding.ids, config.end_token][: config.context_length]",
+        ),
+        ("texts are cut after the shortest one", "1 + np.max(np.argmax", "1 + np.min(np.argmax"),
+    ],
+    "data.py": [
+        (
+            "held-out images are trained on",
+            "take(train, np.flatnonzero(~held_out), train.name)",
+            "take(train, np.arange(len(order)), train.name)",
+        ),
+        (
+            "held-out images are not spread over classes",
+            "order[every - 1 :: every]",
+            "order[: len(order) // every]",
+        ),
+        (
+            "kept classes keep their old labels",
+            "labels=np.searchsorted(kept, images.labels).astype(np.int32)",
+            "labels=images.labels.astype(np.int32)",
+        ),
+        (
+            "files without an end marker are not decoded by the check",
+            "if not end_marker or end_marker not in stream.read():",
+            "if end_marker and end_marker not in stream.read():",
+        ),
+        (
+            "the check takes the first images for a sample",
+            "np.linspace(0, len(split) - 1, count)",
+            "np.linspace(0, count - 1, count)",
+        ),
+        (
+            "16-bit images are clipped",
+            "np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255)",
+            "np.clip(np.asarray(image).astype(np.int32), 0, 255)",
+        ),
+        ("the longer side is rounded", "int(resolution * long / short)", "round(resolution * long / short)"),
+        (
+            "centre crop: ties are rounded up",
+            "(round((side - resolution) / 2) for side in size)",
+            "((side - resolution + 1) // 2 for side in size)",
+        ),
+        (
+            "evaluation: a bilinear filter",
+            "image.resize(size, Image.Resampling.BICUBIC)",
+            "image.resize(size, Image.Resampling.BILINEAR)",
+        ),
+        ("crops of at least a quarter", "random.uniform(0.08, 1)", "random.uniform(0.25, 1)"),
+        (
+            "aspect ratios: uniform, not their logarithms",
+            "math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))",
+            "random.uniform(3 / 4, 4 / 3)",
+        ),
+        (
+            "crops never touch the right edge",
+            "int(random.integers(width - w + 1))",
+            "int(random.integers(max(width - w, 1)))",
+        ),
+        ("images are turned upside down", "Image.Transpose.FLIP_LEFT_RIGHT", "Image.Transpose.FLIP_TOP_BOTTOM"),
+        (
+            "a JPEG is decoded too small for its crop",
+            "(math.ceil(width * resolution / w), math.ceil(height * resolution / h))",
+            "(resolution, resolution)",
+        ),
+        (
+            "a drafted JPEG's scale is that of its rounded size",
+            "drafted[1][2] / width if drafted else 1",
+            "image.size[0] / width if drafted else 1",
+        ),
+        ("the seed does not reach the batches", ".seed(seed)", ".seed(0)"),
+        (
+            "every epoch has the same order and crops",
+            ".repeat(ENDLESS // len(split))",
+            ".repeat(ENDLESS // len(split), reseed_each_epoch=False)",
+        ),
+        ("a resumed run starts at the first batch", "parts[start * part.count + part.index ::", "parts[part.index ::"),
+        (
+            "padding is valid",
+            '"label": np.int32(0), "valid": np.bool_(False)',
+            '"label": np.int32(0), "valid": np.bool_(True)',
+        ),
+        (
+            "every process evaluates the first part",
+            "return iter(parts[part.index :: part.count]",
+            "return iter(parts[:: part.count]",
+        ),
+        (
+            "accumulation is not checked against the devices",
+            "if batch_size % (len(devices) * accumulate):",
+            "if batch_size % len(devices):",
+        ),
+        (
+            "fetched arrays share the device's memory",
+            "return np.array(process_allgather",
+            "return np.asarray(process_allgather",
+        ),
+    ],
+    "eval.py": [
+        (
+            "NLL of the predicted class",
+            "negative_log_likelihood(predictions.label_log_probability),",
+            "negative_log_likelihood(np.log(predictions.confidence)),",
+        ),
+        ("bins are closed below", "right=True", "right=False"),
+        (
+            "ECE: bins balance each other",
+            "np.sum(np.abs(bins.correct - bins.confidence))",
+            "np.abs(np.sum(bins.correct - bins.confidence))",
+        ),
+        ("H is the arithmetic mean", "2 * seen * unseen / (seen + unseen)", "(seen + unseen) / 2"),
+        (
+            "ensemble: log-probabilities are averaged",
+            "jax.nn.logsumexp(per_member, axis=0) - math.log(len(members))",
+            "jnp.mean(per_member, axis=0)",
+        ),
+        (
+            "classes that are not compared have a logit of 0",
+            "jnp.where(compared[None], u, -jnp.inf)",
+            "jnp.where(compared[None], u, 0)",
+        ),
+        ("padding rows are counted", "[x[valid] for x in found]", "list(found)"),
+        ("the last batch is lost", "pairwise(chain(computed, [None]))", "pairwise(computed)"),
+        ("the reference is called a shift", "list(setup.data.reports)[1:]", "list(setup.data.reports)[:1]"),
+        ("seen and unseen change places", "for which in (is_seen, ~is_seen)", "for which in (~is_seen, is_seen)"),
+        (
+            "WiSE's models change places",
+            "lipsum.wise(setup.zero_shot, run.classifier, alpha)",
+            "lipsum.wise(run.classifier, setup.zero_shot, alpha)",
+        ),
+        ("TPGM trains on augmented images", 'augmentation="off"', 'augmentation="crop"'),
+        (
+            "an ensemble has any number of members",
+            'len(opened) if kind == "soup" else 4',
+            "len(opened)",
+        ),
+        (
+            "the brute-force gap weighs parts equally",
+            "np.average(gaps, weights=[len(after[part]) for part in parts])",
+            "np.average(gaps)",
+        ),
+        ("predict: tau is its logarithm", "jnp.exp(models[0].logit_scale)", "models[0].logit_scale"),
+    ],
+    "train.py": [
+        (
+            "selection: a later tie wins",
+            'if accuracy > progress["best_accuracy"]',
+            'if accuracy >= progress["best_accuracy"]',
+        ),
+        (
+            "the last step is not evaluated",
+            "return step == last or (step > 0 and step % every == 0)",
+            "return step > 0 and step % every == 0",
+        ),
+        (
+            "EMA: the last weights are kept, not their average",
+            "best = snapshot.evaluated",
+            "best = snapshot.classifier",
+        ),
+        (
+            "a resumed run trains on the first batches",
+            "        first, settings.augmentation,",
+            "        0, settings.augmentation,",
+        ),
+        ("a checkpoint is one step behind", 'progress |= {"step": step, ', 'progress |= {"step": max(step - 1, 0), '),
+        ("a resumed run forgets its earlier seconds", "earlier_seconds + log.seconds()", "log.seconds()"),
+        ("the seed does not reach the random texts", "key = jax.random.key(run.seed)", "key = jax.random.key(0)"),
+        ("Scratch-FT starts from the zero-shot head", "0 * classifier.head", "classifier.head"),
+        ("LP's tower is trained", "last = settings.steps if method.trained else 0", "last = settings.steps"),
+        (
+            "a state that is not finite is saved",
+            "            log.settle()  # a state that is not finite is not saved\n",
+            "",
+        ),
+        (
+            "a checkpoint may have other classes",
+            'if config["classes"] != progress["config"]["classes"]:',
+            'if len(config["classes"]) != len(progress["config"]["classes"]):',
+        ),
+        (
+            "Lipsum-FT, exact ignores the user's texts",
+            "opening.second_moment(setup, settings.text_length, settings.guidance)",
+            "opening.second_moment(setup, settings.text_length)",
+        ),
+        ("the selected step is the last one", '"step": progress["best_step"]}', '"step": progress["step"]}'),
+    ],
+    "support/weights.py": [
+        (
+            "OpenAI's heads have width 32",
+            "len(layers), width // 64, mlp_width)",
+            "len(layers), width // 32, mlp_width)",
+        ),
+        (
+            "the embedding has the text tower's width",
+            'embedding_size=shapes["text_projection"][1]',
+            'embedding_size=shapes["text_projection"][0]',
+        ),
+        (
+            "a config.json without activation means GELU",
+            '{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}',
+            '{"hidden_act": "gelu", "layer_norm_eps": 1e-5}',
+        ),
+        ("the sections of 2022 are ignored", "section |= defaults | old", "section = old | section"),
+        ("an end token of 2 is taken at its word", "if tokens[1] == 2:", "if tokens[1] == 1:"),
+        (
+            "open_clip's default activation",
+            '"quick_gelu" if whole.get("quick_gelu") else "gelu"',
+            '"quick_gelu" if whole.get("quick_gelu", True) else "gelu"',
+        ),
+        (
+            "open_clip's perceptrons are always four times as wide",
+            'int(positive(path, section, "width") * section["mlp_ratio"])',
+            '4 * positive(path, section, "width")',
+        ),
+        (
+            "mean and deviation of images change places",
+            "image_mean=tuple(values[0]), image_deviation=tuple(values[1])",
+            "image_mean=tuple(values[1]), image_deviation=tuple(values[0])",
+        ),
+        (
+            "a processor that does not rescale is taken",
+            'if content.get("do_normalize") is False or content.get("do_rescale") is False:',
+            'if content.get("do_normalize") is False:',
+        ),
+        ("of two models in a checkpoint, one is taken", "if len(found) > 1:", "if len(found) > 2:"),
+        ("a saved model always has QuickGELU", '"hidden_act": config.activation', '"hidden_act": "quick_gelu"'),
+        ("bytes have the wrong symbols", "*range(161, 173)", "*range(161, 174)"),
+        ("tokenizer.json shortens texts", "    tokenizer.no_truncation()\n", ""),
+        (
+            "the start token is the configuration's",
+            "return dataclasses.replace(config, start_token=special[0])",
+            "return config",
+        ),
+    ],
+}
