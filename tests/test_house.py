@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mutants
 import pytest
 
 import clip
@@ -64,6 +65,14 @@ def test_no_function_is_longer_than_a_screen() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+def test_mutants_fit_their_files() -> None:
+    """What each replaces occurs exactly once, and the changed file can be parsed."""
+    for mutant in mutants.MUTANTS:
+        ast.parse(mutant.source())
+        assert mutant.new != mutant.old, mutant.what
+    assert mutants.TABLE.keys() == mutants.TESTS.keys()
 
 
 # ----------------------------------------------------------------------------------------------------------- documents
