@@ -18,14 +18,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 TESTS = {  # as arguments of pytest
-    "lipsum.py": ["tests/test_lipsum.py"],
-    "clip.py": [
-        "tests/test_clip.py",
-        "-k",
-        "not vit",
-    ],  # the published sizes take minutes, and the tiny one is the same code
+    "lipsum.py": ["tests/test_lipsum.py", "tests/test_scaling.py"],
+    # Models of published sizes take minutes, and run the same code as the tiny one.
+    "clip.py": ["tests/test_clip.py", "tests/test_scaling.py", "tests/support/test_weights.py", "-k", "not vit"],
     "data.py": ["tests/test_data.py"],
-    "eval.py": ["tests/test_eval.py"],
+    "eval.py": ["tests/test_eval.py", "tests/test_train.py"],
     "train.py": ["tests/test_train.py", "tests/test_resume.py"],
     "support/weights.py": ["tests/support/test_weights.py"],
 }

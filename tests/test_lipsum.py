@@ -404,6 +404,8 @@ def test_linear_probe_minimises_the_loss() -> None:
             jax.nn.softmax(u), np.asarray(jax.nn.softmax(expected["probe/logits"].astype(np.float32))), atol=1e-3
         )
         assert 0 < steps < 1000
+        gradient = features.T @ (np.asarray(jax.nn.softmax(u)) - np.eye(5)[labels]) / len(labels)
+        assert np.linalg.norm(gradient) < 1.05e-4  # the tolerance, and rounding
 
 
 def test_average_is_equation_16_and_fixed_head_keeps_its_bits() -> None:
@@ -509,6 +511,17 @@ def test_tpgm_equals_its_authors_class(norm: lipsum.Norm) -> None:
     np.testing.assert_allclose(
         gamma.vision.projection.weight[0, 0], expected[f"{norm}/radii/visual_projection.weight"], rtol=1e-4
     )
+
+
+def test_tpgm_c_adds_the_squares_of_the_radii() -> None:
+    _, frozen, classifier, batch = nano_setup()
+    gamma, _, _ = lipsum.tpgm_start(frozen.zero_shot, classifier, "frobenius")
+    loss = jax.jit(functools.partial(lipsum.tpgm_loss, norm="frobenius"))
+    with_penalty, without = (
+        loss(gamma, frozen.zero_shot, classifier, frozen.tau, batch, penalty=penalty) for penalty in (0.5, 0.0)
+    )
+    squares = sum(np.sum(np.square(radius, dtype=np.float64)) for radius in jax.tree.leaves(gamma))
+    np.testing.assert_allclose(with_penalty - without, 0.5 * squares, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("float64")

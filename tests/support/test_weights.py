@@ -385,6 +385,7 @@ def test_image_statistics_of_the_processor(name: str, section: str | None, folde
         {"image_mean": 0.5},
         {"image_mean": ["a", "b", "c"]},
         {"do_normalize": False},
+        {"do_rescale": False},
     ):
         write_statistics(**changes)
         refused(lambda: weights.load(str(folder)), folder / name)
@@ -411,6 +412,16 @@ def test_tokenizer_with_other_special_tokens(folder: Path) -> None:
     assert weights.load(str(folder))[0].config.start_token == 514  # the tokenizer's
     edit(folder, ("text_config", "eos_token_id"), 7)
     refused(lambda: weights.load(str(folder)), "ends texts with token 515, its configuration says 7")
+
+
+def test_tokenizer_that_shortens_and_pads(folder: Path) -> None:
+    """Its file may say so, but a text that is too long is to be refused or shortened by `clip.tokenize`."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _, loaded = weights.load(str(folder))
+    assert loaded.encode("dog dog dog").ids == [514, *[VOCABULARY["dog</w>"]] * 3, 515]
 
 
 # ------------------------------------------------------------------------------------------------- archives refused
