@@ -493,6 +493,7 @@ BROKEN = {
     "text.jpg": lambda _: b"<html>404 Not Found</html>\n" * 20,
     "half.jpg": half,
     "half.png": half,
+    "half.bmp": half,  # of a format without an end marker
     "first bytes.jpg": lambda content: content[:30],
     "first bytes.png": lambda content: content[:30],
     "no end marker.jpg": lambda content: content[:-2],

@@ -404,8 +404,6 @@ def test_linear_probe_minimises_the_loss() -> None:
             jax.nn.softmax(u), np.asarray(jax.nn.softmax(expected["probe/logits"].astype(np.float32))), atol=1e-3
         )
         assert 0 < steps < 1000
-        gradient = features.T @ (np.asarray(jax.nn.softmax(u)) - np.eye(5)[labels]) / len(labels)
-        assert np.linalg.norm(gradient) < 1.05e-4  # the tolerance, and rounding
 
 
 def test_average_is_equation_16_and_fixed_head_keeps_its_bits() -> None:

@@ -235,6 +235,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_keeps_checkpoints(
     assert "at step 5 the loss is" in error and "the gradient's norm inf" in error and "lower --learning-rate" in error
     assert f"{folder} keeps what was saved before" in error
     assert files.read_checkpoint(folder / "checkpoint/step-4.safetensors").progress["step"] == 4
+    assert not (folder / "checkpoint/step-6.safetensors").exists()
 
 
 def test_two_runs_on_one_folder(command: Command, folder: Path, capsys) -> None:
