@@ -97,6 +97,12 @@ def test_the_most_accurate_model_is_kept(command: Command, monkeypatch: pytest.M
     np.testing.assert_array_equal(load_file(folder / "best" / "head.safetensors")["head"], kept[1])
 
 
+def test_steps_that_are_due() -> None:
+    """Every third, and the last one: of a method without steps, that is step 0."""
+    assert [step for step in range(9) if train.is_due(step, 3, 8)] == [3, 6, 8]
+    assert train.is_due(0, 3, 0)
+
+
 def test_exported_benchmark_gives_the_same_numbers(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
