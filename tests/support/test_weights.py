@@ -278,6 +278,8 @@ def test_short_configuration_has_the_defaults_of_transformers(tmp_path: Path) ->
         '{"model_type": "clip", "vision_config": {"hidden_act": "gelu"}, "text_config_dict": {"hidden_act": "gelu"}}'
     )
     assert weights.hugging_face_config(path) == dataclasses.replace(clip.PRESETS["ViT-B/32"], activation="gelu")
+    path.write_text("{}")
+    assert weights.hugging_face_config(path) == clip.PRESETS["ViT-B/32"]
 
 
 OPEN_CLIP = {
