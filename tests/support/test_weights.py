@@ -45,7 +45,7 @@ from helpers import (
 )
 from mutations import read_unless_refused, with_mutations
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 import clip
 from support import archives, download, weights
@@ -226,6 +226,17 @@ def test_save_again_over_shards(folder: Path) -> None:
     other = eqx.tree_at(lambda model: model.logit_scale, small_model(), jnp.float32(1.25))
     weights.save(folder, other, TOKENIZER)
     assert_same(weights.load(str(folder))[0], other)
+
+
+def test_save_a_model_of_open_clip(tmp_path: Path) -> None:
+    """Its activation and statistics are not OpenAI's."""
+    weights.save(tmp_path, open_clip_model(), TOKENIZER)
+    assert_same(weights.load(str(tmp_path))[0], open_clip_model())
+
+
+def test_symbols_of_bytes() -> None:
+    """Against the library's, which have no order: theirs is that of code points."""
+    assert weights.byte_symbols() == sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
