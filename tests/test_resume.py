@@ -219,20 +219,22 @@ def test_a_lost_terminal_saves_unless_it_is_to_be_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("last", [5, 6])  # a checkpoint would be made after step 6
 def test_a_loss_that_is_not_finite_is_an_error_and_keeps_checkpoints(
-    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    last: int, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     step = lipsum.training_step(lipsum.lipsum_loss)
 
     def breaks(state, *rest):
-        broken = int(state.step) == 4
+        broken = int(state.step) == last - 1
         state, metrics = step(state, *rest)
         return state, metrics | ({"gradient_norm": jnp.float32(jnp.inf)} if broken else {})
 
     monkeypatch.setattr(lipsum, "training_step", lambda *_: breaks)
     assert errors.exit_code(lambda: train.main(command)) == 2
     error = capsys.readouterr().err
-    assert "at step 5 the loss is" in error and "the gradient's norm inf" in error and "lower --learning-rate" in error
+    assert f"at step {last} the loss is" in error
+    assert "the gradient's norm inf" in error and "lower --learning-rate" in error
     assert f"{folder} keeps what was saved before" in error
     assert files.read_checkpoint(folder / "checkpoint/step-4.safetensors").progress["step"] == 4
     assert not (folder / "checkpoint/step-6.safetensors").exists()
