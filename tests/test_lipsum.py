@@ -79,6 +79,23 @@ def test_equations_6_to_8() -> None:
     np.testing.assert_allclose(loss, 20**2 / 2 * lipsum.energy_gap(images, other, texts), rtol=1e-5)
 
 
+def test_equation_13_by_hand() -> None:
+    """The teacher comes first and has its own head. At a small tau: if both are sure of one class, nothing is seen."""
+    model, tau = seeded_model("tiny"), jnp.float32(2)
+    heads = unit_rows(5, 6, 3), unit_rows(5, 6, 4)
+    student, teacher = (lipsum.Classifier(model.vision, head) for head in heads)
+    frozen = lipsum.Frozen(teacher, model.text, jnp.zeros((5, 2)), tau)
+    divergences = []
+    for image, other in zip(np.asarray(IMAGES), np.asarray(OTHER), strict=True):
+        p, zero_shot_p = (
+            np.exp(2 * x @ w) / sum(np.exp(2 * x @ w)) for x, w in zip((image, other), np.asarray(heads), strict=True)
+        )
+        divergences.append(sum(zero_shot_p * np.log(zero_shot_p / p)))
+    assert np.mean(divergences) > 0.1
+    loss = lipsum.kd_loss(student, IMAGES, OTHER, frozen, jax.random.key(0))
+    np.testing.assert_allclose(loss, np.mean(divergences), rtol=1e-5)
+
+
 def test_energy_gap_by_one_matrix_and_by_every_pair() -> None:
     """Equation 6 over 10,000 random texts: `d^T C2 d` against all images times all texts, to 1e-5 relative."""
     text = seeded_model("tiny").text
