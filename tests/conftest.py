@@ -6,11 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Most of the time goes into compiling. What one module, worker or process has compiled, the others load.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lipsum-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -21,6 +16,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Models here are so small that compiling them takes far longer than running them.
 jax.config.update("jax_disable_most_optimizations", True)
 
+# Most of the time goes into compiling. What one module, worker or process has compiled, the others load.
+COMPILED = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="lipsum-tests-")
+if COMPILED:
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    jax.config.update("jax_compilation_cache_dir", COMPILED)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
 # Loopback is the only network that tests, and the processes they start, reach.
 os.environ |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 
@@ -29,10 +31,10 @@ with install_import_hook(["clip", "lipsum", "data", "eval", "train", "support"],
     from support import bench  # noqa: F401
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Removes the programs that were compiled, at the end of the process that started the others."""
-    if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+def pytest_unconfigure() -> None:
+    """Removes the compiled programs, at the end of the process that started the others."""
+    if COMPILED:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

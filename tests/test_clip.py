@@ -12,7 +12,7 @@ import psutil
 import pytest
 import seeded
 from conftest import REFERENCE, shared
-from helpers import config_of, seeded_model
+from helpers import CONFIG, TOKENIZER, config_of, seeded_model
 
 import clip
 from support import errors, weights
@@ -104,6 +104,23 @@ def test_end_token_that_is_not_the_highest_id() -> None:
     close(turned.text(99 - ids), model.text(ids), 1e-6)
 
 
+def test_every_layer_norm_has_the_epsilon_of_the_configuration() -> None:
+    config = dataclasses.replace(config_of(seeded.ARCHITECTURES["tiny"]), layer_norm_epsilon=0.125)
+    model = eqx.filter_eval_shape(clip.CLIP, config, jax.random.key(0))
+    norms = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, eqx.nn.LayerNorm))
+    # Two in the blocks of each tower, before and after those of images, and after those of texts.
+    assert [norm.eps for norm in norms if isinstance(norm, eqx.nn.LayerNorm)] == [0.125] * 7
+
+
+def test_one_weight_that_is_not_finite_is_refused() -> None:
+    sizes = seeded.ARCHITECTURES["tiny"]
+    state = dict(seeded.hugging_face_weights(sizes, seeded.SEED))
+    state["visual_projection.weight"] = state["visual_projection.weight"].copy()
+    state["visual_projection.weight"][1, 2] = np.nan
+    with pytest.raises(InputError, match=r"visual_projection\.weight is not finite"):
+        clip.from_state_dict(state, config_of(sizes), "hugging_face", "seeded")
+
+
 def test_random_initialisation_has_the_scales_of_openai() -> None:
     config = clip.Config(
         64, 8, clip.Transformer(128, 4, 2, 512), clip.Transformer(192, 3, 3, 768), 96, 77, 2000, 1998, 1999
@@ -157,12 +174,15 @@ def test_heads_against_a_loop() -> None:
 
 
 def test_prompt_features_do_not_depend_on_batches() -> None:
-    model, tokenizer = weights.load(str(shared("weights/pacs-clip/hf")))
-    arguments = (model, tokenizer, ["dog", "house", "elephant"], ["a {}.", "a rather long photo of a {}."])
-    features = clip.prompt_features(*arguments)
-    close(clip.prompt_features(*arguments, batch_size=4), features, 1e-6)
-    ids = clip.tokenize(tokenizer, ["a rather long photo of a house."], model.config)
-    close(features[1, 1], clip.text_features(model.text, jnp.asarray(ids))[0], 1e-6)
+    """They are those of one prompt at a time, which is padded to the whole context."""
+    model, tokenizer = weights.load("tiny")
+    classes, templates = ["dog", "house", "ice cream"], ["a {}.", "my own {}."]
+    features = clip.prompt_features(model, tokenizer, classes, templates)
+    close(clip.prompt_features(model, tokenizer, classes, templates, batch_size=4), features, 1e-6)
+    for row, template in zip(features, templates, strict=True):
+        for actual, name in zip(row, classes, strict=True):
+            ids = clip.tokenize(tokenizer, [template.replace("{}", name)], model.config)
+            close(actual, clip.text_features(model.text, jnp.asarray(ids))[0], 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -205,6 +225,20 @@ def test_tokenize_adds_start_end_and_padding(tokenizer) -> None:
     assert ids.shape == (2, 77) and ids.dtype == np.int32
     assert ids[0, :8].tolist() == [49406, 320, 1125, 539, 320, 1929, 269, 49407] and not ids[0, 8:].any()
     assert ids[1, :3].tolist() == [49406, 49407, 0]
+
+
+def test_words_of_a_vocabulary_of_bytes() -> None:
+    """Ids by hand: each word's last byte ends it, digits are words of their own, and only "dog" is one token."""
+    pieces = ["i", "t</w>", "'", "s</w>", "4</w>", "2</w>", "dog</w>", "!", "?</w>"]
+    ids = TOKENIZER.encode(clip.clean_text("It's 42 DOG !?"), add_special_tokens=False).ids
+    assert ids == [TOKENIZER.token_to_id(piece) for piece in pieces]
+    shortened = clip.tokenize(TOKENIZER, ["it's 42 dogs"], CONFIG, truncate=True)
+    assert shortened.tolist() == [[CONFIG.start_token, *ids[:6], CONFIG.end_token]]
+
+
+def test_html_entities_are_unescaped_twice() -> None:
+    """Beside a tag: without one, `ftfy` unescapes entities itself."""
+    assert clip.clean_text("<b> cats &amp;amp; dogs") == "<b> cats & dogs"
 
 
 def test_tokenize_text_longer_than_the_context(tokenizer) -> None:

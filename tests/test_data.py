@@ -289,6 +289,13 @@ def test_random_crop_is_inside(width: int, height: int, seed: int) -> None:
     assert 0 <= left <= width - w and 0 <= top <= height - h
 
 
+def test_random_crop_reaches_every_edge() -> None:
+    crops = np.array([data.random_crop(6, 5, np.random.default_rng(seed)) for seed in range(500)])
+    for start, size, side in ((crops[:, 0], crops[:, 2], 6), (crops[:, 1], crops[:, 3], 5)):
+        smaller = size < side
+        assert set((start == 0)[smaller]) == set((start + size == side)[smaller]) == {False, True}
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A large JPEG with sides that no power of two divides, and its decoded pixels as PNG."""
@@ -458,6 +465,15 @@ def test_hold_out_tenth(labels: list[int]) -> None:
         assert abs(np.sum(held_out.labels == label) - labels.count(label) / 10) < 1
 
 
+def test_kept_classes_are_numbered_anew() -> None:
+    whole = split_of([Path(str(index)) for index in range(5)])
+    whole = dataclasses.replace(whole, compared=np.array([True, True, True, False, True]))
+    kept = data.of_classes(data.take(whole, np.array([4, 0, 3, 1]), "some"), np.array([1, 3, 4]))
+    assert kept.classes == ("1", "3", "4") and [file.path.name for file in kept.images] == ["4", "3", "1"]
+    assert kept.labels.tolist() == [2, 1, 0] and kept.labels.dtype == np.int32
+    assert kept.compared.tolist() == [True, False, True]
+
+
 # -------------------------------------------------------------------------------------------------------- broken files
 
 
@@ -477,6 +493,7 @@ BROKEN = {
     "text.jpg": lambda _: b"<html>404 Not Found</html>\n" * 20,
     "half.jpg": half,
     "half.png": half,
+    "half.bmp": half,  # of a format without an end marker
     "first bytes.jpg": lambda content: content[:30],
     "first bytes.png": lambda content: content[:30],
     "no end marker.jpg": lambda content: content[:-2],
@@ -506,6 +523,13 @@ def test_broken_files_are_counted(tmp_path: Path) -> None:
     message = "list line 1: .*; list line 2: .*; list line 4: .*; and 2 more"
     with raises(message):
         data.check_images([split_of(paths)], workers=2)
+
+
+def test_the_sample_of_a_large_split_is_spread_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CHECK_ALL_UP_TO", 8)
+    monkeypatch.setattr(data, "CHECKED_SAMPLE", 5)
+    assert data.indices_to_check(split_of([tmp_path] * 8)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert data.indices_to_check(split_of([tmp_path] * 9)).tolist() == [0, 2, 4, 6, 8]
 
 
 def test_a_folder_is_not_an_image(tmp_path: Path) -> None:
@@ -582,6 +606,11 @@ def test_batches_are_placed_evenly() -> None:
 def test_batches_that_do_not_divide(batch_size: int) -> None:
     with raises(f"--batch-size {batch_size} does not divide among 8 devices: give a multiple"):
         data.device_mesh(batch_size)
+
+
+def test_parts_that_do_not_divide() -> None:
+    with raises("--batch-size 16 does not divide among 8 devices times --accumulate 4: give a multiple of 32"):
+        data.device_mesh(16, accumulate=4)
 
 
 @pytest.mark.parametrize(

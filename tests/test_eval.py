@@ -87,6 +87,35 @@ def test_harmonic_mean_by_hand() -> None:
     assert evaluation.harmonic_mean(0.0, 0.0) == 0.0
 
 
+def test_metrics_by_hand() -> None:
+    """NLL is that of the labels, where another class is predicted, too."""
+    predictions = evaluation.Predictions(
+        features=np.zeros((3, 2), np.float32),
+        label_log_probability=np.log(np.array([0.5, 0.25, 0.125], np.float32)),
+        confidence=np.array([0.5, 0.75, 0.75], np.float32),
+        correct=np.array([True, False, False]),
+    )
+    metrics = evaluation.metrics(predictions)
+    assert metrics["n"] == 3 and metrics["accuracy"] == pytest.approx(1 / 3)
+    assert metrics["nll"] == pytest.approx(2 * math.log(2))
+    assert metrics["ece"] == pytest.approx((0.5 + 2 * 0.75) / 3)
+
+
+@pytest.mark.parametrize("compared", [None, [True, False, True, True]], ids=str)
+def test_an_ensemble_averages_probabilities(compared: list[bool] | None) -> None:
+    """Against NumPy: softmax over the compared classes, the others have probability 0, the mean over two members."""
+    vision = seeded_model("tiny").vision
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))
+    heads = np.random.default_rng(1).normal(size=(2, 40, 4)).astype(np.float32)
+    features = np.asarray(clip.image_features(vision, images), np.float64)
+    mask = np.ones(4, bool) if compared is None else np.array(compared)
+    exponentials = np.exp(5 * features @ heads) * mask
+    expected = np.mean(exponentials / np.sum(exponentials, axis=-1, keepdims=True), axis=0)
+    members = tuple(lipsum.Classifier(vision, jnp.asarray(head)) for head in heads)
+    actual, _ = evaluation.log_probabilities(members, jnp.float32(5), images, None if compared is None else mask)
+    np.testing.assert_allclose(np.exp(actual), expected, rtol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------- whole splits
 
 
@@ -139,7 +168,7 @@ def classifier_of(folder: Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(run.classifier)]
 
 
-def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     runs = [finished / "ft" / "seed-0", finished / "lipsum" / "seed-0", finished / "lipsum" / "seed-1"]
     evaluation.wise_command(given(runs[0]), alphas=(0.0, 0.5, 1.0))
     results = json.loads((runs[0] / "results.json").read_text())
@@ -149,10 +178,12 @@ def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -
     for split in ("real", "sketch"):
         assert ends[1]["splits"][split] == results["splits"][split]
         assert ends[0]["splits"][split] == results["zero_shot"][split]
+    assert [split["role"] for split in results["splits"].values()] == ["reference", "shift"]
     for mixed, tuned in zip(classifier_of(finished / "ft+wise-1" / "seed-0"), classifier_of(runs[0]), strict=True):
         np.testing.assert_array_equal(mixed, tuned)
     assert "FT + WiSE 0.5" in capsys.readouterr().out
 
+    monkeypatch.setitem(data.AUGMENTATIONS, "crop", None)  # TPGM's images are not augmented
     evaluation.tpgm_command(given(runs[1]), penalty=(0.5,), norm="mars", steps=3, batch_size=8)
     assert "Lipsum-FT + TPGM-C 0.5 mars" in capsys.readouterr().out
     how = json.loads((finished / "lipsum+tpgm-c-0.5-mars" / "seed-0" / "results.json").read_text())["post_hoc"]
@@ -173,6 +204,14 @@ def test_post_hoc_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -
         "FT + WiSE 0.5",
         "FT, Lipsum-FT + ensemble",
     ]
+
+
+def test_a_soup_may_have_every_run_and_an_ensemble_four(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = []
+    monkeypatch.setattr(lipsum, "greedy_members", lambda alone, accuracy_of, limit: most.append(limit) or [0])
+    for kind in ("soup", "ensemble"):
+        evaluation.greedy_command(given(finished / "ft" / "seed-0", finished / "ft" / "seed-1"), kind)
+    assert most == [2, 4]
 
 
 def test_post_hoc_bad_input(finished: Path, tmp_path: Path) -> None:
@@ -255,6 +294,23 @@ def test_energy_gap_command(finished: Path, capsys: pytest.CaptureFixture[str]) 
         np.testing.assert_allclose(float(closed), float(brute_force), rtol=1e-5)
         np.testing.assert_allclose(float(closed), results[name]["energy_gap"], rtol=1e-5)
         assert float(closed) > 0
+
+
+def test_brute_force_over_parts_of_unequal_size(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 images are two parts, of 256 and of 44."""
+    predict = evaluation.Evaluator.predict
+
+    def repeated(self, members, split):
+        found = predict(self, members, split)
+        return found._replace(features=np.resize(found.features, (300, found.features.shape[1])))
+
+    monkeypatch.setattr(evaluation.Evaluator, "predict", repeated)
+    evaluation.energy_gap_command((finished / "ft" / "seed-0",), num_texts=100, brute_force=True)
+    for line in capsys.readouterr().out.splitlines():
+        _, _, closed, _, _, brute_force = line.split()
+        np.testing.assert_allclose(float(closed), float(brute_force), rtol=1e-5)
 
 
 def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

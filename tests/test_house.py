@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import mutants
 import pytest
 import tyro
 
@@ -79,6 +80,14 @@ def test_lint_and_types(command: str) -> None:
     """Ruff and pyrefly find nothing. pyproject.toml configures both."""
     done = subprocess.run([sys.executable, "-m", *shlex.split(command)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_mutants_fit_their_files() -> None:
+    """What each replaces occurs exactly once, and the changed file can be parsed."""
+    for mutant in mutants.MUTANTS:
+        ast.parse(mutant.source())
+        assert mutant.new != mutant.old, mutant.what
+    assert mutants.TABLE.keys() == mutants.TESTS.keys()
 
 
 # ----------------------------------------------------------------------------------------------------------- documents

@@ -79,6 +79,23 @@ def test_equations_6_to_8() -> None:
     np.testing.assert_allclose(loss, 20**2 / 2 * lipsum.energy_gap(images, other, texts), rtol=1e-5)
 
 
+def test_equation_13_by_hand() -> None:
+    """The teacher comes first and has its own head. At a small tau: if both are sure of one class, nothing is seen."""
+    model, tau = seeded_model("tiny"), jnp.float32(2)
+    heads = unit_rows(5, 6, 3), unit_rows(5, 6, 4)
+    student, teacher = (lipsum.Classifier(model.vision, head) for head in heads)
+    frozen = lipsum.Frozen(teacher, model.text, jnp.zeros((5, 2)), tau)
+    divergences = []
+    for image, other in zip(np.asarray(IMAGES), np.asarray(OTHER), strict=True):
+        p, zero_shot_p = (
+            np.exp(2 * x @ w) / sum(np.exp(2 * x @ w)) for x, w in zip((image, other), np.asarray(heads), strict=True)
+        )
+        divergences.append(sum(zero_shot_p * np.log(zero_shot_p / p)))
+    assert np.mean(divergences) > 0.1
+    loss = lipsum.kd_loss(student, IMAGES, OTHER, frozen, jax.random.key(0))
+    np.testing.assert_allclose(loss, np.mean(divergences), rtol=1e-5)
+
+
 def test_energy_gap_by_one_matrix_and_by_every_pair() -> None:
     """Equation 6 over 10,000 random texts: `d^T C2 d` against all images times all texts, to 1e-5 relative."""
     text = seeded_model("tiny").text
@@ -509,6 +526,17 @@ def test_tpgm_equals_its_authors_class(norm: lipsum.Norm) -> None:
     np.testing.assert_allclose(
         gamma.vision.projection.weight[0, 0], expected[f"{norm}/radii/visual_projection.weight"], rtol=1e-4
     )
+
+
+def test_tpgm_c_adds_the_squares_of_the_radii() -> None:
+    _, frozen, classifier, batch = nano_setup()
+    gamma, _, _ = lipsum.tpgm_start(frozen.zero_shot, classifier, "frobenius")
+    loss = jax.jit(functools.partial(lipsum.tpgm_loss, norm="frobenius"))
+    with_penalty, without = (
+        loss(gamma, frozen.zero_shot, classifier, frozen.tau, batch, penalty=penalty) for penalty in (0.5, 0.0)
+    )
+    squares = sum(np.sum(np.square(radius, dtype=np.float64)) for radius in jax.tree.leaves(gamma))
+    np.testing.assert_allclose(with_penalty - without, 0.5 * squares, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("float64")

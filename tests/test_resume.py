@@ -61,7 +61,15 @@ def test_interrupted_run_resumes_to_the_same_bits(
     with open(folder / "metrics.jsonl", "a") as log:
         log.write('{"step": 5, "lo')  # what a kill may leave
     assert not (folder / "results.json").exists()
+    newest = files.Checkpoints.newest
+
+    def an_hour_later(checkpoints: files.Checkpoints) -> files.Checkpoint:
+        found = newest(checkpoints)
+        return found._replace(progress=found.progress | {"seconds": 3600.0})
+
+    monkeypatch.setattr(files.Checkpoints, "newest", an_hour_later)
     train.main(changed(command, resume=True))
+    assert json.loads((folder / "results.json").read_text())["seconds"] > 3600
     contents = []
     for each in (unbroken, folder):
         losses = [json.loads(line)["loss"] for line in (each / "metrics.jsonl").read_text().splitlines()]
@@ -71,7 +79,7 @@ def test_interrupted_run_resumes_to_the_same_bits(
 
 
 def test_resume_keeps_finished_runs_and_refuses_other_settings(
-    command: Command, folder: Path, unbroken: Path, capsys
+    command: Command, folder: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     shutil.copytree(unbroken, folder)
     before = (folder / "results.json").stat().st_mtime_ns
@@ -81,6 +89,11 @@ def test_resume_keeps_finished_runs_and_refuses_other_settings(
     (folder / "results.json").unlink()
     assert errors.exit_code(lambda: train.main(changed(command, resume=True, weight=(2.0,)))) == 2
     assert "made with other settings (--weight 1.0, now 2.0)" in capsys.readouterr().err
+    run_config = train.run_config
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "run_config", lambda *run: run_config(*run) | {"classes": ["other"]})
+        assert errors.exit_code(lambda: train.main(changed(command, resume=True))) == 2
+    assert "was made with other classes" in capsys.readouterr().err
     for path in (folder / "checkpoint").iterdir():
         path.write_bytes(b"{}\n")
     assert errors.exit_code(lambda: train.main(changed(command, resume=True))) == 2
@@ -206,22 +219,25 @@ def test_a_lost_terminal_saves_unless_it_is_to_be_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("last", [5, 6])  # a checkpoint would be made after step 6
 def test_a_loss_that_is_not_finite_is_an_error_and_keeps_checkpoints(
-    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    last: int, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     step = lipsum.training_step(lipsum.lipsum_loss)
 
     def breaks(state, *rest):
-        broken = int(state.step) == 4
+        broken = int(state.step) == last - 1
         state, metrics = step(state, *rest)
         return state, metrics | ({"gradient_norm": jnp.float32(jnp.inf)} if broken else {})
 
     monkeypatch.setattr(lipsum, "training_step", lambda *_: breaks)
     assert errors.exit_code(lambda: train.main(command)) == 2
     error = capsys.readouterr().err
-    assert "at step 5 the loss is" in error and "the gradient's norm inf" in error and "lower --learning-rate" in error
+    assert f"at step {last} the loss is" in error
+    assert "the gradient's norm inf" in error and "lower --learning-rate" in error
     assert f"{folder} keeps what was saved before" in error
     assert files.read_checkpoint(folder / "checkpoint/step-4.safetensors").progress["step"] == 4
+    assert not (folder / "checkpoint/step-6.safetensors").exists()
 
 
 def test_two_runs_on_one_folder(command: Command, folder: Path, capsys) -> None:

@@ -130,6 +130,13 @@ def operations(jaxpr: Any) -> list[Any]:
     return found
 
 
+def test_layer_norms_stay_in_float32() -> None:
+    """Their weights, too: rounded to bfloat16, a scale near 1 would have eight bits."""
+    tower = clip.compute_in(scaling.random_model().vision, "bfloat16")
+    for name, leaf in clip.named_leaves(tower).items():
+        assert leaf.dtype == (jnp.float32 if "layer_norm" in name else jnp.bfloat16), name
+
+
 def test_bfloat16_in_matrix_products_only() -> None:
     """Matrix products are in bfloat16; exponentials, roots and maxima are in float32."""
     tower = clip.compute_in(scaling.random_model().vision, "bfloat16")

@@ -97,6 +97,12 @@ def test_the_most_accurate_model_is_kept(command: Command, monkeypatch: pytest.M
     np.testing.assert_array_equal(load_file(folder / "best" / "head.safetensors")["head"], kept[1])
 
 
+def test_steps_that_are_due() -> None:
+    """Every third, and the last one: of a method without steps, that is step 0."""
+    assert [step for step in range(9) if train.is_due(step, 3, 8)] == [3, 6, 8]
+    assert train.is_due(0, 3, 0)
+
+
 def test_exported_benchmark_gives_the_same_numbers(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +128,32 @@ def test_exported_benchmark_gives_the_same_numbers(
     for key in ("zero_shot", "selection"):
         assert results[0][key] == results[1][key]
     assert results[0]["splits"] == {domain: results[1]["splits"][domain] for domain in minidomain.DOMAINS}
+
+
+def test_the_seed_reaches_the_random_texts(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+
+    def stops(state, frozen, batch, key):
+        keys.append(jax.random.key_data(key).tolist())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lipsum, "training_step", lambda *_: stops)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(changed(command, seed=(3,)))
+    assert keys == [jax.random.key_data(jax.random.key(3)).tolist()]
+
+
+def test_exact_lipsum_averages_over_the_users_texts(command: Command, tmp_path: Path) -> None:
+    """C2 by hand: the mean of the outer products of three texts' features."""
+    texts = ["red", "blue paint", "a dog"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    command = changed(command, method=("lipsum-exact",), guidance=tmp_path / "texts.txt")
+    (run,) = options.runs(command)
+    frozen = train.freeze(run, opening.prepare(run.sources, command.execution, 8))
+    model, tokenizer = weights.load(command.sources.model)
+    features = [model.text(jnp.asarray(ids)) for ids in clip.tokenize(tokenizer, texts, model.config)]
+    expected = sum(np.outer(x, x) / np.sum(np.square(x)) for x in features) / 3
+    np.testing.assert_allclose(frozen.second_moment, expected, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

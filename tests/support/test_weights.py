@@ -45,7 +45,7 @@ from helpers import (
 from huggingface_hub import constants
 from mutations import read_unless_refused, with_mutations
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 import clip
 from support import archives, download, weights
@@ -228,6 +228,17 @@ def test_save_again_over_shards(folder: Path) -> None:
     assert_same(weights.load(str(folder))[0], other)
 
 
+def test_save_a_model_of_open_clip(tmp_path: Path) -> None:
+    """Its activation and statistics are not OpenAI's."""
+    weights.save(tmp_path, open_clip_model(), TOKENIZER)
+    assert_same(weights.load(str(tmp_path))[0], open_clip_model())
+
+
+def test_symbols_of_bytes() -> None:
+    """Against the library's, which have no order: theirs is that of code points."""
+    assert weights.byte_symbols() == sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_save_in_half_precision(dtype: Any, tmp_path: Path) -> None:
     weights.save(tmp_path, small_model(), TOKENIZER, dtype)
@@ -278,6 +289,8 @@ def test_short_configuration_has_the_defaults_of_transformers(tmp_path: Path) ->
         '{"model_type": "clip", "vision_config": {"hidden_act": "gelu"}, "text_config_dict": {"hidden_act": "gelu"}}'
     )
     assert weights.hugging_face_config(path) == dataclasses.replace(clip.PRESETS["ViT-B/32"], activation="gelu")
+    path.write_text("{}")
+    assert weights.hugging_face_config(path) == clip.PRESETS["ViT-B/32"]
 
 
 OPEN_CLIP = {
@@ -385,6 +398,7 @@ def test_image_statistics_of_the_processor(name: str, section: str | None, folde
         {"image_mean": 0.5},
         {"image_mean": ["a", "b", "c"]},
         {"do_normalize": False},
+        {"do_rescale": False},
     ):
         write_statistics(**changes)
         refused(lambda: weights.load(str(folder)), folder / name)
@@ -411,6 +425,16 @@ def test_tokenizer_with_other_special_tokens(folder: Path) -> None:
     assert weights.load(str(folder))[0].config.start_token == 514  # the tokenizer's
     edit(folder, ("text_config", "eos_token_id"), 7)
     refused(lambda: weights.load(str(folder)), "ends texts with token 515, its configuration says 7")
+
+
+def test_tokenizer_that_shortens_and_pads(folder: Path) -> None:
+    """Its file may say so, but a text that is too long is to be refused or shortened by `clip.tokenize`."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _, loaded = weights.load(str(folder))
+    assert loaded.encode("dog dog dog").ids == [514, *[VOCABULARY["dog</w>"]] * 3, 515]
 
 
 # ------------------------------------------------------------------------------------------------- archives refused
