@@ -528,8 +528,8 @@ def test_broken_files_are_counted(tmp_path: Path) -> None:
 def test_the_sample_of_a_large_split_is_spread_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "CHECK_ALL_UP_TO", 8)
     monkeypatch.setattr(data, "CHECKED_SAMPLE", 5)
-    assert data.indices_to_check(split_of([tmp_path] * 8)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert data.indices_to_check(split_of([tmp_path] * 9)).tolist() == [0, 2, 4, 6, 8]
+    assert data._indices_to_check(split_of([tmp_path] * 8)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert data._indices_to_check(split_of([tmp_path] * 9)).tolist() == [0, 2, 4, 6, 8]
 
 
 def test_a_folder_is_not_an_image(tmp_path: Path) -> None:

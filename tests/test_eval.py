@@ -307,7 +307,7 @@ def test_brute_force_over_parts_of_unequal_size(
         return found._replace(features=np.resize(found.features, (300, found.features.shape[1])))
 
     monkeypatch.setattr(evaluation.Evaluator, "predict", repeated)
-    evaluation.energy_gap_command((finished / "ft" / "seed-0",), num_texts=100, brute_force=True)
+    evaluation.energy_gap_command(given(finished / "ft" / "seed-0"), num_texts=100, brute_force=True)
     for line in capsys.readouterr().out.splitlines():
         _, _, closed, _, _, brute_force = line.split()
         np.testing.assert_allclose(float(closed), float(brute_force), rtol=1e-5)

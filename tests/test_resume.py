@@ -338,7 +338,7 @@ def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path)
         *("--eval-every", "150", "--workers", "1", "--fsdp", "--out", str(tmp_path / "two")),
         *("--coordinator", scaling.free_address(), "--processes", "2"),
     ]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     both = [
         subprocess.Popen(
             [sys.executable, "train.py", *said, "--process", str(number)],

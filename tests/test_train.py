@@ -99,8 +99,8 @@ def test_the_most_accurate_model_is_kept(command: Command, monkeypatch: pytest.M
 
 def test_steps_that_are_due() -> None:
     """Every third, and the last one: of a method without steps, that is step 0."""
-    assert [step for step in range(9) if train.is_due(step, 3, 8)] == [3, 6, 8]
-    assert train.is_due(0, 3, 0)
+    assert [step for step in range(9) if train._is_due(step, 3, 8)] == [3, 6, 8]
+    assert train._is_due(0, 3, 0)
 
 
 def test_exported_benchmark_gives_the_same_numbers(
