@@ -131,12 +131,13 @@ def test_zero_shot_on_real_images_equals_pytorch() -> None:
     tau = jnp.exp(model.logit_scale)
     np.testing.assert_allclose(tau, reference["logit_scale_exp"], rtol=1e-6)
     mesh = data.device_mesh(64)
+    image_features = jax.jit(clip.image_features)
     for name, expected in reference["splits"].items():
         split = images.reports[name]
         first = [str(file.path.relative_to(root)) for file in split.images[:4]]
         assert first == expected["first_files"]
         batch = next(data.evaluation_batches(split, model.config.image_size, 4, workers=1))
-        logits = lipsum.logits(clip.image_features(model.vision, jnp.asarray(batch["image"])), classifier.head, tau)
+        logits = lipsum.logits(image_features(model.vision, jnp.asarray(batch["image"])), classifier.head, tau)
         np.testing.assert_allclose(logits, expected["first_logits"], rtol=0, atol=2e-3)
         actual = evaluation.metrics(evaluation.predict([classifier], tau, split, 64, 2, mesh))
         assert actual["n"] == expected["n"]
