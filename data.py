@@ -119,7 +119,8 @@ def of_classes(split: Split, kept: Int[np.ndarray, " kept"]) -> Split:
 
 # Pillow refuses images of twice the size that it warns of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # pyrefly: ignore[bad-assignment] # bytes; the notes of painting programs exceed Pillow's limit of 2^20
+# Bytes. The notes of painting programs exceed Pillow's limit of 2^20.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # pyrefly: ignore[bad-assignment]
 
 
 def open_image(source: ImageSource) -> Image.Image:

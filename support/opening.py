@@ -292,7 +292,7 @@ class Runs(Places):
     """The runs, and where their data lie if they moved."""
 
     folders: tables.Paths = ()
-    """Folders of finished runs, such as runs/lipsum/seed-0."""
+    """Folders of finished runs, such as runs/lipsum/seed-0; for figures, also folders that hold some."""
 
 
 def open_runs(given: Runs, select_on: SelectOn | None = None) -> tuple[list[FinishedRun], Setup]:
