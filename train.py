@@ -256,7 +256,7 @@ def fine_tune(run: Run, evaluator: evaluation.Evaluator, signals: Signals, resum
         "steps": progress["step"],
         "seconds": round(progress["seconds"], 2),
         "seconds_per_step": seconds_per_step(run.folder / "metrics.jsonl"),
-        "settings": progress["config"]["settings"],
+        "settings": options.read_settings(run),
         "selection": {"accuracy": progress["best_accuracy"], "step": progress["best_step"]},
         "splits": splits,
         "zero_shot": evaluator.zero_shot_results,

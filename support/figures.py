@@ -254,7 +254,7 @@ def weights_plot(results: Sequence[Results]) -> Figure:
     for method, runs in trained(results).items():
         name = "decay" if method == "ema" else "weight"
         if tables.varied_settings(runs) == ([] if method == "ft" else [name]):
-            groups = {f"{same[0]['settings'][name]:.4g}": same for same in tables.groups(runs).values()}
+            groups = {f"{same[0]['settings'].get(name, 0):.4g}": same for same in tables.groups(runs).values()}
             curves[method] = {value: accuracies(same).mean(0) for value, same in groups.items()}
     fixed = {name: curves.pop(name) for name in ("ft", "lipsum") if name in curves}
     if not curves:

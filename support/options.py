@@ -285,9 +285,7 @@ def absolute(box: Any) -> Any:
 def check_unchanged(run: Run, path: Path, config: dict[str, Any]) -> None:
     """Raises InputError if the settings of a config.json, by which `path` was made, are not those of `run`."""
     before = flat(restored(Sources, config["settings"]), restored(lipsum.Settings, config["settings"]))
-    now = flat(run.sources, run.settings)
-    for name in unread_settings(lipsum.METHODS[run.method], run.settings.guidance):
-        del now[name]
+    now = read_settings(run)
     for name, value in now.items():  # a file may have moved
         if isinstance(value, str) and os.path.isabs(value) and before[name]:
             before[name], now[name] = os.path.basename(before[name]), os.path.basename(value)
@@ -332,6 +330,12 @@ def unread_settings(method: lipsum.Method, guidance: Path | None) -> set[str]:
         "decay": method.averaged,
     }
     return {name for name, is_read in reads.items() if not is_read}
+
+
+def read_settings(run: Run) -> dict[str, Any]:
+    """The options of a run that determine its numbers."""
+    unread = unread_settings(lipsum.METHODS[run.method], run.settings.guidance)
+    return {name: value for name, value in flat(run.sources, run.settings).items() if name not in unread}
 
 
 # Fraction of the steps that EMA averages over unless --decay is given, so that runs of any length weight theirs alike.

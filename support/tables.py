@@ -114,11 +114,8 @@ def names(method: str) -> dict[str, Any]:
 
 
 def with_names(results: Results) -> Results:
-    """Adds what results.json of earlier versions lack, `names` and `settings`, of which places are none."""
-    settings = {
-        name: value for name, value in results.get("settings", {}).items() if not name.endswith(("_root", "_roots"))
-    }
-    return results | {"settings": settings} | ({} if "label" in results else names(results["method"]))
+    """Adds what results.json of earlier versions lack: `names` and `settings`."""
+    return {"settings": {}} | results | ({} if "label" in results else names(results["method"]))
 
 
 def by_method(results: Iterable[Results]) -> dict[str, list[Results]]:
@@ -130,8 +127,9 @@ def by_method(results: Iterable[Results]) -> dict[str, list[Results]]:
 
 
 def varied_settings(runs: Sequence[Results]) -> list[str]:
-    """Returns the names of the settings that differ among the runs."""
-    names = dict.fromkeys(name for run in runs for name in run["settings"])
+    """Returns the names of the settings that differ among the runs. What some of them do not have does not differ."""
+    known = [run["settings"] for run in runs if run["settings"]]
+    names = [name for name in (known[0] if known else ()) if all(name in settings for settings in known)]
     return [name for name in names if any(run["settings"].get(name) != runs[0]["settings"].get(name) for run in runs)]
 
 
