@@ -334,8 +334,8 @@ def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path)
             "--reference",
             "real",
         ),
-        *("--steps", "150", "--batch-size", "8", "--learning-rate", "1e-4", "--num-texts", "4", "--text-length", "3"),
-        *("--eval-every", "150", "--workers", "1", "--fsdp", "--out", str(tmp_path / "two")),
+        *("--steps", "100", "--batch-size", "8", "--learning-rate", "1e-4", "--num-texts", "4", "--text-length", "3"),
+        *("--eval-every", "100", "--workers", "1", "--fsdp", "--out", str(tmp_path / "two")),
         *("--coordinator", scaling.free_address(), "--processes", "2"),
     ]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
@@ -361,16 +361,16 @@ def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path)
     assert outputs[1][0].count("\n") == 1 and "process 1 of 2: waits" in outputs[1][0]  # and nothing of the run
     assert "step/s" not in outputs[1][1]
     (checkpoint,) = (folder / "checkpoint").iterdir()
-    assert 1 < files.read_checkpoint(checkpoint).progress["step"] < 150
+    assert 1 < files.read_checkpoint(checkpoint).progress["step"] < 100
 
-    one = changed(command, steps=(150,), eval_every=150, learning_rate=(1e-4,))
+    one = changed(command, steps=(100,), eval_every=100, learning_rate=(1e-4,))
     train.main(changed(one, out=tmp_path / "two", resume=True))
     train.main(changed(one, out=tmp_path / "one"))
     found = []
     for name in ("two", "one"):
         lines = (tmp_path / name / "lipsum/seed-0/metrics.jsonl").read_text().splitlines()
         found.append([json.loads(line) for line in lines])
-        assert [line["step"] for line in found[-1]] == [1, *range(10, 151, 10)]
+        assert [line["step"] for line in found[-1]] == [1, *range(10, 101, 10)]
     for two, alone in zip(*found, strict=True):
         np.testing.assert_allclose(two["loss"], alone["loss"], rtol=1e-5 if two["step"] <= 10 else 1e-3)
 
