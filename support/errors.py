@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -120,15 +121,11 @@ def exit_code(command: Callable[[], None]) -> int:
 
 
 def quiet_interrupts() -> None:
-    """Lets Ctrl-C while modules load end the command in one line."""
+    """Makes Ctrl-C end the command at once, in one line. As an exception it may be lost in a callback of a library."""
 
-    def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-        chain, cause = [error], error
-        while cause := cause.__cause__ or cause.__context__:
-            chain.append(cause)
-        if any(isinstance(each, KeyboardInterrupt) for each in chain):
-            print("interrupted", file=sys.stderr)
-            os._exit(130)
-        sys.__excepthook__(kind, error, traceback)
+    def end(*_: Any) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(130)
 
-    sys.excepthook = show
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+        signal.signal(signal.SIGINT, end)
