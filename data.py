@@ -137,9 +137,7 @@ def open_image(source: ImageSource) -> Image.Image:
         raise _broken_image(source, error) from error
 
 
-def _broken_image(file: ImageSource, error: Exception) -> InputError:
-    if isinstance(file, np.ndarray):
-        return InputError(f"an image in memory of shape {file.shape} cannot be prepared ({error}): replace it")
+def _broken_image(file: ListedFile, error: Exception) -> InputError:
     missing = isinstance(error, FileNotFoundError)
     problem = "does not exist: restore it" if missing else f"is no readable image ({error}): replace it"
     if file.place:
@@ -290,6 +288,8 @@ def read_image(
         try:
             return prepare(image, resolution, *random)
         except Exception as error:
+            if isinstance(source, np.ndarray):  # no file: a fault of ours
+                raise
             raise _broken_image(source, error) from error
 
 

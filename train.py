@@ -43,8 +43,7 @@ def run_config(run: Run, setup: opening.Setup) -> dict[str, Any]:
         "seed": run.seed,
         "settings": options.flat(run.sources, run.settings),
         "execution": options.flat(run.execution),
-        "classes": list(setup.classes),
-        "checksum": setup.checksum,
+        **setup.read,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "equinox", "optax", "grain")},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
@@ -97,9 +96,7 @@ def restore(
             return progress
         config = checkpoint.progress["config"]
         options.check_unchanged(run, checkpoints.folder, config)
-        for name, what in (("classes", "classes"), ("checksum", "weights or prompts")):
-            if config.get(name, progress["config"][name]) != progress["config"][name]:
-                raise InputError(f"{checkpoints.folder} was made with other {what}: restore them, or change --out")
+        options.check_read(checkpoints.folder, config, progress["config"])
         arrays = files.from_names(checkpoint.arrays, empty)
         return checkpoint.progress | {"config": progress["config"]}
 

@@ -250,9 +250,13 @@ def soups_plot(results: Sequence[Results]) -> Figure:
 
 def weights_plot(results: Sequence[Results]) -> Figure:
     """Reference against shifts over lambda or EMA's decay (docs/settings.md), and Lipsum-FT's; means over seeds."""
+
+    def swept(method: str) -> str:
+        return "decay" if method == "ema" else "weight"
+
     curves: dict[str, dict[str, Float[np.ndarray, "2"]]] = {}
     for method, runs in trained(results).items():
-        name = "decay" if method == "ema" else "weight"
+        name = swept(method)
         if tables.varied_settings(runs) == ([] if method == "ft" else [name]):
             groups = {f"{same[0]['settings'].get(name, 0):.4g}": same for same in tables.groups(runs).values()}
             curves[method] = {value: accuracies(same).mean(0) for value, same in groups.items()}
@@ -266,7 +270,7 @@ def weights_plot(results: Sequence[Results]) -> Figure:
             plot(axes, [*points.values()][::-1], name, "" if style else tables.names(name)["label"], **style)
             for value, point in points.items() if name != "ft" else ():
                 add_label(axes, value, point, name, optional=not style)
-        axes.set_title(f"{tables.names(method)['label']}, by {'decay' if method == 'ema' else 'weight'}", fontsize=10)
+        axes.set_title(f"{tables.names(method)['label']}, by {swept(method)}", fontsize=10)
     return with_axes(figure, results)
 
 

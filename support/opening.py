@@ -27,7 +27,7 @@ import data
 import lipsum
 from support import files, layouts, minidomain, tables, weights
 from support.errors import InputError, read_json, read_lines, unknown
-from support.options import Execution, Places, Run, SelectOn, Sources, absolute, flat, restored
+from support.options import Execution, Places, Run, SelectOn, Sources, absolute, check_read, flat, restored
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,11 @@ class Setup:
     context_head: Float[Array, "dim templates"]
     tau: Float[Array, ""]
     mesh: Mesh
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """What config.json keeps of the content of the files."""
+        return {"classes": list(self.classes), "checksum": self.checksum}
 
     def over_seen(self, classifier: lipsum.Classifier) -> lipsum.Classifier:
         """The classifier over the classes of training and selection."""
@@ -288,11 +293,12 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 @dataclass(frozen=True)
-class Runs(Places):
-    """The runs, and where their data lie if they moved."""
+class Runs:
+    """The runs of a command, and where their data lie if they moved."""
 
     folders: tables.Paths = ()
     """Folders of finished runs, such as runs/lipsum/seed-0; for figures, also folders that hold some."""
+    moved: Places = dataclasses.field(default_factory=Places)
 
 
 def open_runs(given: Runs, select_on: SelectOn | None = None) -> tuple[list[FinishedRun], Setup]:
@@ -313,17 +319,11 @@ def open_runs(given: Runs, select_on: SelectOn | None = None) -> tuple[list[Fini
     settings = first.config["settings"]
     # Earlier runs have --precision and --data-root among their settings.
     execution = restored(Execution, settings | first.config.get("execution", {}))
-    moved = vars(absolute(Places(given.data_root, given.split_roots)))
-    given_places = {name: value for name, value in moved.items() if value}
-    execution = dataclasses.replace(execution, workers=Execution.workers, **given_places)
+    moved = {name: value for name, value in vars(absolute(given.moved)).items() if value}
+    execution = dataclasses.replace(execution, workers=Execution.workers, **moved)
     setup = prepare(sources, execution, settings["batch_size"])
-    if list(setup.classes) != first.config["classes"]:
-        raise InputError(f"the data of {first.folder} have other classes now: restore {execution.data_root}")
     for run in runs:
-        if run.config.get("checksum", setup.checksum) != setup.checksum:
-            raise InputError(
-                f"{run.folder} was made with other weights or prompts: restore {sources.model}, its prompts"
-            )
+        check_read(run.folder, run.config, setup.read)
     return runs, setup
 
 

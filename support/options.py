@@ -15,7 +15,7 @@ import os
 import re
 import shlex
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -292,6 +292,16 @@ def check_unchanged(run: Run, path: Path, config: dict[str, Any]) -> None:
     if changed := [f"{flag(name)} {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]:
         problem = f"{path} was made with other settings ({', '.join(changed)})"
         raise InputError(f"{problem}: give the same ones, --overwrite or another --out")
+
+
+def check_read(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises InputError if the files by which `path` was made have other content now, under the same names.
+
+    Both are contents of a config.json. Earlier ones have no checksum.
+    """
+    for name, what in (("classes", "classes"), ("checksum", "weights or prompts")):
+        if before.get(name, now[name]) != now[name]:
+            raise InputError(f"{path} was made with other {what}: restore them, or train again with another --out")
 
 
 def resolved(command: Command) -> Command:

@@ -58,7 +58,7 @@ def show(name: str, values: list[float]) -> None:
 
 
 def main() -> None:
-    runs, setup = opening.open_runs(opening.Runs(folders=tuple(map(Path, sys.argv[1:]))))
+    runs, setup = opening.open_runs(opening.Runs(tuple(map(Path, sys.argv[1:]))))
     evaluator = evaluation.Evaluator(setup)
     reports = setup.data.reports
     for run in runs:

@@ -427,7 +427,7 @@ def changed(command: options.Command, **changes: Any) -> options.Command:
 
 def given(*folders: Path) -> opening.Runs:
     """The runs of a command of eval.py."""
-    return opening.Runs(folders=folders)
+    return opening.Runs(folders)
 
 
 def tiny_command(model: Path, root: Path, out: Path) -> options.Command:

@@ -25,6 +25,7 @@ TESTS = {  # as arguments of pytest
     "eval.py": ["tests/test_eval.py", "tests/test_train.py"],
     "train.py": ["tests/test_train.py", "tests/test_resume.py"],
     "support/weights.py": ["tests/support/test_weights.py"],
+    "support/options.py": ["tests/test_resume.py", "tests/test_eval.py"],
 }
 
 # Per file: what the mutant does, the text it replaces (which occurs once in the file), and the text it puts there.
@@ -444,16 +445,6 @@ TABLE = {
             "",
         ),
         (
-            "a checkpoint may have other classes",
-            '(("classes", "classes"), ("checksum", "weights or prompts"))',
-            '(("checksum", "weights or prompts"),)',
-        ),
-        (
-            "a checkpoint may be of other weights",
-            '(("classes", "classes"), ("checksum", "weights or prompts"))',
-            '(("classes", "classes"),)',
-        ),
-        (
             "Lipsum-FT, exact ignores the user's texts",
             "opening.second_moment(setup, settings.text_length, settings.guidance)",
             "opening.second_moment(setup, settings.text_length)",
@@ -506,6 +497,18 @@ TABLE = {
             "the start token is the configuration's",
             "return dataclasses.replace(config, start_token=special[0])",
             "return config",
+        ),
+    ],
+    "support/options.py": [
+        (
+            "a checkpoint may have other classes",
+            '(("classes", "classes"), ("checksum", "weights or prompts"))',
+            '(("checksum", "weights or prompts"),)',
+        ),
+        (
+            "a checkpoint may be of other weights",
+            '(("classes", "classes"), ("checksum", "weights or prompts"))',
+            '(("classes", "classes"),)',
         ),
     ],
 }

@@ -21,7 +21,7 @@ import data
 import eval as evaluation
 import lipsum
 import train
-from support import errors, layouts, opening, tables, weights
+from support import errors, layouts, opening, options, tables, weights
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
@@ -241,7 +241,7 @@ def test_data_and_models_that_moved(finished: Path, model: Path, root: Path, tmp
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(errors.InputError, match=r"moved away has no DOMAIN_test\.txt"):
         evaluation.energy_gap_command(given(run), num_texts=3, text_length=3)
-    evaluation.energy_gap_command(opening.Runs(data_root=root, folders=(run,)), num_texts=3, text_length=3)
+    evaluation.energy_gap_command(opening.Runs((run,), options.Places(root)), num_texts=3, text_length=3)
     assert "sketch" in capsys.readouterr().out
     other, tokenizer = weights.load(str(model))
     other = eqx.tree_at(lambda model: model.logit_scale, other, jnp.float32(1))
@@ -249,7 +249,7 @@ def test_data_and_models_that_moved(finished: Path, model: Path, root: Path, tmp
     config["settings"]["model"] = str(tmp_path / model.name)
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(errors.InputError, match="was made with other weights or prompts: restore"):
-        evaluation.energy_gap_command(opening.Runs(data_root=root, folders=(run,)))
+        evaluation.energy_gap_command(opening.Runs((run,), options.Places(root)))
     command = changed(tiny_command(tmp_path / model.name, root, tmp_path), method=("ft",), steps=(4,), eval_every=1000)
     (run / "results.json").unlink()
     assert errors.exit_code(lambda: train.main(changed(command, resume=True))) == 2
