@@ -1,5 +1,6 @@
 """Strict JAX, shapes checked at run time, eight fake CPU devices."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
@@ -16,14 +18,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Models here are so small that compiling them takes far longer than running them. The older of XLA's two ways to
-# compile for CPUs is three times as fast. Processes that tests start do the same.
+# compile for CPUs is three times as fast; a program in parts would be optimised part by part. Processes that tests
+# start do the same.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
-if FLAGS.split()[-1] not in FLAGS.split()[:-1]:
+FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if FLAGS not in os.environ.get("XLA_FLAGS", ""):
     command = [sys.executable, "-c", "import jax; jax.devices()"]
-    if subprocess.run(command, env=os.environ | {"XLA_FLAGS": FLAGS}, capture_output=True).returncode == 0:
-        os.environ["XLA_FLAGS"] = FLAGS  # a version of XLA that lacks the flag would end the process
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
+    if subprocess.run(command, env=environment, capture_output=True).returncode == 0:
+        os.environ |= environment  # a version of XLA that lacks a flag would end the process
 
 # What one module, worker or process has compiled, the others load.
 COMPILED = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="lipsum-tests-")
@@ -37,7 +41,10 @@ os.environ |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 
 with install_import_hook(["clip", "lipsum", "data", "eval", "train", "support"], "beartype.beartype"):
     import train  # noqa: F401 (imports the others)
-    from support import bench  # noqa: F401
+    from support import bench, opening  # noqa: F401
+
+gc.freeze()  # the collector need not look at all that was imported, time and again
+gc.set_threshold(50_000)
 
 
 def pytest_unconfigure() -> None:
@@ -51,6 +58,24 @@ def compiled_programs_do_not_pile_up() -> Iterator[None]:
     """A step on eight devices takes over a thousand memory maps; Linux allows 65,530, and at the next XLA crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def texts_of_a_model_are_embedded_once() -> Iterator[None]:
+    """Many tests open the same model. Its C2, over 10,000 random texts, would take longer than their runs."""
+    computed, second_moment = {}, opening.second_moment
+
+    def remembered(setup: opening.Setup, length: int, guidance: Path | None = None) -> np.ndarray:
+        key = (setup.checksum, length)
+        if guidance is not None:
+            return second_moment(setup, length, guidance)
+        if key not in computed:
+            computed[key] = second_moment(setup, length)
+        return computed[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(opening, "second_moment", remembered)
+        yield
 
 
 pytest_plugins = ["helpers"]

@@ -1,4 +1,4 @@
-"""Runs ten training steps per method on any number of devices, and returns their losses.
+"""Runs six training steps per method on any number of devices, and returns their losses.
 
 tests/test_scaling.py also runs it as one of several processes, and reads the JSON that it prints:
 
@@ -82,11 +82,11 @@ def start(
 
 
 def losses(method: str, mesh: Mesh, fsdp: bool = False, **computation: Any) -> list[float]:
-    """Returns the loss of each of ten steps."""
+    """Returns the loss of each of six steps."""
     state, frozen, batch = start(method, mesh, fsdp, **computation)
     step = lipsum.training_step(lipsum.METHODS[method].loss, data.shardings(state, mesh, fsdp))
     found = []
-    for _ in range(10):
+    for _ in range(6):
         state, metrics = step(state, frozen, batch, jax.random.key(0))
         found.append(float(metrics["loss"]))
     return found

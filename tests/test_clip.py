@@ -47,9 +47,11 @@ def test_towers_stage_by_stage(file: str) -> None:
     if name in clip.PRESETS:
         assert model.config == clip.PRESETS[name]
 
+    seen = seeded.IMAGES if name == "tiny" else 2  # images whose stages are compared; their features are, of all
+
     @eqx.filter_jit
     def vision(tower: clip.VisionTower, images: jax.Array) -> tuple[jax.Array, ...]:
-        embeddings = jax.vmap(tower.embed)(clip.standardize(images, tower))
+        embeddings = jax.vmap(tower.embed)(clip.standardize(images[:seen], tower))
         after = jax.vmap(states, in_axes=(None, 0))(tower.blocks, embeddings)
         return embeddings, after, jax.vmap(tower.layer_norm_post)(after[:, -1, 0]), clip.image_features(tower, images)
 
@@ -64,9 +66,9 @@ def test_towers_stage_by_stage(file: str) -> None:
     embeddings, after, pooled, image_features = vision(model.vision, images)
     if name != "tiny":  # the reference has only three tokens here, and the class token after each block
         embeddings, after = embeddings[:, jnp.array([0, 1, -1])], after[:, :, 0]
-    close(embeddings, reference["vision_embeddings"], 2e-5)
-    close(after, reference["vision_states"], 2e-5)
-    close(pooled, reference["vision_pooled"], 1e-5)
+    close(embeddings, reference["vision_embeddings"][:seen], 2e-5)
+    close(after, reference["vision_states"][:seen], 2e-5)
+    close(pooled, reference["vision_pooled"][:seen], 1e-5)
     close(image_features, reference["vision_features"], 2e-6)
 
     after, at_end, pooled, text_features = text(model.text, jnp.asarray(reference["token_ids"]))
