@@ -47,6 +47,14 @@ gc.freeze()  # the collector need not look at all that was imported, time and ag
 gc.set_threshold(50_000)
 
 
+# The longest come first, so that two workers end together.
+LONGEST = [f"test_{name}.py" for name in ("tour", "lipsum", "train", "resume", "scaling", "clip", "eval")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_unconfigure() -> None:
     """Removes the compiled programs, at the end of the process that started the others."""
     if COMPILED:
