@@ -23,7 +23,8 @@ methods.npz contains one step per fine-tuning method at the size `nano`, on `see
 
     METHOD/loss         cross-entropy plus lambda times the regularizer, both averaged over the images (L2SP: the sum
                         over all parameters of vision tower, visual projection and head); KL(zero-shot || trained);
-                        tau 20, lambda 0.7, temperature 2 if the method has one
+                        lambda 0.7, temperature 2 if the method has one
+    METHOD/tau          20; 2 for KD, whose teacher is certain of one class at 20: its term would be 1e-7
     METHOD/grad/LEAF    the gradient per parameter, under PyTorch's names; `head` for the head
     probe/loss          the minimal cross-entropy of a linear probe
     probe/logits        the logits of that probe on its training data
@@ -205,12 +206,13 @@ def record_methods() -> None:
         ]
         return sum(moved) + ((head - head0) ** 2).sum()
 
+    taus = {"kd": 2.0}
     # Arguments: the features of the trained model, that model, and its head.
     regularizers = {
         "ft": lambda features, model, head: 0.0,
         "scratch-ft": lambda features, model, head: 0.0,
         "l2sp": lambda features, model, head: distance(model, head),
-        "kd": lambda features, model, head: kl(TAU * features @ head, TAU * features0 @ head0),
+        "kd": lambda features, model, head: kl(taus["kd"] * features @ head, taus["kd"] * features0 @ head0),
         "car-ft": lambda features, model, head: kl(TAU * features @ context, TAU * features0 @ context, TEMPERATURE),
         "lipsum": lambda features, model, head: halved_mse(TAU * features @ texts.T, TAU * features0 @ texts.T),
         "lipsum-exact": lambda features, model, head: halved_mse(TAU * features @ texts.T, TAU * features0 @ texts.T),
@@ -228,8 +230,10 @@ def record_methods() -> None:
         head = torch.from_numpy(inputs["trained_head"]).double()
         head = (torch.zeros_like(head) if method == "scratch-ft" else head).requires_grad_()
         features = image_features(model)
-        loss = cross_entropy(TAU * features @ head, labels) + LAMBDA * regularizer(features, model, head)
+        tau = taus.get(method, TAU)
+        loss = cross_entropy(tau * features @ head, labels) + LAMBDA * regularizer(features, model, head)
         loss.backward()
+        values[f"{method}/tau"] = np.float32(tau)
         values[f"{method}/loss"] = loss.detach().numpy()
         values[f"{method}/grad/head"] = head.grad.numpy().astype(np.float32)
         for name, parameter in model.named_parameters():
