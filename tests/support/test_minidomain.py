@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -272,6 +273,20 @@ def test_all_cores_draw_what_the_cache_lacks(cache, tmp_path, monkeypatch, capfd
     for each, (images, labels) in zip(wanted, expected, strict=True):
         found, found_labels = load_domain(*each)
         assert np.array_equal(found, images) and np.array_equal(found_labels, labels)
+    assert capfd.readouterr().err == ""
+
+
+def test_ctrl_c_ends_helpers_without_a_traceback(cache, monkeypatch, capfd):
+    helpers, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command: helpers.append(popen(command)) or helpers[-1])
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(minidomain, "SIZES", SMALL | {"train": 1_000_000})  # it draws until it is interrupted
+    with minidomain.drawn_on_all_cores([("real", "val"), ("real", "train")]):
+        while "minidomain: drawing real-train" not in capfd.readouterr().err:
+            assert helpers[0].poll() is None
+            time.sleep(0.05)
+        helpers[0].send_signal(signal.SIGINT)
+        assert helpers[0].wait() == -signal.SIGINT
     assert capfd.readouterr().err == ""
 
 
