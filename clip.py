@@ -1,4 +1,4 @@
-"""CLIP in JAX and Equinox: both towers, the tokenizer, and classification heads made from texts.
+"""CLIP in JAX and Equinox: both towers, the table of weights' names, heads made from texts, the tokenizer.
 
 Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --method lipsum` fine-tunes it. Equation
 numbers are those of the Lipsum-FT paper, https://openreview.net/forum?id=2JF8mJRJ7M.

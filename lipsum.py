@@ -2,8 +2,9 @@
 
 Paper: Nam et al., ICLR 2024, https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --method lipsum` runs it.
 
-Equations have the paper's numbers; equation 1's zero-shot head is `clip.zero_shot_head`. Shapes: images [B, H, W, 3],
-unit-norm features of images [B, D] and of texts [M, D], K classes.
+From top to bottom: the classifier (equations 1 to 3), the energy gap (4 to 6), random texts and Lipsum-FT (7, 8), the
+other methods' losses (11 to 15, 20) and the table METHODS, the step (9, 16), the linear probe, post-hoc methods (17 to
+19). Shapes: images [B, H, W, 3], unit-norm features of images [B, D] and of texts [M, D], K classes.
 """
 
 import functools
@@ -111,7 +112,7 @@ Step = Callable[[State, Frozen, Batch, PRNGKeyArray], tuple[State, Metrics]]
 
 
 def logits(features: Features, head: Float[Array, "dim classes"], tau: Scalar) -> Float[Array, "batch classes"]:
-    """Equation 1: `u(x) = tau F_theta(x) W`."""
+    """Equation 1: `u(x) = tau F_theta(x) W`. `clip.zero_shot_head` makes W of the classes' names."""
     return tau * (features @ head)
 
 
