@@ -18,8 +18,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Models here are so small that compiling them takes far longer than running them. The older of XLA's two ways to
-# compile for CPUs is three times as fast; a program in parts would be optimised part by part. Processes that tests
-# start do the same.
+# compile for CPUs is three times as fast, and so small a program is compiled faster as a whole than in parts. Processes
+# that tests start do the same.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -43,9 +43,9 @@ with install_import_hook(["clip", "lipsum", "data", "eval", "train", "support"],
     import train  # noqa: F401 (imports the others)
     from support import bench, opening  # noqa: F401
 
-gc.freeze()  # the collector need not look at all that was imported, time and again
+# The garbage collector took a fifteenth of the time: it need not look at what was imported, nor often.
+gc.freeze()
 gc.set_threshold(50_000)
-
 
 # The longest come first, so that two workers end together.
 LONGEST = [f"test_{name}.py" for name in ("tour", "lipsum", "train", "resume", "scaling", "clip", "eval")]
@@ -75,9 +75,9 @@ def texts_of_a_model_are_embedded_once() -> Iterator[None]:
     computed, second_moment = {}, opening.second_moment
 
     def remembered(setup: opening.Setup, length: int, guidance: Path | None = None) -> np.ndarray:
-        key = (setup.checksum, length)
-        if guidance is not None:
+        if guidance is not None:  # a file, which may change
             return second_moment(setup, length, guidance)
+        key = setup.checksum, length
         if key not in computed:
             computed[key] = second_moment(setup, length)
         return computed[key]
