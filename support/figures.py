@@ -6,6 +6,7 @@ Each function returns one figure, or raises Nothing if the runs lack the data th
 have a colour, a grey value and a marker of their own, the others are grey. Names stand beside the points.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,48 +121,63 @@ def zero_shot_of(results: Sequence[Results]) -> Results:
     return results[0] | {"method": "zero-shot", "label": "zero-shot", "splits": results[0]["zero_shot"]}
 
 
-def accuracies(runs: Sequence[Results]) -> Float[np.ndarray, "runs 2"]:
-    """Returns each run's mean accuracy on the shifts and its accuracy on the reference, in percent."""
-    values = [(tables.mean_of_shifts(run, "accuracy"), run["splits"][tables.reference_of(run)]) for run in runs]
-    if any(shifts is None for shifts, _ in values):
+def accuracies(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray, "runs 2"]:
+    """Returns each run's accuracy on a shift, or its mean over all, and that on the reference, in percent."""
+    if any(not tables.shifts_of(run) for run in runs):
         raise Nothing("runs with shifts, for example --shifts painting sketch")
-    return 100 * np.array([(shifts, reference["accuracy"]) for shifts, reference in values])
+    references = [run["splits"][tables.reference_of(run)]["accuracy"] for run in runs]
+    shifts = [run["splits"][shift]["accuracy"] if shift else tables.mean_of_shifts(run, "accuracy") for run in runs]
+    return 100 * np.stack([shifts, references], axis=1)
 
 
-def with_axes(figure: Figure, results: Sequence[Results]) -> Figure:
+def with_axes(figure: Figure, results: Sequence[Results], shifts: Sequence[str] = ()) -> Figure:
     """Completes a figure of reference against shifts: zero-shot in each panel, and the axes' labels."""
-    for axes in filter(Axes.get_visible, figure.axes):
-        plot(axes, accuracies([zero_shot_of(results)]), "zero-shot", "zero-shot")
-    figure.supxlabel("mean accuracy on the shifts, %", fontsize=10)
+    for axes, shift in itertools.zip_longest(filter(Axes.get_visible, figure.axes), shifts, fillvalue=""):
+        plot(axes, accuracies([zero_shot_of(results)], shift), "zero-shot", "zero-shot")
+    figure.supxlabel("accuracy on the shift, %" if any(shifts) else "mean accuracy on the shifts, %", fontsize=10)
     figure.supylabel(f"accuracy on {tables.reference_of(results[0])}, %", fontsize=10)
     return place_labels(figure)
 
 
-def trade_off_plot(results: Sequence[Results]) -> Figure:
-    """Figures 2, 7 and 8: each method's accuracy on the reference against that on the shifts.
+def trade_off_plot(results: Sequence[Results], shifts: Sequence[str] = ("",)) -> Figure:
+    """Figures 2 and 7: each method's accuracy on the reference against that on a shift, or the mean of all ("").
 
     Means over seeds, standard deviations. A line joins runs that differ in one swept setting, the learning rate if any.
     """
-    figure, (axes,) = new_figure(1)
-    joined: dict[str, None] = {}
-    for method, method_runs in trained(results).items():
-        *fixed, last = sorted(tables.varied_settings(method_runs), key=lambda name: name == "learning_rate") or [""]
-        lines: dict[str, list[list[Results]]] = {}
-        for runs in tables.groups(method_runs).values():
-            line = ", ".join(f"{name.replace('_', ' ')} {runs[0]['settings'][name]}" for name in fixed)
-            lines.setdefault(line, []).append(runs)
-        for line, points in lines.items():
-            cells = np.array([[each.mean(0), each.std(0, ddof=len(each) > 1)] for each in map(accuracies, points)])
-            (x, y), (x_error, y_error) = cells.transpose(1, 2, 0)
-            axes.errorbar(x, y, y_error, x_error, elinewidth=0.8, **look(method))
-            if len(points) > 1:
-                joined[last.replace("_", " ")] = None
-                add_label(axes, line, (x[:2].mean(), y[:2].mean()), method, optional=True)
-            for index in (0, -1) if len(points) > 1 and method in LOOKS else ():
-                add_label(axes, str(points[index][0]["settings"][last]), (x[index], y[index]), method, optional=True)
-        add_label(axes, method_runs[0]["label"], accuracies(main_settings(method_runs)).mean(0), method)
-    axes.set_title("at the ends of lines: " * bool(joined) + " or ".join(joined), fontsize=9, loc="left")
-    return with_axes(figure, results)
+    figure, panels = new_figure(len(shifts))
+    for axes, shift in zip(panels, shifts, strict=True):
+        joined = [draw_trade_off(axes, runs, shift) for runs in trained(results).values()]
+        ends = "at the ends of lines: " * any(joined) + " or ".join(dict.fromkeys(filter(None, joined)))
+        axes.set_title(f"{shift}   {ends}".strip(), fontsize=9, loc="left")
+    return with_axes(figure, results, shifts)
+
+
+def draw_trade_off(axes: Axes, method_runs: Sequence[Results], shift: str) -> str:
+    """Draws the runs of one method, and returns the setting in which those differ that a line joins, if any."""
+    method, joined = method_runs[0]["method"], ""
+    *fixed, last = sorted(tables.varied_settings(method_runs), key=lambda name: name == "learning_rate") or [""]
+    lines: dict[str, list[list[Results]]] = {}
+    for runs in tables.groups(method_runs).values():
+        line = ", ".join(f"{name.replace('_', ' ')} {runs[0]['settings'][name]}" for name in fixed)
+        lines.setdefault(line, []).append(runs)
+    for line, points in lines.items():
+        per_point = [accuracies(runs, shift) for runs in points]
+        cells = np.array([[each.mean(0), each.std(0, ddof=len(each) > 1)] for each in per_point])
+        (x, y), (x_error, y_error) = cells.transpose(1, 2, 0)
+        axes.errorbar(x, y, y_error, x_error, elinewidth=0.8, **look(method))
+        if len(points) > 1:
+            joined = last.replace("_", " ")
+            add_label(axes, line, (x[:2].mean(), y[:2].mean()), method, optional=True)
+        for index in (0, -1) if len(points) > 1 and method in LOOKS else ():
+            add_label(axes, str(points[index][0]["settings"][last]), (x[index], y[index]), method, optional=True)
+    point = accuracies(main_settings(method_runs), shift).mean(0)
+    add_label(axes, method_runs[0]["label"], point, method, optional=bool(shift) and method not in LOOKS)
+    return joined
+
+
+def trade_off_per_shift_plot(results: Sequence[Results]) -> Figure:
+    """Figure 8: the trade-off on each shift."""
+    return trade_off_plot(results, tables.shifts_of(results[0]) or [""])
 
 
 def distortion_plot(results: Sequence[Results]) -> Figure:
@@ -337,5 +353,8 @@ def write_figures(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> 
             print(f"{name}: nothing to show yet, it needs {nothing}")
 
 
-DRAWN = (trade_off_plot, distortion_plot, energy_gap_plot, post_hoc_curves_plot, soups_plot, weights_plot)
+DRAWN = (
+    trade_off_plot, trade_off_per_shift_plot, distortion_plot, energy_gap_plot, post_hoc_curves_plot, soups_plot,
+    weights_plot,
+)  # fmt: skip
 FROM_FILES = {draw.__name__.removesuffix("_plot"): draw for draw in DRAWN}

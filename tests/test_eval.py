@@ -327,6 +327,7 @@ def test_figures(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "weights: nothing to show yet, it needs python train.py --method kd --weight" in output
     names = {
         "trade_off",
+        "trade_off_per_shift",
         "distortion",
         "energy_gap",
         "post_hoc_curves",
