@@ -127,7 +127,7 @@ def accuracies(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray, "r
         raise Nothing("runs with shifts, for example --shifts painting sketch")
     references = [run["splits"][tables.reference_of(run)]["accuracy"] for run in runs]
     shifts = [run["splits"][shift]["accuracy"] if shift else tables.mean_of_shifts(run, "accuracy") for run in runs]
-    return 100 * np.stack([shifts, references], axis=1)
+    return 100 * np.array([shifts, references], float).T
 
 
 def with_axes(figure: Figure, results: Sequence[Results], shifts: Sequence[str] = ()) -> Figure:
