@@ -19,7 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from support.errors import InputError, few
 
@@ -51,12 +60,20 @@ class Config:
     end_token: int = 49407
     activation: str = "quick_gelu"
     layer_norm_epsilon: float = 1e-5
-    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # per channel, of OpenAI's training images
+    image_mean: tuple[float, ...] = (
+        0.48145466,
+        0.4578275,
+        0.40821073,
+    )  # per channel, of OpenAI's training images
     image_deviation: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
 
-_BASE = Config(224, 32, Transformer(768, 12, 12, 3072), Transformer(512, 12, 8, 2048), embedding_size=512)
-_LARGE = Config(224, 14, Transformer(1024, 24, 16, 4096), Transformer(768, 12, 12, 3072), embedding_size=768)
+_BASE = Config(
+    224, 32, Transformer(768, 12, 12, 3072), Transformer(512, 12, 8, 2048), embedding_size=512
+)
+_LARGE = Config(
+    224, 14, Transformer(1024, 24, 16, 4096), Transformer(768, 12, 12, 3072), embedding_size=768
+)
 PRESETS = {
     "ViT-B/32": _BASE,
     "ViT-B/16": replace(_BASE, patch_size=16),
@@ -73,14 +90,20 @@ ACTIVATIONS = {
 }
 
 
-def _linear(inputs: int, outputs: int, scale: float, key: PRNGKeyArray, use_bias: bool = True) -> eqx.nn.Linear:
+def _linear(
+    inputs: int, outputs: int, scale: float, key: PRNGKeyArray, use_bias: bool = True
+) -> eqx.nn.Linear:
     """A linear layer with zero biases and normally distributed weights of standard deviation `scale`."""
     layer = eqx.nn.Linear(inputs, outputs, use_bias, key=key)
-    layer = eqx.tree_at(lambda layer: layer.weight, layer, scale * jax.random.normal(key, (outputs, inputs)))
+    layer = eqx.tree_at(
+        lambda layer: layer.weight, layer, scale * jax.random.normal(key, (outputs, inputs))
+    )
     return eqx.tree_at(lambda layer: layer.bias, layer, jnp.zeros(outputs)) if use_bias else layer
 
 
-def _apply(layer: eqx.nn.Linear, x: Float[Array, "tokens inputs"]) -> Float[Array, "tokens outputs"]:
+def _apply(
+    layer: eqx.nn.Linear, x: Float[Array, "tokens inputs"]
+) -> Float[Array, "tokens outputs"]:
     """Applies a layer to all tokens in one matrix product: on CPU, a step takes 20% less time than with `jax.vmap`."""
     product = x @ layer.weight.T
     return product if layer.bias is None else product + layer.bias[None]
@@ -137,23 +160,31 @@ class Block(eqx.Module):
 
 def _stack_blocks(sizes: Transformer, config: Config, causal: bool, key: PRNGKeyArray) -> Block:
     """Returns all blocks of a tower as one `Block` whose leaves have a leading layer axis."""
-    return eqx.filter_vmap(lambda key: Block(sizes, config, causal, key))(jax.random.split(key, sizes.layers))
+    return eqx.filter_vmap(lambda key: Block(sizes, config, causal, key))(
+        jax.random.split(key, sizes.layers)
+    )
 
 
 def _gathered(block: Block) -> Block:
     """Copies a layer's weights to every device of the mesh in use, if they are spread over it; else a no-op."""
     has_mesh = not jax.sharding.get_abstract_mesh().empty
-    return jax.lax.with_sharding_constraint(block, jax.sharding.PartitionSpec()) if has_mesh else block
+    return (
+        jax.lax.with_sharding_constraint(block, jax.sharding.PartitionSpec()) if has_mesh else block
+    )
 
 
-def run_blocks(blocks: Block, x: Float[Array, "tokens width"], recompute: bool = False) -> Float[Array, "tokens width"]:
+def run_blocks(
+    blocks: Block, x: Float[Array, "tokens width"], recompute: bool = False
+) -> Float[Array, "tokens width"]:
     """Applies the blocks in sequence, with `lax.scan`: one block is compiled, at any depth.
 
     The backward pass keeps the results of matrix products and computes all else again, which is less work than to store
     and load it. With `recompute`, it keeps each block's input alone.
     """
 
-    def run(x: Float[Array, "tokens width"], block: Block) -> tuple[Float[Array, "tokens width"], None]:
+    def run(
+        x: Float[Array, "tokens width"], block: Block
+    ) -> tuple[Float[Array, "tokens width"], None]:
         return _gathered(block)(x), None  # one layer at a time: all at once would not fit
 
     policy = None if recompute else jax.checkpoint_policies.dots_saveable
@@ -180,11 +211,15 @@ class VisionTower(eqx.Module):
         keys = jax.random.split(key, 5)
         self.class_embedding = sizes.width**-0.5 * jax.random.normal(keys[0], (sizes.width,))
         self.patch_embedding = 0.02 * jax.random.normal(keys[1], (sizes.width, 3, patch, patch))
-        self.position_embedding = sizes.width**-0.5 * jax.random.normal(keys[2], (tokens, sizes.width))
+        self.position_embedding = sizes.width**-0.5 * jax.random.normal(
+            keys[2], (tokens, sizes.width)
+        )
         self.layer_norm_pre = eqx.nn.LayerNorm(sizes.width, config.layer_norm_epsilon)
         self.blocks = _stack_blocks(sizes, config, False, keys[3])
         self.layer_norm_post = eqx.nn.LayerNorm(sizes.width, config.layer_norm_epsilon)
-        self.projection = _linear(sizes.width, config.embedding_size, sizes.width**-0.5, keys[4], use_bias=False)
+        self.projection = _linear(
+            sizes.width, config.embedding_size, sizes.width**-0.5, keys[4], use_bias=False
+        )
         self.mean, self.deviation = config.image_mean, config.image_deviation
 
     @property
@@ -197,13 +232,19 @@ class VisionTower(eqx.Module):
         patch = self.patch_embedding.shape[-1]
         rows, columns = image.shape[0] // patch, image.shape[1] // patch
         # A convolution whose stride is its kernel size is one matrix product, which is several times faster on CPU.
-        patches = image.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3).reshape(rows * columns, -1)
+        patches = (
+            image.reshape(rows, patch, columns, patch, 3)
+            .transpose(0, 2, 4, 1, 3)
+            .reshape(rows * columns, -1)
+        )
         patches = patches.astype(self.patch_embedding.dtype)
         x = patches @ self.patch_embedding.reshape(self.patch_embedding.shape[0], -1).T
         x = jnp.concatenate([self.class_embedding[None], x]) + self.position_embedding
         return jax.vmap(self.layer_norm_pre)(x)
 
-    def __call__(self, image: Float[Array, "side side 3"], recompute: bool = False) -> Float[Array, " dim"]:
+    def __call__(
+        self, image: Float[Array, "side side 3"], recompute: bool = False
+    ) -> Float[Array, " dim"]:
         """Returns the embedding of one standardised image, not normalised."""
         x = run_blocks(self.blocks, self.embed(image), recompute)
         return self.projection(self.layer_norm_post(x[0]))
@@ -227,7 +268,9 @@ class TextTower(eqx.Module):
         self.position_embedding = 0.01 * jax.random.normal(keys[1], (config.context_length, width))
         self.blocks = _stack_blocks(config.text, config, True, keys[2])
         self.layer_norm_final = eqx.nn.LayerNorm(width, config.layer_norm_epsilon)
-        self.projection = _linear(width, config.embedding_size, width**-0.5, keys[3], use_bias=False)
+        self.projection = _linear(
+            width, config.embedding_size, width**-0.5, keys[3], use_bias=False
+        )
         self.start_token, self.end_token = config.start_token, config.end_token
 
     def embed(self, ids: Int[Array, " tokens"]) -> Float[Array, "tokens width"]:
@@ -277,7 +320,12 @@ class Names(NamedTuple):
 
 def _block_names(tower: str, hugging_face: str, openai: str) -> list[Names]:
     return [
-        Names(f"{tower}.blocks.{leaf}.{kind}", f"{hugging_face}.{hf_name}.{kind}", f"{openai}.{prefix}{kind}", part)
+        Names(
+            f"{tower}.blocks.{leaf}.{kind}",
+            f"{hugging_face}.{hf_name}.{kind}",
+            f"{openai}.{prefix}{kind}",
+            part,
+        )
         for leaf, hf_name, prefix, part in [
             ("layer_norm1", "layer_norm1", "ln_1.", None),
             ("query", "self_attn.q_proj", "attn.in_proj_", 0),
@@ -294,23 +342,57 @@ def _block_names(tower: str, hugging_face: str, openai: str) -> list[Names]:
 
 NAMES = [
     Names("logit_scale", "logit_scale", "logit_scale"),
-    Names("vision.class_embedding", "vision_model.embeddings.class_embedding", "visual.class_embedding"),
-    Names("vision.patch_embedding", "vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
     Names(
-        "vision.position_embedding", "vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"
+        "vision.class_embedding",
+        "vision_model.embeddings.class_embedding",
+        "visual.class_embedding",
     ),
-    Names("vision.layer_norm_pre.weight", "vision_model.pre_layrnorm.weight", "visual.ln_pre.weight"),
+    Names(
+        "vision.patch_embedding",
+        "vision_model.embeddings.patch_embedding.weight",
+        "visual.conv1.weight",
+    ),
+    Names(
+        "vision.position_embedding",
+        "vision_model.embeddings.position_embedding.weight",
+        "visual.positional_embedding",
+    ),
+    Names(
+        "vision.layer_norm_pre.weight", "vision_model.pre_layrnorm.weight", "visual.ln_pre.weight"
+    ),
     Names("vision.layer_norm_pre.bias", "vision_model.pre_layrnorm.bias", "visual.ln_pre.bias"),
     *_block_names("vision", "vision_model.encoder.layers.{}", "visual.transformer.resblocks.{}"),
-    Names("vision.layer_norm_post.weight", "vision_model.post_layernorm.weight", "visual.ln_post.weight"),
+    Names(
+        "vision.layer_norm_post.weight",
+        "vision_model.post_layernorm.weight",
+        "visual.ln_post.weight",
+    ),
     Names("vision.layer_norm_post.bias", "vision_model.post_layernorm.bias", "visual.ln_post.bias"),
-    Names("vision.projection.weight", "visual_projection.weight", "visual.proj", transposed_in_openai=True),
-    Names("text.token_embedding", "text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
-    Names("text.position_embedding", "text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    Names(
+        "vision.projection.weight",
+        "visual_projection.weight",
+        "visual.proj",
+        transposed_in_openai=True,
+    ),
+    Names(
+        "text.token_embedding",
+        "text_model.embeddings.token_embedding.weight",
+        "token_embedding.weight",
+    ),
+    Names(
+        "text.position_embedding",
+        "text_model.embeddings.position_embedding.weight",
+        "positional_embedding",
+    ),
     *_block_names("text", "text_model.encoder.layers.{}", "transformer.resblocks.{}"),
     Names("text.layer_norm_final.weight", "text_model.final_layer_norm.weight", "ln_final.weight"),
     Names("text.layer_norm_final.bias", "text_model.final_layer_norm.bias", "ln_final.bias"),
-    Names("text.projection.weight", "text_projection.weight", "text_projection", transposed_in_openai=True),
+    Names(
+        "text.projection.weight",
+        "text_projection.weight",
+        "text_projection",
+        transposed_in_openai=True,
+    ),
 ]
 MAXIMAL_LOGIT_SCALE = 7.0  # logits of above 1,000 times a cosine; CLIP's own training stops at 100
 # Entries of published files that are not weights.
@@ -340,16 +422,24 @@ def to_state_dict(model: CLIP, style: str) -> dict[str, Array | np.ndarray]:
             if names.transposed_in_openai and style == "openai":
                 array = array.T
             parts.setdefault(getattr(names, style).format(layer), []).append(array)
-    return {name: jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0] for name, arrays in parts.items()}
+    return {
+        name: jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        for name, arrays in parts.items()
+    }
 
 
-def from_state_dict(state: Mapping[str, np.ndarray], config: Config, style: str, source: str) -> CLIP:
+def from_state_dict(
+    state: Mapping[str, np.ndarray], config: Config, style: str, source: str
+) -> CLIP:
     """Returns a CLIP with the given weights, cast to float32; `style` specifies their names, as in `to_state_dict`.
 
     Raises one InputError that names the file, `source`, and every kind of missing, unexpected or wrong entry.
     """
     skeleton = eqx.filter_eval_shape(CLIP, config, jax.random.key(0))
-    expected = {name: leaf.shape for name, leaf in eqx.filter_eval_shape(to_state_dict, skeleton, style).items()}
+    expected = {
+        name: leaf.shape
+        for name, leaf in eqx.filter_eval_shape(to_state_dict, skeleton, style).items()
+    }
     state = {name: array for name, array in state.items() if name not in _IGNORED[style]}
     problems = [f"lacks {name}" for name in expected if name not in state]
     problems += [f"unexpected {name!r}" for name in state if name not in expected]
@@ -361,7 +451,9 @@ def from_state_dict(state: Mapping[str, np.ndarray], config: Config, style: str,
         elif not np.all(np.isfinite(state[name])):
             problems.append(f"{name} is not finite")
         elif name == "logit_scale" and state[name] > MAXIMAL_LOGIT_SCALE:
-            problems.append(f"logit_scale is {state[name]:.4g}, which exp() makes huge: store its logarithm")
+            problems.append(
+                f"logit_scale is {state[name]:.4g}, which exp() makes huge: store its logarithm"
+            )
     if problems:
         raise InputError(
             f"weights {source} do not fit the model's sizes; download them and their configuration again: "
@@ -395,13 +487,16 @@ def normalize(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
 
 
 def standardize(
-    images: UInt8[Array, "*batch height width 3"] | Float[Array, "*batch height width 3"], vision: VisionTower
+    images: UInt8[Array, "*batch height width 3"] | Float[Array, "*batch height width 3"],
+    vision: VisionTower,
 ) -> Float[Array, "*batch height width 3"]:
     """Standardises bytes, or floats in [0, 1], with the channel means and deviations of the tower's training."""
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 255
     shape = (1,) * (images.ndim - 1) + (3,)
-    mean, deviation = (jnp.asarray(x, images.dtype).reshape(shape) for x in (vision.mean, vision.deviation))
+    mean, deviation = (
+        jnp.asarray(x, images.dtype).reshape(shape) for x in (vision.mean, vision.deviation)
+    )
     return (images - mean) / deviation
 
 
@@ -441,23 +536,35 @@ _text_features = jax.jit(text_features)
 
 
 def prompt_features(
-    model: CLIP, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str], batch_size: int = 256
+    model: CLIP,
+    tokenizer: Tokenizer,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    batch_size: int = 256,
 ) -> Float[np.ndarray, "templates classes dim"]:
     """`G_phi(template_j(class_k))` for every template and class. Raises InputError if a prompt exceeds the context."""
     prompts = [template.replace("{}", name) for template in templates for name in classes]
     ids = without_padding(tokenize(tokenizer, prompts, model.config), model.config)
     batch_size = min(batch_size, len(ids))
-    padded = np.concatenate([ids, ids[: -len(ids) % batch_size]])  # batches of one shape: one compilation
-    features = [_text_features(model.text, batch) for batch in padded.reshape(-1, batch_size, ids.shape[1])]
+    padded = np.concatenate(
+        [ids, ids[: -len(ids) % batch_size]]
+    )  # batches of one shape: one compilation
+    features = [
+        _text_features(model.text, batch) for batch in padded.reshape(-1, batch_size, ids.shape[1])
+    ]
     return np.concatenate(features)[: len(ids)].reshape(len(templates), len(classes), -1)
 
 
-def zero_shot_head(features: Float[np.ndarray, "templates classes dim"]) -> Float[Array, "dim classes"]:
+def zero_shot_head(
+    features: Float[np.ndarray, "templates classes dim"],
+) -> Float[Array, "dim classes"]:
     """The head `W` of equation 1: per class, the normalised mean over templates."""
     return normalize(jnp.mean(features, axis=0)).T
 
 
-def context_head(features: Float[np.ndarray, "templates classes dim"]) -> Float[Array, "dim templates"]:
+def context_head(
+    features: Float[np.ndarray, "templates classes dim"],
+) -> Float[Array, "dim templates"]:
     """The context head `C` of equation 14: per template, the normalised mean over classes."""
     return normalize(jnp.mean(features, axis=1)).T
 
@@ -473,8 +580,12 @@ START_TEXT, END_TEXT = "<|startoftext|>", "<|endoftext|>"
 
 def bpe_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     """Returns CLIP's byte-pair encoder: printable symbols stand for bytes, and words end with `</w>`."""
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=END_TEXT, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(_SPACE), " "), normalizers.Lowercase()])
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=END_TEXT, end_of_word_suffix="</w>")
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(_SPACE), " "), normalizers.Lowercase()]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(_WORD, behavior="removed", invert=True),
@@ -484,9 +595,12 @@ def bpe_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> 
     tokenizer.decoder = decoders.ByteLevel()
     special = (START_TEXT, END_TEXT)
     tokenizer.post_processor = processors.TemplateProcessing(
-        f"{START_TEXT} $A {END_TEXT}", special_tokens=[(token, vocabulary[token]) for token in special]
+        f"{START_TEXT} $A {END_TEXT}",
+        special_tokens=[(token, vocabulary[token]) for token in special],
     )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in special]
+    )
     return tokenizer
 
 
@@ -505,15 +619,21 @@ def tokenize(
     """
     room = config.context_length - 2
     ids = np.zeros((len(texts), config.context_length), np.int32)
-    encodings = tokenizer.encode_batch([clean_text(text) for text in texts], add_special_tokens=False)
+    encodings = tokenizer.encode_batch(
+        [clean_text(text) for text in texts], add_special_tokens=False
+    )
     for row, text, encoding in zip(ids, texts, encodings, strict=True):
         if len(encoding.ids) > room and not truncate:
-            raise InputError(f"the text {text!r} has {len(encoding.ids)} tokens, the model takes {room}: shorten it")
+            raise InputError(
+                f"the text {text!r} has {len(encoding.ids)} tokens, the model takes {room}: shorten it"
+            )
         tokens = [config.start_token, *encoding.ids[:room], config.end_token]
         row[: len(tokens)] = tokens
     return ids
 
 
-def without_padding(ids: Int[np.ndarray, "texts context"], config: Config) -> Int[np.ndarray, "texts longest"]:
+def without_padding(
+    ids: Int[np.ndarray, "texts context"], config: Config
+) -> Int[np.ndarray, "texts longest"]:
     """Cuts tokenized texts after the end token of the longest one."""
     return ids[:, : 1 + np.max(np.argmax(ids == config.end_token, axis=1))]

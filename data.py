@@ -12,17 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
-import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
+from support.devices import WHOLE, Part, hides_bars
 from support.errors import InputError, few
 
 # -------------------------------------------------------------------------------------------------------------- splits
@@ -101,7 +99,9 @@ def hold_out(train: Split, every: int = 10, name: str = "val") -> tuple[Split, S
         raise InputError(f"{problem}: give --select-on test or more images")
     held_out = np.zeros(len(order), bool)
     held_out[order[every - 1 :: every]] = True
-    return take(train, np.flatnonzero(~held_out), train.name), take(train, np.flatnonzero(held_out), name)
+    return take(train, np.flatnonzero(~held_out), train.name), take(
+        train, np.flatnonzero(held_out), name
+    )
 
 
 def of_classes(split: Split, kept: Int[np.ndarray, " kept"]) -> Split:
@@ -131,7 +131,9 @@ def open_image(source: ImageSource) -> Image.Image:
         image = Image.open(source.path)
         if image.mode in ("F", "LAB") or (image.mode == "I" and image.format != "PPM"):
             image.close()
-            raise ValueError(f"its pixels have Pillow's mode {image.mode}, of unknown range: save it as 8-bit RGB")
+            raise ValueError(
+                f"its pixels have Pillow's mode {image.mode}, of unknown range: save it as 8-bit RGB"
+            )
         return image
     except Exception as error:  # Pillow's readers raise whatever the damage causes
         raise _broken_image(source, error) from error
@@ -139,7 +141,9 @@ def open_image(source: ImageSource) -> Image.Image:
 
 def _broken_image(file: ListedFile, error: Exception) -> InputError:
     missing = isinstance(error, FileNotFoundError)
-    problem = "does not exist: restore it" if missing else f"is no readable image ({error}): replace it"
+    problem = (
+        "does not exist: restore it" if missing else f"is no readable image ({error}): replace it"
+    )
     if file.place:
         return InputError(f"{file.place}: {file.path} {problem} or delete the line")
     return InputError(f"{file.path} {problem} or leave it out")
@@ -171,7 +175,9 @@ def check_images(splits: Sequence[Split], workers: int) -> None:
 
     Raises InputError for the broken files. One outside the sample raises when it is decoded.
     """
-    files = dict.fromkeys(split.images[index] for split in splits for index in _indices_to_check(split))
+    files = dict.fromkeys(
+        split.images[index] for split in splits for index in _indices_to_check(split)
+    )
 
     def problem(file: ListedFile) -> str:
         try:
@@ -182,7 +188,15 @@ def check_images(splits: Sequence[Split], workers: int) -> None:
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         checks = pool.map(problem, files)
-        bar = tqdm(checks, "checking images", len(files), unit="image", leave=False, delay=2, disable=hides_bars())
+        bar = tqdm(
+            checks,
+            "checking images",
+            len(files),
+            unit="image",
+            leave=False,
+            delay=2,
+            disable=hides_bars(),
+        )
         problems = list(filter(None, bar))
     if problems:
         raise InputError(few(problems, "; "))
@@ -199,7 +213,9 @@ def _indices_to_check(split: Split) -> Int[np.ndarray, " checked"]:
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    image.info.pop("transparency", None)  # does not affect the pixels, but Pillow warns if a palette has it
+    image.info.pop(
+        "transparency", None
+    )  # does not affect the pixels, but Pillow warns if a palette has it
     return np.asarray(image.convert("RGB"))
 
 
@@ -209,7 +225,9 @@ def eight_bit(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray(np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255).astype(np.uint8))
+    return Image.fromarray(
+        np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255).astype(np.uint8)
+    )
 
 
 def middle(image: Image.Image) -> Image.Image:
@@ -220,11 +238,15 @@ def middle(image: Image.Image) -> Image.Image:
     return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
-def evaluation_image(image: Image.Image, resolution: int) -> UInt8[np.ndarray, "resolution resolution 3"]:
+def evaluation_image(
+    image: Image.Image, resolution: int
+) -> UInt8[np.ndarray, "resolution resolution 3"]:
     """OpenAI's preprocessing: resizes the shorter side with Pillow's bicubic filter, crops the centre, makes it RGB."""
     image = middle(eight_bit(image))
     short, long = sorted(image.size)
-    width, height = (resolution if side == short else int(resolution * long / short) for side in image.size)
+    width, height = (
+        resolution if side == short else int(resolution * long / short) for side in image.size
+    )
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (round((side - resolution) / 2) for side in (width, height))  # ties to even
     return _to_rgb(image.crop((left, top, left + resolution, top + resolution)))
@@ -252,36 +274,41 @@ def training_image(
     width, height = image.size
     left, top, w, h = random_crop(width, height, random)
     # A JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost; the crop must keep enough pixels.
-    drafted = image.draft(image.mode, (math.ceil(width * resolution / w), math.ceil(height * resolution / h)))
-    scale = drafted[1][2] / width if drafted else 1  # the sizes' ratio is inexact: they are rounded up
+    drafted = image.draft(
+        image.mode, (math.ceil(width * resolution / w), math.ceil(height * resolution / h))
+    )
+    scale = (
+        drafted[1][2] / width if drafted else 1
+    )  # the sizes' ratio is inexact: they are rounded up
     box = (left * scale, top * scale, (left + w) * scale, (top + h) * scale)
     image = eight_bit(image).resize((resolution, resolution), Image.Resampling.BICUBIC, box)
-    if random.random() < 0.5:  # by Pillow: numpy's mirrored view takes ten times as long to copy into a batch
+    if (
+        random.random() < 0.5
+    ):  # by Pillow: numpy's mirrored view takes ten times as long to copy into a batch
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return _to_rgb(image)
 
 
-AUGMENTATIONS = {"crop": training_image, "off": lambda image, resolution, random: evaluation_image(image, resolution)}
+AUGMENTATIONS = {
+    "crop": training_image,
+    "off": lambda image, resolution, random: evaluation_image(image, resolution),
+}
 
 # ------------------------------------------------------------------------------------------------------------- batches
 
 HostBatch = dict[
-    str, UInt8[np.ndarray, "batch height width 3"] | Int[np.ndarray, " batch"] | Bool[np.ndarray, " batch"]
+    str,
+    UInt8[np.ndarray, "batch height width 3"]
+    | Int[np.ndarray, " batch"]
+    | Bool[np.ndarray, " batch"],
 ]
 
 
-class Part(NamedTuple):
-    """One of `count` equal parts of a batch, in contiguous rows: what one process reads."""
-
-    index: int
-    count: int
-
-
-WHOLE = Part(0, 1)
-
-
 def read_image(
-    source: ImageSource, resolution: int, prepare: Callable = evaluation_image, *random: np.random.Generator
+    source: ImageSource,
+    resolution: int,
+    prepare: Callable = evaluation_image,
+    *random: np.random.Generator,
 ) -> UInt8[np.ndarray, "resolution resolution 3"]:
     """Returns the decoded and prepared image. Raises InputError, naming file and list line, if it is broken."""
     with open_image(source) as image:
@@ -322,11 +349,15 @@ def training_batches(
         grain.MapDataset.range(len(split))
         .seed(seed)
         .shuffle()
-        .repeat(ENDLESS // len(split))  # without a number, the length overflows if a batch is one image
+        .repeat(
+            ENDLESS // len(split)
+        )  # without a number, the length overflows if a batch is one image
         .random_map(example)
         .batch(batch_size // part.count)
     )
-    return iter(parts[start * part.count + part.index :: part.count].to_iter_dataset(_read_options(workers)))
+    return iter(
+        parts[start * part.count + part.index :: part.count].to_iter_dataset(_read_options(workers))
+    )
 
 
 def evaluation_batches(
@@ -344,86 +375,3 @@ def evaluation_batches(
     padded_length = math.ceil(len(split) / batch_size) * batch_size
     parts = grain.MapDataset.range(padded_length).map(example).batch(batch_size // part.count)
     return iter(parts[part.index :: part.count].to_iter_dataset(_read_options(workers)))
-
-
-# ------------------------------------------------------------------------------------------- devices and processes
-
-EVALUATED_AT_ONCE = 64  # images per device: each takes ViT-L/14 some 20 MB of activations
-
-
-def writes_files() -> bool:
-    """Whether this process writes files and shows progress; exactly one does."""
-    return jax.process_index() == 0
-
-
-def hides_bars() -> bool | None:
-    """What `tqdm` takes as `disable`: one process shows bars, and (None) only on a terminal."""
-    return None if writes_files() else True
-
-
-def all_devices() -> list[jax.Device]:
-    """The devices of all processes. Raises InputError if JAX has none, as when JAX_PLATFORMS names one that is not."""
-    try:
-        return jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0] or "none of JAX_PLATFORMS is there"
-        raise InputError(f"JAX finds no device ({reason}): correct or unset JAX_PLATFORMS") from error
-
-
-def device_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
-    """Returns a mesh of all devices along the axis `data`, with each process's devices adjacent.
-
-    Raises InputError if the devices cannot share each of a batch's `accumulate` parts evenly.
-    """
-    devices = sorted(all_devices(), key=lambda device: (device.process_index, device.id))
-    if batch_size % (len(devices) * accumulate):
-        parts = f" times --accumulate {accumulate}" if accumulate > 1 else ""
-        advice = f"give a multiple of {len(devices) * accumulate}"
-        raise InputError(f"--batch-size {batch_size} does not divide among {len(devices)} devices{parts}: {advice}")
-    # Auto: the compiler propagates shardings; Explicit axes would become part of every array's type.
-    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
-
-
-def evaluation_batch_size(batch_size: int, accumulate: int = 1) -> int:
-    """Images to evaluate at once on all devices: per device, as many as it trains on at once, but at most 64."""
-    per_device = batch_size // (accumulate * jax.device_count())
-    return min(max(per_device, 1), EVALUATED_AT_ONCE) * jax.device_count()
-
-
-def own_part() -> Part:
-    """The part of every batch that this process reads."""
-    return Part(jax.process_index(), jax.process_count())
-
-
-def shard_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns the batch, of which each process passes its own part, split over the devices."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-
-
-def shardings(tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
-    """The sharding per leaf: replicated or, with `fsdp`, split along the largest axis that divides evenly."""
-
-    def per_leaf(leaf: Any) -> NamedSharding:
-        divisible = [axis for axis, size in enumerate(np.shape(leaf)) if size and size % mesh.size == 0]
-        if not fsdp or not divisible:
-            return NamedSharding(mesh, PartitionSpec())
-        largest = max(divisible, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, PartitionSpec(*[None] * largest, "data"))
-
-    return jax.tree.map(per_leaf, tree)
-
-
-def place(tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
-    """Puts arrays, which every process has in full, on the devices as `shardings` specifies."""
-    return jax.device_put(tree, shardings(tree, mesh, fsdp))
-
-
-def fetch(tree: Any) -> Any:
-    """Copies whole arrays into the memory of every process. The copies survive the donation of the originals."""
-
-    def per_leaf(leaf: Any) -> np.ndarray:
-        spans_processes = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        return np.array(process_allgather(leaf, tiled=True) if spans_processes else leaf)
-
-    return jax.tree.map(per_leaf, tree)

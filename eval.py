@@ -6,9 +6,10 @@ In files, accuracy and ECE are fractions and NLL is in nats. Tables show percent
 
 import sys
 
-from support import tables
+from support import devices
 from support.errors import InputError, check_positive, quiet_interrupts, read_json
-from support.tables import Paths
+from support.report import tables
+from support.report.tables import Paths
 
 if __name__ == "__main__":
     quiet_interrupts()
@@ -34,17 +35,22 @@ from tqdm import tqdm
 import clip
 import data
 import lipsum
-from support import files, opening
-from support.opening import FinishedRun, Runs, Setup
-from support.options import SelectOn
+from support import disk
+from support.run import setup as opening
+from support.run.options import SelectOn
+from support.run.setup import FinishedRun, Runs, Setup
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
-def negative_log_likelihood(label_log_probability: Float[np.ndarray, " images"], added: float = 0.0) -> float:
+def negative_log_likelihood(
+    label_log_probability: Float[np.ndarray, " images"], added: float = 0.0
+) -> float:
     """The mean of `-log(p(y | x) + added)`, in nats. Without `added`, a probability that underflows counts in full."""
     with np.errstate(divide="ignore"):  # log 0 is minus infinity, and adds nothing
-        return -float(np.mean(np.logaddexp(label_log_probability.astype(np.float64), np.log(added))))
+        return -float(
+            np.mean(np.logaddexp(label_log_probability.astype(np.float64), np.log(added)))
+        )
 
 
 class Reliability(NamedTuple):
@@ -59,7 +65,9 @@ def reliability(
     confidence: Float[np.ndarray, " images"], correct: Bool[np.ndarray, " images"], bins: int = 15
 ) -> Reliability:
     """The bins of a reliability diagram. `confidence` is the top-1 probability."""
-    index = np.clip(np.digitize(confidence, np.linspace(0, 1, bins + 1), right=True) - 1, 0, bins - 1)
+    index = np.clip(
+        np.digitize(confidence, np.linspace(0, 1, bins + 1), right=True) - 1, 0, bins - 1
+    )
     per_image = (np.ones(len(index)), correct, confidence.astype(np.float64))
     return Reliability(*(np.bincount(index, values, bins) for values in per_image))
 
@@ -99,7 +107,9 @@ def log_probabilities(
     Probabilities of several members are averaged. Classes that are not `compared` have probability 0.
     """
     features = [clip.image_features(member.vision, images) for member in members]
-    logits = [lipsum.logits(x, member.head, tau) for x, member in zip(features, members, strict=True)]
+    logits = [
+        lipsum.logits(x, member.head, tau) for x, member in zip(features, members, strict=True)
+    ]
     if compared is not None:
         logits = [jnp.where(compared[None], u, -jnp.inf) for u in logits]
     per_member = jnp.stack([jax.nn.log_softmax(u) for u in logits])
@@ -107,7 +117,9 @@ def log_probabilities(
 
 
 @jax.jit
-def outcomes(members: Members, tau: Float[Array, ""], compared: Compared, batch: dict[str, Array]) -> tuple[Array, ...]:
+def outcomes(
+    members: Members, tau: Float[Array, ""], compared: Compared, batch: dict[str, Array]
+) -> tuple[Array, ...]:
     """The `Predictions` of a batch."""
     per_class, features = log_probabilities(members, tau, batch["image"], compared)
     per_label = jnp.take_along_axis(per_class, batch["label"][:, None], axis=1)[:, 0]
@@ -121,13 +133,18 @@ def per_image(
 ) -> list[np.ndarray]:  # fmt: skip
     """The outputs of a function of batches for every image of a split, in order: the one evaluation loop."""
     batches = tqdm(
-        data.evaluation_batches(split, resolution, batch_size, workers, data.own_part()), f"evaluating {split.name}",
-        -(-len(split) // batch_size), unit="batch", leave=False, disable=data.hides_bars(),
+        data.evaluation_batches(split, resolution, batch_size, workers, devices.own_part()), f"evaluating {split.name}",
+        -(-len(split) // batch_size), unit="batch", leave=False, disable=devices.hides_bars(),
     )  # fmt: skip
-    computed = ((*outputs(batch), batch["valid"]) for batch in (data.shard_batch(each, mesh) for each in batches))
+    computed = (
+        (*outputs(batch), batch["valid"])
+        for batch in (devices.shard_batch(each, mesh) for each in batches)
+    )
     collected = []
-    for batch, _ in pairwise(chain(computed, [None])):  # a batch is fetched while the next is computed
-        *found, valid = data.fetch(batch)
+    for batch, _ in pairwise(
+        chain(computed, [None])
+    ):  # a batch is fetched while the next is computed
+        *found, valid = devices.fetch(batch)
         collected.append([x[valid] for x in found])
     return [np.concatenate(parts) for parts in zip(*collected, strict=True)]
 
@@ -138,7 +155,9 @@ def predict(
 ) -> Predictions:  # fmt: skip
     """One pass of a classifier, or of an ensemble of several members, over a split."""
     outputs = partial(outcomes, tuple(members), tau, split.compared)
-    return Predictions(*per_image(outputs, split, members[0].vision.image_size, batch_size, workers, mesh))
+    return Predictions(
+        *per_image(outputs, split, members[0].vision.image_size, batch_size, workers, mesh)
+    )
 
 
 def metrics(predictions: Predictions) -> dict[str, Any]:
@@ -166,8 +185,11 @@ class Evaluator:
     def predict(self, members: Sequence[lipsum.Classifier], split: data.Split) -> Predictions:
         """One pass over a split, in the precision of the command."""
         execution = self.setup.execution
-        cast = [lipsum.Classifier(clip.compute_in(each.vision, execution.precision), each.head) for each in members]
-        batch_size = data.evaluation_batch_size(self.setup.batch_size, execution.accumulate)
+        cast = [
+            lipsum.Classifier(clip.compute_in(each.vision, execution.precision), each.head)
+            for each in members
+        ]
+        batch_size = devices.evaluation_batch_size(self.setup.batch_size, execution.accumulate)
         return predict(cast, self.setup.tau, split, batch_size, execution.workers, self.setup.mesh)
 
     def selection_accuracy(self, members: Sequence[lipsum.Classifier]) -> float:
@@ -178,37 +200,62 @@ class Evaluator:
     def zero_shot_predictions(self) -> dict[str, Predictions]:
         """Per reported split."""
         setup = self.setup
-        return {name: self.predict([setup.zero_shot], split) for name, split in setup.data.reports.items()}
+        return {
+            name: self.predict([setup.zero_shot], split)
+            for name, split in setup.data.reports.items()
+        }
 
     @cached_property
     def zero_shot_results(self) -> dict[str, dict[str, Any]]:
         """`results` of the zero-shot classifier."""
-        return {name: self.split_results(name, found) for name, found in self.zero_shot_predictions.items()}
+        return {
+            name: self.split_results(name, found)
+            for name, found in self.zero_shot_predictions.items()
+        }
 
     @property
     def second_moment(self) -> Float[Array, "dim dim"]:
         """C2 over the 10,000 random texts of 8 tokens that the paper's energy gap is over."""
-        return jnp.asarray(opening.second_moment(self.setup, min(8, self.setup.model.config.context_length - 2)))
+        return jnp.asarray(
+            opening.second_moment(self.setup, min(8, self.setup.model.config.context_length - 2))
+        )
 
     def results(self, members: Sequence[lipsum.Classifier]) -> dict[str, dict[str, Any]]:
         """The content of results.json per reported split."""
-        found = {name: self.predict(members, split) for name, split in self.setup.data.reports.items()}
-        return {name: self.split_results(name, each, len(members) == 1) for name, each in found.items()}
+        found = {
+            name: self.predict(members, split) for name, split in self.setup.data.reports.items()
+        }
+        return {
+            name: self.split_results(name, each, len(members) == 1) for name, each in found.items()
+        }
 
-    def split_results(self, name: str, predictions: Predictions, is_one_model: bool = True) -> dict[str, Any]:
+    def split_results(
+        self, name: str, predictions: Predictions, is_one_model: bool = True
+    ) -> dict[str, Any]:
         """Role and metrics of a split; energy gap and distortion of one model; if some classes are unseen, S, U, H."""
         setup = self.setup
-        results = {"role": "shift" if name in list(setup.data.reports)[1:] else "reference", **metrics(predictions)}
+        results = {
+            "role": "shift" if name in list(setup.data.reports)[1:] else "reference",
+            **metrics(predictions),
+        }
         if is_one_model:  # an ensemble has no features of its own
             before = jnp.asarray(self.zero_shot_predictions[name].features)
             after = jnp.asarray(predictions.features)
-            results["energy_gap"] = float(lipsum.expected_energy_gap(after, before, self.second_moment))
+            results["energy_gap"] = float(
+                lipsum.expected_energy_gap(after, before, self.second_moment)
+            )
             results["distortion"] = float(lipsum.feature_distortion(after, before))
         if len(setup.seen) < len(setup.classes):
             is_seen = np.isin(setup.data.reports[name].labels, setup.seen)
             if is_seen.any() and not is_seen.all():  # a shift may lack the one or the other
-                seen, unseen = (float(np.mean(predictions.correct[which])) for which in (is_seen, ~is_seen))
-                results |= {"seen": seen, "unseen": unseen, "harmonic_mean": harmonic_mean(seen, unseen)}
+                seen, unseen = (
+                    float(np.mean(predictions.correct[which])) for which in (is_seen, ~is_seen)
+                )
+                results |= {
+                    "seen": seen,
+                    "unseen": unseen,
+                    "harmonic_mean": harmonic_mean(seen, unseen),
+                }
         return results
 
 
@@ -221,23 +268,29 @@ def write_post_hoc(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes a post-hoc result as the files of a run; an ensemble has a `best/` per member. Returns results.json."""
     setup = evaluator.setup
-    files.delete(folder)
+    disk.delete(folder)
     folder.mkdir(parents=True)
     for number, member in enumerate(members, start=1):
         best = folder / "best" if len(members) == 1 else folder / "best" / f"member-{number}"
         best.parent.mkdir(exist_ok=True)
         opening.save_classifier(best, setup, member)
-    files.write_json(folder / "config.json", runs[0].config | {"method": method, "post_hoc": how})
-    results = {name: runs[0].results[name] for name in ("model", "data", "seed", "settings", "zero_shot")} | {
+    disk.write_json(folder / "config.json", runs[0].config | {"method": method, "post_hoc": how})
+    results = {
+        name: runs[0].results[name] for name in ("model", "data", "seed", "settings", "zero_shot")
+    } | {
         "method": method,
         **tables.names(method),
         "steps": 0,
         "seconds": 0.0,
         "post_hoc": how,
-        "selection": {"accuracy": evaluator.selection_accuracy([setup.over_seen(member) for member in members])},
+        "selection": {
+            "accuracy": evaluator.selection_accuracy(
+                [setup.over_seen(member) for member in members]
+            )
+        },
         "splits": evaluator.results(members),
     }
-    files.write_json(folder / "results.json", results)
+    disk.write_json(folder / "results.json", results)
     return results
 
 
@@ -256,11 +309,15 @@ def write_variants(
             method = f"{run.results['method']}+{suffix}"
             folder = opening.new_folder([run], method, overwrite)
             how |= {"select_on": setup.sources.select_on}
-            results.append(write_post_hoc(folder, method, evaluator, [run], [make(setup, run)], how))
+            results.append(
+                write_post_hoc(folder, method, evaluator, [run], [make(setup, run)], how)
+            )
     tables.print_accuracies(results)
 
 
-def wise_command(runs: Runs, alphas: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5), overwrite: bool = False) -> None:
+def wise_command(
+    runs: Runs, alphas: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5), overwrite: bool = False
+) -> None:
     """WiSE (equation 17): weights between the zero-shot model's and each run's, a result per alpha.
 
     Args:
@@ -274,7 +331,9 @@ def wise_command(runs: Runs, alphas: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.
     variants: dict[str, Variant] = {}
     for alpha in alphas:
         if not 0 <= alpha <= 1:
-            raise InputError(f"--alphas has {alpha}: give shares from 0 (zero-shot) to 1 (fine-tuned)")
+            raise InputError(
+                f"--alphas has {alpha}: give shares from 0 (zero-shot) to 1 (fine-tuned)"
+            )
         variants[f"wise-{alpha:g}"] = {"alpha": alpha}, partial(mixed, alpha=alpha)
     write_variants(runs, variants, overwrite)
 
@@ -290,9 +349,11 @@ def tpgm(
         setup.data.selection, zero_shot.vision.image_size, batch_size, run.results["seed"], setup.execution.workers,
         augmentation="off",
     )  # fmt: skip
-    for _ in tqdm(range(steps), "TPGM", unit="step", leave=False, disable=data.hides_bars()):
-        batch = data.shard_batch(next(batches), setup.mesh)
-        gamma, state, _ = lipsum.tpgm_step(gamma, bound, state, zero_shot, fine_tuned, setup.tau, batch, norm, penalty)
+    for _ in tqdm(range(steps), "TPGM", unit="step", leave=False, disable=devices.hides_bars()):
+        batch = devices.shard_batch(next(batches), setup.mesh)
+        gamma, state, _ = lipsum.tpgm_step(
+            gamma, bound, state, zero_shot, fine_tuned, setup.tau, batch, norm, penalty
+        )
     return setup.over_all(lipsum.tpgm_projection(zero_shot, fine_tuned, gamma, norm))
 
 
@@ -319,7 +380,7 @@ def tpgm_command(
         if not 0 <= value < math.inf:
             raise InputError(f"--penalty has {value}: give numbers, at least 0")
     check_positive(steps=steps, batch_size=batch_size)
-    data.device_mesh(batch_size)
+    devices.device_mesh(batch_size)
     variants: dict[str, Variant] = {}
     for value in penalty or (0.0,):
         suffix = (f"tpgm-c-{value:g}" if penalty else "tpgm") + ("-mars" if norm == "mars" else "")
@@ -328,7 +389,9 @@ def tpgm_command(
     write_variants(runs, variants, overwrite, select_on)
 
 
-def greedy_command(runs: Runs, kind: tyro.conf.Fixed[Literal["soup", "ensemble"]], overwrite: bool = False) -> None:
+def greedy_command(
+    runs: Runs, kind: tyro.conf.Fixed[Literal["soup", "ensemble"]], overwrite: bool = False
+) -> None:
     """Greedy soup, the average of runs' weights, or greedy ensemble, the average of the probabilities of at most four.
 
     Args:
@@ -345,12 +408,16 @@ def greedy_command(runs: Runs, kind: tyro.conf.Fixed[Literal["soup", "ensemble"]
         return [lipsum.soup(chosen)] if kind == "soup" else chosen
 
     def accuracy_of(indices: Sequence[int]) -> float:
-        return evaluator.selection_accuracy([setup.over_seen(member) for member in members_of(indices)])
+        return evaluator.selection_accuracy(
+            [setup.over_seen(member) for member in members_of(indices)]
+        )
 
     alone = [accuracy_of([index]) for index in range(len(opened))]
     members = lipsum.greedy_members(alone, accuracy_of, len(opened) if kind == "soup" else 4)
     how = {
-        "candidates": {str(run.folder): accuracy for run, accuracy in zip(opened, alone, strict=True)},
+        "candidates": {
+            str(run.folder): accuracy for run, accuracy in zip(opened, alone, strict=True)
+        },
         "members": [str(opened[index].folder) for index in members],
     }
     results = write_post_hoc(folder, method, evaluator, opened, members_of(members), how)
@@ -373,30 +440,46 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
     except ImportError as error:
         raise InputError(f"figures need {error.name}: pip install '.[plots]'") from error
     results = tables.read_results(runs.folders)
-    drawn: dict[str, Callable] = {name: partial(draw, results) for name, draw in figures.FROM_FILES.items()}
+    drawn: dict[str, Callable] = {
+        name: partial(draw, results) for name, draw in figures.FROM_FILES.items()
+    }
     if not files_only:
-        first_of = {run["method"]: run["path"].parent for run in reversed(figures.main_settings(results))}
+        first_of = {
+            run["method"]: run["path"].parent for run in reversed(figures.main_settings(results))
+        }
         opened, setup = opening.open_runs(replace(runs, folders=tuple(reversed(first_of.values()))))
-        drawn["energy_vectors"] = lambda: figures.energy_vectors(*energy_vectors_of(opened, Evaluator(setup)))
+        drawn["energy_vectors"] = lambda: figures.energy_vectors(
+            *energy_vectors_of(opened, Evaluator(setup))
+        )
         drawn["contact_sheet"] = lambda: figures.contact_sheet(setup)
     figures.write_figures(drawn, out)
     print(tables.correlations(results))
 
 
-def energy_vectors_of(runs: Sequence[FinishedRun], evaluator: Evaluator) -> tuple[Any, Any, np.ndarray]:
+def energy_vectors_of(
+    runs: Sequence[FinishedRun], evaluator: Evaluator
+) -> tuple[Any, Any, np.ndarray]:
     """The content of figure 15, for the first 100 images of every split: features before and after, and C2."""
     reports = evaluator.setup.data.reports.items()
-    splits = {name: data.take(split, np.arange(min(100, len(split))), name) for name, split in reports}
+    splits = {
+        name: data.take(split, np.arange(min(100, len(split))), name) for name, split in reports
+    }
 
     def features_of(classifier: lipsum.Classifier) -> dict[str, Float[np.ndarray, "_ dim"]]:
-        return {name: evaluator.predict([classifier], split).features for name, split in splits.items()}
+        return {
+            name: evaluator.predict([classifier], split).features for name, split in splits.items()
+        }
 
     after = {run.results["label"]: features_of(run.classifier) for run in runs}
     return features_of(evaluator.setup.zero_shot), after, np.asarray(evaluator.second_moment)
 
 
 def energy_gap_command(
-    runs: Runs, num_texts: int = 10_000, text_length: int = 8, seed: int = 0, brute_force: bool = False
+    runs: Runs,
+    num_texts: int = 10_000,
+    text_length: int = 8,
+    seed: int = 0,
+    brute_force: bool = False,
 ) -> None:
     """Print the energy gap (equation 6) of runs over random texts of your choice, on every split.
 
@@ -420,7 +503,9 @@ def energy_gap_command(
             line = f"{run.folder}  {name}  {lipsum.expected_energy_gap(after, before, second_moment):.6e}"
             if brute_force:
                 parts = [slice(start, start + 256) for start in range(0, len(after), 256)]
-                gaps = [float(lipsum.energy_gap(after[part], before[part], texts)) for part in parts]
+                gaps = [
+                    float(lipsum.energy_gap(after[part], before[part], texts)) for part in parts
+                ]
                 line += f"  brute force {np.average(gaps, weights=[len(after[part]) for part in parts]):.6e}"
             print(line)
 
@@ -440,14 +525,18 @@ def predict_command(images: Paths, model: Path, top: int = 5) -> None:
     folders = sorted(best.glob("member-*")) or [best]  # an ensemble has several
     members, models = zip(*map(opening.read_classifier, folders), strict=True)
     classes = tuple(read_json(folders[0] / "classes.json"))
-    split = data.Split("images", classes, tuple(map(data.ListedFile, images)), np.zeros(len(images), np.int32))
+    split = data.Split(
+        "images", classes, tuple(map(data.ListedFile, images)), np.zeros(len(images), np.int32)
+    )
     data.check_images([split], 1)
-    batch_size = data.evaluation_batch_size(64)
+    batch_size = devices.evaluation_batch_size(64)
 
     def outputs(batch: dict[str, Array]) -> tuple[Array]:
         return log_probabilities(members, jnp.exp(models[0].logit_scale), batch["image"])[:1]
 
-    (per_class,) = per_image(outputs, split, members[0].vision.image_size, batch_size, 1, data.device_mesh(batch_size))
+    (per_class,) = per_image(
+        outputs, split, members[0].vision.image_size, batch_size, 1, devices.device_mesh(batch_size)
+    )
     for path, probabilities in zip(images, np.exp(per_class), strict=True):
         print(path)
         for index in np.argsort(-probabilities, kind="stable")[:top]:

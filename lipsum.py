@@ -86,7 +86,9 @@ class Frozen(eqx.Module):
     tau: Scalar
     settings: Settings = Settings()
     computation: Computation = eqx.field(default=Computation(), static=True)
-    guidance: Int[Array, "pool tokens"] | None = None  # tokenized texts to draw from, instead of random ones
+    guidance: Int[Array, "pool tokens"] | None = (
+        None  # tokenized texts to draw from, instead of random ones
+    )
     second_moment: Float[Array, "dim dim"] | None = None  # C2, for the method that reads it
 
 
@@ -104,14 +106,21 @@ class State(eqx.Module):
         return self.classifier if self.average is None else self.average
 
 
-Batch = dict[str, UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"] | Int[Array, " batch"]]
+Batch = dict[
+    str,
+    UInt8[Array, "batch height width 3"]
+    | Float[Array, "batch height width 3"]
+    | Int[Array, " batch"],
+]
 Metrics = dict[str, Scalar]
 Step = Callable[[State, Frozen, Batch, PRNGKeyArray], tuple[State, Metrics]]
 
 # ----------------------------------------------------------------------------------------- zero-shot models, section 2
 
 
-def logits(features: Features, head: Float[Array, "dim classes"], tau: Scalar) -> Float[Array, "batch classes"]:
+def logits(
+    features: Features, head: Float[Array, "dim classes"], tau: Scalar
+) -> Float[Array, "batch classes"]:
     """Equation 1: `u(x) = tau F_theta(x) W`. `clip.zero_shot_head` makes W of the classes' names."""
     return tau * (features @ head)
 
@@ -129,7 +138,9 @@ def cross_entropy(u: Float[Array, "batch classes"], labels: Int[Array, " batch"]
 # ----------------------------------------------------------------------------------------- the energy gap, section 4.1
 
 
-def text_probabilities(images: Features, texts: Float[Array, "texts dim"]) -> Float[Array, "batch texts"]:
+def text_probabilities(
+    images: Features, texts: Float[Array, "texts dim"]
+) -> Float[Array, "batch texts"]:
     """Equation 4: the discriminative model `p(t | x)` over the given texts."""
     return jax.nn.softmax(-energy(images, texts))
 
@@ -139,12 +150,16 @@ def energy(images: Features, texts: Float[Array, "texts dim"]) -> Float[Array, "
     return -images @ texts.T
 
 
-def energy_gap(images: Features, zero_shot_images: Features, texts: Float[Array, "texts dim"]) -> Scalar:
+def energy_gap(
+    images: Features, zero_shot_images: Features, texts: Float[Array, "texts dim"]
+) -> Scalar:
     """Equation 6: the mean squared difference between the energies of two models, over images and texts."""
     return jnp.mean((energy(images, texts) - energy(zero_shot_images, texts)) ** 2)
 
 
-def expected_energy_gap(images: Features, zero_shot_images: Features, second_moment: Float[Array, "dim dim"]) -> Scalar:
+def expected_energy_gap(
+    images: Features, zero_shot_images: Features, second_moment: Float[Array, "dim dim"]
+) -> Scalar:
     """Equation 6 as `d^T C2 d`: `d = F_theta(x) - F_theta0(x)`, `C2 = E_t[G_phi(t) G_phi(t)^T]`. Not the paper's."""
     difference = images - zero_shot_images
     return jnp.mean(jnp.sum(difference @ second_moment * difference, axis=1))
@@ -158,22 +173,30 @@ def feature_distortion(images: Features, zero_shot_images: Features) -> Scalar:
 # ----------------------------------------------------------------------------------------- random texts, section 4.2
 
 
-def random_texts(text: clip.TextTower, num_texts: int, length: int, key: PRNGKeyArray) -> Int[Array, "texts tokens"]:
+def random_texts(
+    text: clip.TextTower, num_texts: int, length: int, key: PRNGKeyArray
+) -> Int[Array, "texts tokens"]:
     """The texts of equation 8: start token, `length` ids uniform over the rest of the vocabulary, end token."""
     ids = jax.random.randint(key, (num_texts, length), 0, text.token_embedding.shape[0] - 2)
     for token in sorted((text.start_token, text.end_token)):
         ids = ids + (ids >= token).astype(ids.dtype)  # step over the two ids that are left out
-    return jnp.pad(ids, ((0, 0), (1, 1)), constant_values=((0, 0), (text.start_token, text.end_token)))
+    return jnp.pad(
+        ids, ((0, 0), (1, 1)), constant_values=((0, 0), (text.start_token, text.end_token))
+    )
 
 
 def draw_texts(frozen: Frozen, key: PRNGKeyArray) -> Int[Array, "texts tokens"]:
     """M texts for one step: random ones or, if the user gave texts, M different ones of those."""
     if frozen.guidance is None:
-        return random_texts(frozen.text, frozen.settings.num_texts, frozen.settings.text_length, key)
+        return random_texts(
+            frozen.text, frozen.settings.num_texts, frozen.settings.text_length, key
+        )
     return jax.random.choice(key, frozen.guidance, (frozen.settings.num_texts,), replace=False)
 
 
-def features_of_many(text: clip.TextTower, ids: Int[Array, "texts tokens"]) -> Float[Array, "texts dim"]:
+def features_of_many(
+    text: clip.TextTower, ids: Int[Array, "texts tokens"]
+) -> Float[Array, "texts dim"]:
     """Unit-norm embeddings of thousands of texts, in batches of 500: all at once would fill the memory."""
     return jax.lax.map(lambda one: clip.normalize(text(one)), ids, batch_size=500)
 
@@ -194,7 +217,11 @@ def text_second_moment(
 
 
 def lipsum_loss(
-    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+    classifier: Classifier,
+    features: Features,
+    zero_shot_features: Features,
+    frozen: Frozen,
+    key: PRNGKeyArray,
 ) -> Scalar:
     """Lipsum-FT: MSE of the energies of random texts, which are drawn afresh at every step and shared by the batch."""
     texts = embed_texts(frozen, draw_texts(frozen, key))  # G_phi(t_1), ..., G_phi(t_M)
@@ -204,18 +231,30 @@ def lipsum_loss(
 
 
 def lipsum_exact_loss(
-    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+    classifier: Classifier,
+    features: Features,
+    zero_shot_features: Features,
+    frozen: Frozen,
+    key: PRNGKeyArray,
 ) -> Scalar:
     """Equation 7 in expectation over 10,000 texts: `tau^2 / 2 d^T C2 d`, without a text tower. Not the paper's."""
     assert frozen.second_moment is not None
-    return frozen.tau**2 / 2 * expected_energy_gap(features, zero_shot_features, frozen.second_moment)
+    return (
+        frozen.tau**2 / 2 * expected_energy_gap(features, zero_shot_features, frozen.second_moment)
+    )
 
 
 def l2sp_loss(
-    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+    classifier: Classifier,
+    features: Features,
+    zero_shot_features: Features,
+    frozen: Frozen,
+    key: PRNGKeyArray,
 ) -> Scalar:
     """L2SP, equation 11: `|theta - theta_0|^2`, summed over every entry of tower, visual projection and head."""
-    squares = jax.tree.map(lambda leaf, start: jnp.sum((leaf - start) ** 2), classifier, frozen.zero_shot)
+    squares = jax.tree.map(
+        lambda leaf, start: jnp.sum((leaf - start) ** 2), classifier, frozen.zero_shot
+    )
     return jax.tree.reduce(jnp.add, squares)
 
 
@@ -234,7 +273,11 @@ def kld_with_temperature(
 
 
 def kd_loss(
-    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+    classifier: Classifier,
+    features: Features,
+    zero_shot_features: Features,
+    frozen: Frozen,
+    key: PRNGKeyArray,
 ) -> Scalar:
     """KD, equation 13: the zero-shot classifier teaches, over the K classes."""
     u = logits(features, classifier.head, frozen.tau)
@@ -242,7 +285,11 @@ def kd_loss(
 
 
 def car_ft_loss(
-    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+    classifier: Classifier,
+    features: Features,
+    zero_shot_features: Features,
+    frozen: Frozen,
+    key: PRNGKeyArray,
 ) -> Scalar:
     """CAR-FT, equations 14 and 15: KLD on the context head, a fixed text per template."""
     v = frozen.tau * (features @ frozen.context_head)
@@ -251,7 +298,11 @@ def car_ft_loss(
 
 
 def kld_random_loss(
-    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+    classifier: Classifier,
+    features: Features,
+    zero_shot_features: Features,
+    frozen: Frozen,
+    key: PRNGKeyArray,
 ) -> Scalar:
     """Tables 3 and 9: KLD on random texts."""
     texts = embed_texts(frozen, draw_texts(frozen, key))
@@ -261,7 +312,11 @@ def kld_random_loss(
 
 
 def mse_fixed_loss(
-    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+    classifier: Classifier,
+    features: Features,
+    zero_shot_features: Features,
+    frozen: Frozen,
+    key: PRNGKeyArray,
 ) -> Scalar:
     """Tables 3 and 9: MSE on the context head."""
     v = frozen.tau * (features @ frozen.context_head)
@@ -270,7 +325,11 @@ def mse_fixed_loss(
 
 
 def feat_kd_loss(
-    classifier: Classifier, features: Features, zero_shot_features: Features, frozen: Frozen, key: PRNGKeyArray
+    classifier: Classifier,
+    features: Features,
+    zero_shot_features: Features,
+    frozen: Frozen,
+    key: PRNGKeyArray,
 ) -> Scalar:
     """FeatKD, appendix B.3: `|F_theta(x) - F_theta0(x)|^2`, the mean over the batch."""
     return jnp.mean(jnp.sum((features - zero_shot_features) ** 2, axis=1))
@@ -289,7 +348,9 @@ class Method(NamedTuple):
     trained: bool = True  # False: the start is the result
     averaged: bool = False  # evaluated with averaged weights, equation 16
     tempered: bool = False  # reads T of equation 20
-    texts: Literal["", "templates", "drawn", "averaged"] = ""  # the context head, M random texts at every step, or C2
+    texts: Literal["", "templates", "drawn", "averaged"] = (
+        ""  # the context head, M random texts at every step, or C2
+    )
 
 
 # One line per method. Lambda is 1 for Lipsum-FT in the authors' script, and therefore for its ablations (Tables 3, 9).
@@ -317,7 +378,9 @@ METHODS = {
 def embed_images(vision: clip.VisionTower, frozen: Frozen, batch: Batch) -> Features:
     """`F_theta(x)` of a batch."""
     computation = frozen.computation
-    return clip.image_features(clip.compute_in(vision, computation.precision), batch["image"], computation.remat)
+    return clip.image_features(
+        clip.compute_in(vision, computation.precision), batch["image"], computation.remat
+    )
 
 
 def embed_texts(frozen: Frozen, ids: Int[Array, "texts tokens"]) -> Float[Array, "texts dim"]:
@@ -333,7 +396,9 @@ def objective(
     fit = cross_entropy(logits(features, classifier.head, frozen.tau), batch["label"])
     if loss is None:
         return fit, {}
-    penalty = loss(classifier, features, embed_images(frozen.zero_shot.vision, frozen, batch), frozen, key)
+    penalty = loss(
+        classifier, features, embed_images(frozen.zero_shot.vision, frozen, batch), frozen, key
+    )
     return fit + frozen.settings.weight * penalty, {"cross_entropy": fit, "regularizer": penalty}
 
 
@@ -353,8 +418,12 @@ def value_and_gradient(
         return jax.tree.map(jnp.add, total, per_part(classifier, frozen, part, key)), None
 
     # Part j has the rows j, j + parts, ...: each device splits its own rows, and none moves to another.
-    split = {name: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for name, x in batch.items()}
-    shapes = jax.eval_shape(per_part, classifier, frozen, {name: x[0] for name, x in split.items()}, key)
+    split = {
+        name: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for name, x in batch.items()
+    }
+    shapes = jax.eval_shape(
+        per_part, classifier, frozen, {name: x[0] for name, x in split.items()}, key
+    )
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.tree.map(lambda total: total / parts, jax.lax.scan(add, zeros, split)[0])
 
@@ -382,7 +451,9 @@ def moving_average(average: Classifier, classifier: Classifier, decay: Number) -
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, classifier)
 
 
-def initial_state(frozen: Frozen, classifier: Classifier | None = None, averaged: bool = False) -> State:
+def initial_state(
+    frozen: Frozen, classifier: Classifier | None = None, averaged: bool = False
+) -> State:
     """The state before the first step: of the zero-shot classifier, or the one given. Copies it: steps donate."""
     start = jax.tree.map(jnp.copy, frozen.zero_shot if classifier is None else classifier)
     average = jax.tree.map(jnp.copy, frozen.zero_shot) if averaged else None
@@ -395,23 +466,40 @@ def training_step(loss: MethodLoss | None, shardings: PyTree | None = None) -> S
 
     `key` is the run's. The step's own key is folded from it, so a resumed run draws what an unbroken one would.
     """
-    mesh = jax.sharding.get_abstract_mesh() if shardings is None else shardings.step.mesh.abstract_mesh
+    mesh = (
+        jax.sharding.get_abstract_mesh() if shardings is None else shardings.step.mesh.abstract_mesh
+    )
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def step(state: State, frozen: Frozen, batch: Batch, key: PRNGKeyArray) -> tuple[State, Metrics]:
+    def step(
+        state: State, frozen: Frozen, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[State, Metrics]:
         step_key = jax.random.fold_in(key, state.step)
-        with jax.sharding.use_abstract_mesh(mesh):  # in which clip.run_blocks gathers weights that are spread
-            (value, terms), gradient = value_and_gradient(loss, state.classifier, frozen, batch, step_key)
+        with jax.sharding.use_abstract_mesh(
+            mesh
+        ):  # in which clip.run_blocks gathers weights that are spread
+            (value, terms), gradient = value_and_gradient(
+                loss, state.classifier, frozen, batch, step_key
+            )
         if shardings is not None:  # each device sums only the part of the gradient that it updates
             gradient = jax.lax.with_sharding_constraint(gradient, shardings.classifier)
         if frozen.settings.fixed_head:
-            gradient = eqx.tree_at(lambda gradient: gradient.head, gradient, jnp.zeros_like(gradient.head))
+            gradient = eqx.tree_at(
+                lambda gradient: gradient.head, gradient, jnp.zeros_like(gradient.head)
+            )
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count with floats
-            updates, optimizer_state = optimizer(frozen.settings).update(gradient, state.optimizer, state.classifier)
+            updates, optimizer_state = optimizer(frozen.settings).update(
+                gradient, state.optimizer, state.classifier
+            )
             rate = learning_rate(frozen.settings)(state.step)
         classifier = optax.apply_updates(state.classifier, updates)
         average = state.average and moving_average(state.average, classifier, frozen.settings.decay)
-        metrics = {"loss": value, **terms, "learning_rate": rate, "gradient_norm": optax.tree.norm(gradient)}
+        metrics = {
+            "loss": value,
+            **terms,
+            "learning_rate": rate,
+            "gradient_norm": optax.tree.norm(gradient),
+        }
         return State(classifier, optimizer_state, state.step + 1, average), metrics
 
     return step
@@ -439,7 +527,9 @@ def linear_probe(
     def step(carry):
         scaled_head, state = carry
         value, gradient = value_and_gradient(scaled_head, state=state)
-        updates, state = solver.update(gradient, state, scaled_head, value=value, grad=gradient, value_fn=mean_loss)
+        updates, state = solver.update(
+            gradient, state, scaled_head, value=value, grad=gradient, value_fn=mean_loss
+        )
         return optax.apply_updates(scaled_head, updates), state
 
     def goes_on(carry):
@@ -464,11 +554,15 @@ def soup(members: Sequence[Classifier]) -> Classifier:
     """The uniform average of the members' weights, as a running mean."""
     average = members[0]
     for count, member in enumerate(members[1:], start=2):
-        average = jax.tree.map(lambda mean, new, count=count: mean + (new - mean) / count, average, member)
+        average = jax.tree.map(
+            lambda mean, new, count=count: mean + (new - mean) / count, average, member
+        )
     return average
 
 
-def greedy_members(accuracies: Sequence[float], accuracy_of: Callable[[list[int]], float], most: int) -> list[int]:
+def greedy_members(
+    accuracies: Sequence[float], accuracy_of: Callable[[list[int]], float], most: int
+) -> list[int]:
     """Indices of the greedy soup or ensemble (Wortsman et al. 2022a), at most `most` of them.
 
     Takes candidates by falling accuracy. One stays if it strictly raises `accuracy_of` the members so far.
@@ -484,7 +578,9 @@ def greedy_members(accuracies: Sequence[float], accuracy_of: Callable[[list[int]
 
 
 Norm = Literal["frobenius", "mars"]
-Radii = Classifier  # TPGM's gamma: a classifier's tree with one number per parameter tensor and layer
+Radii = (
+    Classifier  # TPGM's gamma: a classifier's tree with one number per parameter tensor and layer
+)
 
 
 def tensor_axes(path: tuple, leaf: Array) -> tuple[int, ...]:
@@ -500,12 +596,16 @@ def distances(zero_shot: Classifier, fine_tuned: Classifier, norm: Norm) -> Radi
         axes = tensor_axes(path, start)
         if norm == "frobenius":
             return jnp.sqrt(jnp.sum((end - start) ** 2, axis=axes, keepdims=True))
-        return jnp.sum(jnp.abs(end - start), axis=axes[1:] if len(axes) > 1 else axes, keepdims=True)
+        return jnp.sum(
+            jnp.abs(end - start), axis=axes[1:] if len(axes) > 1 else axes, keepdims=True
+        )
 
     return jax.tree_util.tree_map_with_path(distance, zero_shot, fine_tuned)
 
 
-def tpgm_projection(zero_shot: Classifier, fine_tuned: Classifier, gamma: Radii, norm: Norm) -> Classifier:
+def tpgm_projection(
+    zero_shot: Classifier, fine_tuned: Classifier, gamma: Radii, norm: Norm
+) -> Classifier:
     """Equation 18: `theta_0 + min(1, gamma / |theta_T - theta_0|) (theta_T - theta_0)`, per parameter tensor."""
 
     def project(start: Array, end: Array, radius: Array, distance: Array) -> Array:
@@ -514,7 +614,9 @@ def tpgm_projection(zero_shot: Classifier, fine_tuned: Classifier, gamma: Radii,
         return (1 - ratio) * start + ratio * end  # exact at both ends
 
     with jax.numpy_rank_promotion("allow"):
-        return jax.tree.map(project, zero_shot, fine_tuned, gamma, distances(zero_shot, fine_tuned, norm))
+        return jax.tree.map(
+            project, zero_shot, fine_tuned, gamma, distances(zero_shot, fine_tuned, norm)
+        )
 
 
 def tpgm_loss(
@@ -525,14 +627,18 @@ def tpgm_loss(
     projected = tpgm_projection(zero_shot, fine_tuned, gamma, norm)
     features = clip.image_features(projected.vision, batch["image"])
     fit = cross_entropy(logits(features, projected.head, tau), batch["label"])
-    return fit + penalty * jax.tree.reduce(jnp.add, jax.tree.map(lambda radius: jnp.sum(radius**2), gamma))
+    return fit + penalty * jax.tree.reduce(
+        jnp.add, jax.tree.map(lambda radius: jnp.sum(radius**2), gamma)
+    )
 
 
 _tpgm_optimizer = optax.adam(1e-2)
 
 
 @partial(jax.jit, static_argnames="norm")
-def tpgm_start(zero_shot: Classifier, fine_tuned: Classifier, norm: Norm) -> tuple[Radii, Radii, optax.OptState]:
+def tpgm_start(
+    zero_shot: Classifier, fine_tuned: Classifier, norm: Norm
+) -> tuple[Radii, Radii, optax.OptState]:
     """Gamma at half the tensor's smallest norm; its bound, the tensor's largest norm; the optimizer's state."""
     per_tensor = distances(zero_shot, fine_tuned, norm)
 
@@ -551,10 +657,14 @@ def tpgm_step(
     tau: Scalar, batch: Batch, norm: Norm, penalty: Number,
 ) -> tuple[Radii, optax.OptState, Scalar]:  # fmt: skip
     """One step of Adam on gamma, which is then clipped to [1e-8, bound]. Also returns the loss."""
-    loss, gradient = jax.value_and_grad(tpgm_loss)(gamma, zero_shot, fine_tuned, tau, batch, norm, penalty)
+    loss, gradient = jax.value_and_grad(tpgm_loss)(
+        gamma, zero_shot, fine_tuned, tau, batch, norm, penalty
+    )
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count with floats
         updates, state = _tpgm_optimizer.update(gradient, state, gamma)
     gamma = jax.tree.map(
-        lambda radius, most: jnp.clip(radius, 1e-8, jnp.maximum(most, 1e-8)), optax.apply_updates(gamma, updates), bound
+        lambda radius, most: jnp.clip(radius, 1e-8, jnp.maximum(most, 1e-8)),
+        optax.apply_updates(gamma, updates),
+        bound,
     )
     return gamma, state, loss

@@ -16,6 +16,7 @@ import sys
 import time
 from typing import Any, TypedDict
 
+from support import devices
 from support.errors import InputError, exit_code, quiet_interrupts, read_json
 
 if __name__ == "__main__":
@@ -28,10 +29,22 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import lipsum
-from support import files, opening, options, processes, tables
-from support.logs import Log, seconds_per_step
-from support.options import Command, Run
-from support.processes import Signals, Stopped, broadcast, check_processes, connect, from_writer, keep_freed_memory
+from support import disk, errors
+from support.report import tables
+from support.run import options
+from support.run import setup as opening
+from support.run.checkpoints import Checkpoints, from_names
+from support.run.logs import Log, seconds_per_step
+from support.run.options import Command, Run
+from support.run.processes import (
+    Signals,
+    Stopped,
+    broadcast,
+    check_processes,
+    connect,
+    from_writer,
+    keep_freed_memory,
+)
 
 # ------------------------------------------------------------------------------------------------------- runs on disk
 
@@ -44,7 +57,10 @@ def run_config(run: Run, setup: opening.Setup) -> dict[str, Any]:
         "settings": options.flat(run.sources, run.settings),
         "execution": options.flat(run.execution),
         **setup.read,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "equinox", "optax", "grain")},
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("jax", "jaxlib", "equinox", "optax", "grain")
+        },
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
     }
@@ -62,8 +78,14 @@ def check_folders(command: Command, runs: list[Run]) -> None:
     for run in runs:
         if run.folder.exists() and not run.folder.is_dir():
             raise InputError(f"{run.folder} is a file: give another --out")
-        if run.folder.exists() and any(run.folder.iterdir()) and not (command.resume or command.overwrite):
-            raise InputError(f"{run.folder} holds a run: give --resume, --overwrite or another --out")
+        if (
+            run.folder.exists()
+            and any(run.folder.iterdir())
+            and not (command.resume or command.overwrite)
+        ):
+            raise InputError(
+                f"{run.folder} holds a run: give --resume, --overwrite or another --out"
+            )
         if command.resume and is_finished(run):
             path = run.folder / "config.json"
             options.check_unchanged(run, path, read_json(path))
@@ -81,7 +103,11 @@ class Progress(TypedDict):
 
 
 def restore(
-    run: Run, checkpoints: files.Checkpoints, progress: Progress, state: lipsum.State, best: lipsum.Classifier
+    run: Run,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    state: lipsum.State,
+    best: lipsum.Classifier,
 ) -> tuple[Progress, lipsum.State, lipsum.Classifier]:
     """Restores the newest intact checkpoint as host arrays, or returns the arguments unchanged if there is none.
 
@@ -97,7 +123,7 @@ def restore(
         config = checkpoint.progress["config"]
         options.check_unchanged(run, checkpoints.folder, config)
         options.check_read(checkpoints.folder, config, progress["config"])
-        arrays = files.from_names(checkpoint.arrays, empty)
+        arrays = from_names(checkpoint.arrays, empty)
         return checkpoint.progress | {"config": progress["config"]}
 
     found = from_writer(read)
@@ -120,9 +146,16 @@ def freeze(run: Run, setup: opening.Setup) -> lipsum.Frozen:
         second_moment = opening.second_moment(setup, settings.text_length, settings.guidance)
     zero_shot = setup.over_seen(setup.zero_shot)
     arrays = jax.tree.map(np.float32, settings), guidance, second_moment
-    settings, guidance, second_moment = data.place(arrays, setup.mesh)
+    settings, guidance, second_moment = devices.place(arrays, setup.mesh)
     return lipsum.Frozen(
-        zero_shot, setup.model.text, setup.context_head, setup.tau, settings, run.execution, guidance, second_moment
+        zero_shot,
+        setup.model.text,
+        setup.context_head,
+        setup.tau,
+        settings,
+        run.execution,
+        guidance,
+        second_moment,
     )
 
 
@@ -132,13 +165,21 @@ def train_probe(evaluator: evaluation.Evaluator) -> lipsum.Classifier:
     setup = evaluator.setup
     features = evaluator.predict([setup.zero_shot], setup.data.train).features
     labels = setup.data.train.labels
-    head, steps = lipsum.linear_probe(features, labels, data.fetch(setup.zero_shot.head), data.fetch(setup.tau))
+    head, steps = lipsum.linear_probe(
+        features, labels, devices.fetch(setup.zero_shot.head), devices.fetch(setup.tau)
+    )
     print(f"linear probe: {int(steps)} steps of L-BFGS on {len(labels)} features")
-    return lipsum.Classifier(setup.zero_shot.vision, data.place(np.asarray(head), setup.mesh, setup.execution.fsdp))
+    return lipsum.Classifier(
+        setup.zero_shot.vision, devices.place(np.asarray(head), setup.mesh, setup.execution.fsdp)
+    )
 
 
 def begin(
-    run: Run, evaluator: evaluation.Evaluator, frozen: lipsum.Frozen, checkpoints: files.Checkpoints, resume: bool
+    run: Run,
+    evaluator: evaluation.Evaluator,
+    frozen: lipsum.Frozen,
+    checkpoints: Checkpoints,
+    resume: bool,
 ) -> tuple[Progress, lipsum.State, lipsum.Classifier]:
     """The start of a run or, with `resume`, its continuation: the state on devices, the best classifier on the host.
 
@@ -150,14 +191,14 @@ def begin(
     if method.start == "zeros":
         classifier = lipsum.Classifier(classifier.vision, 0 * classifier.head)
     state = lipsum.initial_state(frozen, classifier, method.averaged)
-    best = data.fetch(classifier)
+    best = devices.fetch(classifier)
     progress: Progress = {
         "step": 0, "seconds": 0.0, "evaluated": -1, "best_accuracy": -1.0, "best_step": 0,
         "config": run_config(run, setup),
     }  # fmt: skip
     if resume:
         progress, state, best = restore(run, checkpoints, progress, state, best)
-    return progress, data.place(state, setup.mesh, run.execution.fsdp), best
+    return progress, devices.place(state, setup.mesh, run.execution.fsdp), best
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
@@ -165,7 +206,11 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 
 def train(
-    run: Run, evaluator: evaluation.Evaluator, signals: Signals, checkpoints: files.Checkpoints, resume: bool
+    run: Run,
+    evaluator: evaluation.Evaluator,
+    signals: Signals,
+    checkpoints: Checkpoints,
+    resume: bool,
 ) -> tuple[Progress, lipsum.Classifier]:
     """The steps of a run, with evaluations and checkpoints. Returns the selected classifier, over all classes.
 
@@ -179,21 +224,25 @@ def train(
     first = progress["step"]
     last = settings.steps if method.trained else 0
     earlier_seconds = progress["seconds"]
-    if data.writes_files():
-        files.write_json(run.folder / "config.json", progress["config"])
+    if devices.is_main_process():
+        disk.write_json(run.folder / "config.json", progress["config"])
     key = jax.random.key(run.seed)
-    update = lipsum.training_step(method.loss, data.shardings(state, setup.mesh, run.execution.fsdp))
+    update = lipsum.training_step(
+        method.loss, devices.shardings(state, setup.mesh, run.execution.fsdp)
+    )
     batches = data.training_batches(
         setup.data.train, setup.zero_shot.vision.image_size, settings.batch_size, run.seed, run.execution.workers,
-        first, settings.augmentation, data.own_part(),
+        first, settings.augmentation, devices.own_part(),
     )  # fmt: skip
 
     with open_log(run, first, last) as log, signals.deferred():
         for step in range(first, last + 1):
             evaluates = step > progress["evaluated"] and _is_due(step, settings.eval_every, last)
-            saves = evaluates or (step > first and _is_due(step, run.execution.checkpoint_every, last))
+            saves = evaluates or (
+                step > first and _is_due(step, run.execution.checkpoint_every, last)
+            )
             if step > first:
-                batch = data.shard_batch(next(batches), setup.mesh)
+                batch = devices.shard_batch(next(batches), setup.mesh)
                 dispatched = time.perf_counter()
                 state, metrics = update(state, frozen, batch, key)
                 if step == first + 1:  # the first call returns when the step is compiled
@@ -205,12 +254,14 @@ def train(
                 continue
 
             log.settle()  # a state that is not finite is not saved
-            snapshot = data.fetch(state)
+            snapshot = devices.fetch(state)
             progress["step"], progress["seconds"] = step, earlier_seconds + log.seconds()
             checkpoints.save(progress, (snapshot, best))
             if received:
                 raise Stopped(received)
-            if evaluates:  # it may take minutes: a signal in it loses nothing of what was just saved
+            if (
+                evaluates
+            ):  # it may take minutes: a signal in it loses nothing of what was just saved
                 with signals.deferred(False):
                     accuracy = evaluator.selection_accuracy([state.evaluated])
                 log.show(step, {"selection_accuracy": accuracy})
@@ -220,12 +271,12 @@ def train(
                     best = snapshot.evaluated
                 checkpoints.save(progress, (snapshot, best))
             log.start_clock(step)
-    return progress, setup.over_all(data.place(best, setup.mesh, run.execution.fsdp))
+    return progress, setup.over_all(devices.place(best, setup.mesh, run.execution.fsdp))
 
 
 def open_log(run: Run, first: int, last: int) -> Log:
     """The log of a run, which process 0 shows and writes."""
-    writes = data.writes_files()
+    writes = devices.is_main_process()
     return Log(
         f"{run.method} {run.folder.name}", first, last, run.settings.batch_size, run.folder if writes else None, writes,
         run.execution.tensorboard, run.execution.profile,
@@ -235,12 +286,12 @@ def open_log(run: Run, first: int, last: int) -> Log:
 def fine_tune(run: Run, evaluator: evaluation.Evaluator, signals: Signals, resume: bool) -> None:
     """One run from its start, or with `resume` from its checkpoint, to results.json. Raises like `train`."""
     setup = evaluator.setup
-    if data.writes_files():
-        with files.reported(run.folder):
+    if devices.is_main_process():
+        with disk.reported(run.folder):
             if not resume:
-                files.delete(run.folder)
+                disk.delete(run.folder)
             run.folder.mkdir(parents=True, exist_ok=True)
-    with files.Checkpoints(run.folder / "checkpoint", data.writes_files()) as checkpoints:
+    with Checkpoints(run.folder / "checkpoint", devices.is_main_process()) as checkpoints:
         progress, best = train(run, evaluator, signals, checkpoints, resume)
     splits = evaluator.results([best])
     opening.save_classifier(run.folder / "best", setup, best)
@@ -258,8 +309,8 @@ def fine_tune(run: Run, evaluator: evaluation.Evaluator, signals: Signals, resum
         "splits": splits,
         "zero_shot": evaluator.zero_shot_results,
     }
-    if data.writes_files():
-        files.write_json(run.folder / "results.json", results)
+    if devices.is_main_process():
+        disk.write_json(run.folder / "results.json", results)
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -294,7 +345,7 @@ def describe_execution(run: Run, setup: opening.Setup, compile_seconds: float) -
 def open_evaluator(command: Command, runs: list[Run]) -> evaluation.Evaluator:
     """Loads and checks what runs on one reference share. Raises InputError before any long work."""
     for size in command.settings.batch_size:
-        data.device_mesh(size, command.execution.accumulate)
+        devices.device_mesh(size, command.execution.accumulate)
     setup = opening.prepare(runs[0].sources, command.execution, max(command.settings.batch_size))
     for run in runs:
         opening.check_texts(run, setup)
@@ -314,7 +365,7 @@ def main(command: Command) -> None:
             """Whether each run is finished."""
             check_folders(command, runs)
             for run in runs:
-                locks.enter_context(files.locked(run.folder))
+                locks.enter_context(disk.locked(run.folder))
             return [command.resume and is_finished(run) for run in runs]
 
         finished = dict(zip([run.folder for run in runs], from_writer(enter_folders), strict=True))
@@ -328,18 +379,22 @@ def main(command: Command) -> None:
         groups: dict[str, list[Run]] = {}
         for run in runs:
             groups.setdefault(run.sources.reference, []).append(run)
-        evaluators = {reference: open_evaluator(command, group) for reference, group in groups.items()}
-        processes.warn(options.doubts(command))
+        evaluators = {
+            reference: open_evaluator(command, group) for reference, group in groups.items()
+        }
+        for line in options.doubts(command):
+            errors.warn(line)
         for reference, group in groups.items():
             setup = evaluators[reference].setup
             print(describe(setup))
-            processes.warn(opening.doubts(setup, group))
+            for line in opening.doubts(setup, group):
+                errors.warn(line)
             for run in group:
                 if finished[run.folder]:
                     print(f"{run.folder} is finished: kept")
                 else:
                     fine_tune(run, evaluators[reference], signals, command.resume)
-    if data.writes_files():  # the table is read from files
+    if devices.is_main_process():  # the table is read from files
         for group in groups.values():
             tables.print_accuracies(tables.read_results([run.folder for run in group]))
 
@@ -362,8 +417,10 @@ def command_line(arguments: list[str]) -> int:
     def start() -> None:
         commands.append(options.parse(arguments))
         keep_freed_memory()
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the next run of the same sizes starts at once
-            jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "jax"))
+        if (
+            "JAX_COMPILATION_CACHE_DIR" not in os.environ
+        ):  # the next run of the same sizes starts at once
+            jax.config.update("jax_compilation_cache_dir", str(disk.cache_folder() / "jax"))
         connect(commands[0].cluster)
 
     return exit_code(start) or exit_code_of(commands[0])

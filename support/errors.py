@@ -26,6 +26,15 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
+shows_warnings = True  # False in all processes of a run but the first
+
+
+def warn(message: str) -> None:
+    """Prints a warning, in the process that shows progress."""
+    if shows_warnings:
+        print(f"warning: {message}", file=sys.stderr)
+
+
 def few(texts: Sequence[str], separator: str = ", ", most: int = 3) -> str:
     """The first `most` texts and the number of the others."""
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
@@ -80,7 +89,10 @@ def check_positive(**options: int) -> None:
 def expanded(arguments: Sequence[str]) -> list[str]:
     """The arguments with `~` for the home folder, which a shell leaves in `--out=~/runs` and in quotes."""
     home = os.path.expanduser("~")
-    return [re.sub(r"^(--[\w-]+=)?~(?=/|$)", lambda match: (match[1] or "") + home, word) for word in arguments]
+    return [
+        re.sub(r"^(--[\w-]+=)?~(?=/|$)", lambda match: (match[1] or "") + home, word)
+        for word in arguments
+    ]
 
 
 def prepare_streams() -> None:
@@ -127,5 +139,7 @@ def quiet_interrupts() -> None:
         os.write(2, b"interrupted\n")
         os._exit(130)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # else it is ignored, as in the background
         signal.signal(signal.SIGINT, end)

@@ -30,30 +30,44 @@ if FLAGS not in os.environ.get("XLA_FLAGS", ""):
         os.environ |= environment  # a version of XLA that lacks a flag would end the process
 
 # What one module, worker or process has compiled, the others load.
-COMPILED = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="lipsum-tests-")
+COMPILED = (
+    "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="lipsum-tests-")
+)
 if COMPILED:
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": COMPILED,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     jax.config.update("jax_compilation_cache_dir", COMPILED)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # Loopback is the only network that tests, and the processes they start, reach.
 os.environ |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 
-with install_import_hook(["clip", "lipsum", "data", "eval", "train", "support"], "beartype.beartype"):
+with install_import_hook(
+    ["clip", "lipsum", "data", "eval", "train", "support", "tools"], "beartype.beartype"
+):
     import train  # noqa: F401 (imports the others)
-    from support import bench, opening  # noqa: F401
+    from support.run import setup as opening
+    from tools import bench  # noqa: F401
 
 # The garbage collector took a fifteenth of the time: it need not look at what was imported, nor often.
 gc.freeze()
 gc.set_threshold(50_000)
 
 # The longest come first, so that two workers end together.
-LONGEST = [f"test_{name}.py" for name in ("tour", "lipsum", "train", "resume", "scaling", "clip", "eval")]
+LONGEST = [
+    f"test_{name}.py" for name in ("tour", "lipsum", "train", "resume", "scaling", "clip", "eval")
+]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # of pytest-xdist
-        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+        items.sort(
+            key=lambda item: (
+                LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+            )
+        )
 
 
 def pytest_unconfigure() -> None:

@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import seeded
 from PIL import Image
 
 import clip
 import data
-from support import opening, options, weights
+from support import weights
 from support.errors import InputError
+from support.run import options
+from support.run import setup as opening
+from tools import seeded
 
 # ------------------------------------------------------------------------------------------------ images and errors
 
@@ -31,7 +33,10 @@ from support.errors import InputError
 def config_of(sizes: dict[str, int], activation: str = "quick_gelu") -> clip.Config:
     towers = [
         clip.Transformer(
-            sizes[f"{kind}_width"], sizes[f"{kind}_layers"], sizes[f"{kind}_heads"], 4 * sizes[f"{kind}_width"]
+            sizes[f"{kind}_width"],
+            sizes[f"{kind}_layers"],
+            sizes[f"{kind}_heads"],
+            4 * sizes[f"{kind}_width"],
         )
         for kind in ("vision", "text")
     ]
@@ -57,12 +62,18 @@ def seeded_model(name: str, activation: str = "quick_gelu") -> clip.CLIP:
 
 def pixels(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     """Noise with hard edges: every filter tap and every clipping shows."""
-    return np.random.default_rng(seed).choice([0, 7, 90, 128, 200, 255], (height, width, channels)).astype(np.uint8)
+    return (
+        np.random.default_rng(seed)
+        .choice([0, 7, 90, 128, 200, 255], (height, width, channels))
+        .astype(np.uint8)
+    )
 
 
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture as smooth as a photograph."""
-    return Image.fromarray(pixels(9, 7, seed=seed)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray(pixels(9, 7, seed=seed)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
 
 
 @contextmanager
@@ -92,7 +103,9 @@ def refused(call: Callable[[], Any], *words: object) -> None:
         call()
     message = str(caught.value)
     assert message.isprintable()
-    assert re.search("download|give|put|copy|save|restore|choose|do not trust|did you mean", message), message
+    assert re.search(
+        "download|give|put|copy|save|restore|choose|do not trust|did you mean", message
+    ), message
     for word in words:
         assert str(word) in message
 
@@ -125,7 +138,13 @@ SYMBOLS = weights.byte_symbols()
 
 
 def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    words = [*SYMBOLS, *(f"{symbol}</w>" for symbol in SYMBOLS), *map("".join, merges), clip.START_TEXT, clip.END_TEXT]
+    words = [
+        *SYMBOLS,
+        *(f"{symbol}</w>" for symbol in SYMBOLS),
+        *map("".join, merges),
+        clip.START_TEXT,
+        clip.END_TEXT,
+    ]
     return {word: index for index, word in enumerate(words)}
 
 
@@ -154,9 +173,15 @@ def small_model() -> clip.CLIP:
 @functools.cache
 def openai_state() -> Mapping[str, np.ndarray]:
     """In the dtypes of OpenAI's files: float16 except for LayerNorms and embeddings."""
-    state = {name: np.asarray(array) for name, array in clip.to_state_dict(small_model(), "openai").items()}
+    state = {
+        name: np.asarray(array)
+        for name, array in clip.to_state_dict(small_model(), "openai").items()
+    }
     kept = re.compile(r"ln_|embedding|logit_scale")
-    return {name: array if kept.search(name) else array.astype(np.float16) for name, array in state.items()}
+    return {
+        name: array if kept.search(name) else array.astype(np.float16)
+        for name, array in state.items()
+    }
 
 
 class Global(NamedTuple):
@@ -198,7 +223,10 @@ def pickled(value: Any) -> bytes:
         case New(kind):
             return pickled(kind) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
         case Stored(key, kind, length, device):
-            return pickled(("storage", Global(f"torch {kind}"), key, device, length)) + pickle.BINPERSID
+            return (
+                pickled(("storage", Global(f"torch {kind}"), key, device, length))
+                + pickle.BINPERSID
+            )
         case dict():
             items = b"".join(pickled(key) + pickled(child) for key, child in value.items())
             return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
@@ -210,12 +238,19 @@ def pickled(value: Any) -> bytes:
             return pickle.dumps(value, 2).removeprefix(b"\x80\x02").removesuffix(pickle.STOP)
 
 
-STORAGE_TYPES = {"f2": "HalfStorage", "f4": "FloatStorage", "f8": "DoubleStorage", "i8": "LongStorage"}
+STORAGE_TYPES = {
+    "f2": "HalfStorage",
+    "f4": "FloatStorage",
+    "f8": "DoubleStorage",
+    "i8": "LongStorage",
+}
 
 
 def rebuilt(stored: Any, offset: Any, size: Any, stride: Any) -> Call:
     hooks = Call(Global("collections OrderedDict"), ())
-    return Call(Global("torch._utils _rebuild_tensor_v2"), (stored, offset, size, stride, False, hooks))
+    return Call(
+        Global("torch._utils _rebuild_tensor_v2"), (stored, offset, size, stride, False, hooks)
+    )
 
 
 def described(key: str, array: np.ndarray, device: str = "cpu") -> Call:
@@ -259,15 +294,22 @@ def entries(tree: Any, storages: Mapping[str, bytes], prefix: str = "archive/") 
 def write(path: Path, files: Mapping[str, bytes], compressed: str = "") -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
-            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name == compressed else zipfile.ZIP_STORED)
+            archive.writestr(
+                name, content, zipfile.ZIP_DEFLATED if name == compressed else zipfile.ZIP_STORED
+            )
     return path
 
 
 def archive(
-    state: Mapping[str, np.ndarray], tree: Callable = state_dict, prefix: str = "archive/", device: str = "cpu"
+    state: Mapping[str, np.ndarray],
+    tree: Callable = state_dict,
+    prefix: str = "archive/",
+    device: str = "cpu",
 ) -> dict[str, bytes]:
     """An archive of `state`, each array on its own storage."""
-    tensors = {name: described(str(key), array, device) for key, (name, array) in enumerate(state.items())}
+    tensors = {
+        name: described(str(key), array, device) for key, (name, array) in enumerate(state.items())
+    }
     storages = {str(key): array.tobytes() for key, array in enumerate(state.values())}
     return entries(tree(tensors), storages, prefix)
 
@@ -275,7 +317,9 @@ def archive(
 def vocabulary_file(folder: Path) -> None:
     """As many merges as OpenAI's file holds, made up."""
     merges = [f"{one} {other}" for one in SYMBOLS for other in SYMBOLS][: 49152 - 256 - 2]
-    (folder / weights.VOCABULARY_FILE).write_bytes(gzip.compress("\n".join(["header", *merges]).encode(), 1))
+    (folder / weights.VOCABULARY_FILE).write_bytes(
+        gzip.compress("\n".join(["header", *merges]).encode(), 1)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
@@ -326,7 +370,9 @@ ZOO = {"ice_cream": 0, "zebra": 1, "Éléphant d'Asie": 2, "犬": 3}
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
     """Class folders with spaces and other letters: train, val and two shifts, of which one lacks a class."""
-    images = {f"train/{name}": numbered(12) for name in ZOO} | {f"val/{name}": numbered(2) for name in ZOO}
+    images = {f"train/{name}": numbered(12) for name in ZOO} | {
+        f"val/{name}": numbered(2) for name in ZOO
+    }
     images |= {f"sketch/{name}": ["ä b.JPG", "a b.jpeg"] for name in ("zebra", "犬", "ice_cream")}
     images |= {f"a painting/{name}": numbered(3) for name in ZOO}
     plant(tmp_path, images)
@@ -350,8 +396,13 @@ IN_R, IN_A = (1, 500, 999), (0, 2, 10)
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JPEG for each class in train and val; a few classes of V2 (in folders 0 to 999), R, A and Sketch."""
     root = tmp_path_factory.mktemp("imagenet")
-    images = {f"imagenet/{part}/{wnid}": [f"{wnid}_1.JPEG"] for part in ("train", "val") for wnid in WNIDS}
-    images |= {f"imagenetv2-matched-frequency-format-val/{number}": ["a.jpeg"] for number in (0, 2, 10, 100, 999)}
+    images = {
+        f"imagenet/{part}/{wnid}": [f"{wnid}_1.JPEG"] for part in ("train", "val") for wnid in WNIDS
+    }
+    images |= {
+        f"imagenetv2-matched-frequency-format-val/{number}": ["a.jpeg"]
+        for number in (0, 2, 10, 100, 999)
+    }
     images |= {f"imagenet-r/{WNIDS[label]}": numbered(3) for label in IN_R}
     images |= {f"imagenet-a/{WNIDS[label]}": numbered(2) for label in IN_A}
     images |= {f"sketch/{WNIDS[label]}": numbered(11) for label in (3, 7)}
@@ -380,7 +431,9 @@ def save_model(folder: Path, **sizes: int) -> Path:
     tokenizer = clip.bpe_tokenizer(vocabulary, [])
     sizes |= {"context_length": 40, "vocabulary_size": len(vocabulary)}
     state = seeded.hugging_face_weights(sizes, seeded.SEED)
-    weights.save(folder, clip.from_state_dict(state, config_of(sizes), "hugging_face", "seeded"), tokenizer)
+    weights.save(
+        folder, clip.from_state_dict(state, config_of(sizes), "hugging_face", "seeded"), tokenizer
+    )
     return folder
 
 
@@ -404,7 +457,9 @@ def draw_images(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"), **seeded.ARCHITECTURES["tiny"] | {"image_size": 16})
+    return save_model(
+        tmp_path_factory.mktemp("model"), **seeded.ARCHITECTURES["tiny"] | {"image_size": 16}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -419,9 +474,13 @@ def changed(command: options.Command, **changes: Any) -> options.Command:
             command = dataclasses.replace(command, **{name: value})
             continue
         box = next(
-            box for box in ("sources", "settings", "execution", "cluster") if name in vars(getattr(command, box))
+            box
+            for box in ("sources", "settings", "execution", "cluster")
+            if name in vars(getattr(command, box))
         )
-        command = dataclasses.replace(command, **{box: dataclasses.replace(getattr(command, box), **{name: value})})
+        command = dataclasses.replace(
+            command, **{box: dataclasses.replace(getattr(command, box), **{name: value})}
+        )
     return command
 
 

@@ -11,7 +11,10 @@ from support.errors import InputError
 
 
 def with_mutations(
-    examples: int, content: bytes, check: Callable[[bytes], None], places: Sequence[int] | None = None
+    examples: int,
+    content: bytes,
+    check: Callable[[bytes], None],
+    places: Sequence[int] | None = None,
 ) -> None:
     """Calls `check` with up to three bytes of `content` changed, at any of the `places`, and sometimes truncated."""
     allowed = range(len(content)) if places is None else places

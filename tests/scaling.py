@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
-import seeded
 from jax.sharding import Mesh
 
 import clip
 import data
 import lipsum
+from support import devices
+from tools import seeded
 
 BATCH = 32
 SIZES = clip.Config(
@@ -37,11 +38,17 @@ SIZES = clip.Config(
     end_token=99,
 )
 # Scratch-FT and LP-FT have the same step as FT.
-METHODS = [name for name, method in lipsum.METHODS.items() if method.trained and name not in ("scratch-ft", "lp-ft")]
+METHODS = [
+    name
+    for name, method in lipsum.METHODS.items()
+    if method.trained and name not in ("scratch-ft", "lp-ft")
+]
 
 
 def mesh_of(devices: int) -> Mesh:
-    return Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return Mesh(
+        np.array(jax.devices()[:devices]), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
 
 
 @functools.cache
@@ -54,14 +61,17 @@ def inputs(weight: float = 1.0, **computation: Any) -> tuple[lipsum.Frozen, data
     model = random_model()
     random = np.random.default_rng(0)
     head, context_head = (
-        clip.normalize(jnp.asarray(random.normal(size=(columns, 8)).astype(np.float32))).T for columns in (5, 2)
+        clip.normalize(jnp.asarray(random.normal(size=(columns, 8)).astype(np.float32))).T
+        for columns in (5, 2)
     )
     frozen = lipsum.Frozen(
         lipsum.Classifier(model.vision, head),
         model.text,
         context_head,
         jnp.float32(20),
-        jax.tree.map(np.float32, lipsum.Settings(steps=20, learning_rate=1e-3, num_texts=9, weight=weight)),
+        jax.tree.map(
+            np.float32, lipsum.Settings(steps=20, learning_rate=1e-3, num_texts=9, weight=weight)
+        ),
         lipsum.Computation(**computation),
         second_moment=jnp.eye(8) / 8,
     )
@@ -74,17 +84,23 @@ def start(
 ) -> tuple[lipsum.State, lipsum.Frozen, dict[str, jax.Array]]:
     """Returns the arguments of a step, placed on the devices."""
     frozen, batch = inputs(weight=lipsum.METHODS[method].weight, **computation)
-    part = data.own_part()
+    part = devices.own_part()
     rows = slice(part.index * BATCH // part.count, (part.index + 1) * BATCH // part.count)
-    placed = data.place(frozen, mesh, fsdp)
-    state = data.place(lipsum.initial_state(placed, averaged=lipsum.METHODS[method].averaged), mesh, fsdp)
-    return state, placed, data.shard_batch({name: array[rows] for name, array in batch.items()}, mesh)
+    placed = devices.place(frozen, mesh, fsdp)
+    state = devices.place(
+        lipsum.initial_state(placed, averaged=lipsum.METHODS[method].averaged), mesh, fsdp
+    )
+    return (
+        state,
+        placed,
+        devices.shard_batch({name: array[rows] for name, array in batch.items()}, mesh),
+    )
 
 
 def losses(method: str, mesh: Mesh, fsdp: bool = False, **computation: Any) -> list[float]:
     """Returns the loss of each of six steps."""
     state, frozen, batch = start(method, mesh, fsdp, **computation)
-    step = lipsum.training_step(lipsum.METHODS[method].loss, data.shardings(state, mesh, fsdp))
+    step = lipsum.training_step(lipsum.METHODS[method].loss, devices.shardings(state, mesh, fsdp))
     found = []
     for _ in range(6):
         state, metrics = step(state, frozen, batch, jax.random.key(0))
@@ -103,5 +119,13 @@ if __name__ == "__main__":
     coordinator, processes, process, *methods = sys.argv[1:]
     jax.config.update("jax_disable_most_optimizations", True)
     jax.distributed.initialize(coordinator, int(processes), int(process))
-    mesh = data.device_mesh(BATCH)
-    print(json.dumps({f"{name} {fsdp}": losses(name, mesh, fsdp) for name in methods for fsdp in (False, True)}))
+    mesh = devices.device_mesh(BATCH)
+    print(
+        json.dumps(
+            {
+                f"{name} {fsdp}": losses(name, mesh, fsdp)
+                for name in methods
+                for fsdp in (False, True)
+            }
+        )
+    )

@@ -1,0 +1,196 @@
+"""Figures of a crowded set of results: no text lies on another, and what a figure compares differs in grey too.
+
+Run them with `python -m pytest tests/support/test_figures.py`.
+"""
+
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+
+import lipsum
+from support.report import tables
+
+matplotlib = pytest.importorskip("matplotlib")
+figures = pytest.importorskip("support.report.figures")
+
+from matplotlib import colors  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
+from matplotlib.transforms import Bbox  # noqa: E402
+
+SPLITS = ("real", "painting", "clipart", "infograph", "sketch")
+SETTINGS = {"steps": 250, "learning_rate": 0.001, "weight": 1.0, "decay": 0.99}
+
+
+def result(method: str, seed: int, accuracy: float, gap: float, **more: object) -> tables.Results:
+    """A run with an accuracy on the shifts, an energy gap there, and an accuracy of 75 to 80 % on the reference."""
+
+    def splits(accuracy: float, gap: float) -> dict[str, dict[str, object]]:
+        return {
+            name: {
+                "role": "shift" if index else "reference",
+                "accuracy": accuracy if index else 0.75 + (37 * accuracy) % 0.05,
+            }
+            | {"energy_gap": gap * (1 + index), "distortion": gap**0.5 * (1 + index / 5)}
+            for index, name in enumerate(SPLITS)
+        }
+
+    zero_shot = splits(0.85, 0.0)
+    content = {
+        "method": method,
+        "seed": seed,
+        "settings": SETTINGS,
+        "splits": splits(accuracy, gap),
+    }
+    return tables.with_names(content | {"zero_shot": zero_shot} | more)
+
+
+def crowded() -> Iterable[tables.Results]:
+    """Three seeds of 13 methods within a few points, sweeps of two settings, and all post-hoc methods."""
+    random = np.random.default_rng(0)
+    for seed, method in itertools.product(range(3), lipsum.METHODS):
+        yield result(method, seed, 0.8 + random.normal() / 50, 0.002 * np.exp(random.normal()))
+    assert len(lipsum.METHODS) == 13
+    for method, steps, rate in itertools.product(
+        ("ft", "lipsum", "kd"), (100, 250), (0.0003, 0.003, 0.01)
+    ):
+        settings = SETTINGS | {"steps": steps, "learning_rate": rate}
+        yield result(method, 0, 0.82 - 10 * rate + random.normal() / 200, rate, settings=settings)
+    for method in ("ft", "lipsum"):
+        for alpha in (0.9, 0.7, 0.5):
+            yield result(
+                f"{method}+wise-{alpha}", 0, 0.85 - 0.05 * alpha, 0.001, post_hoc={"alpha": alpha}
+            )
+            yield result(
+                f"{method}+tpgm-c-{alpha}",
+                0,
+                0.84 - 0.03 * alpha,
+                0.001,
+                post_hoc={"penalty": alpha},
+            )
+        for kind in ("tpgm", "soup", "ensemble"):
+            yield result(
+                f"{method}+{kind}", 0, 0.8 + random.normal() / 200, 0.001, post_hoc={"penalty": 0.0}
+            )
+
+
+def weights() -> Iterable[tables.Results]:
+    """FT, and four values of lambda, or of EMA's decay, for the others."""
+    yield result("ft", 0, 0.75, 0.002)
+    for method, value in itertools.product(
+        ("lipsum", "l2sp", "kd", "car-ft", "ema"), (0.1, 0.3, 0.9, 0.99)
+    ):
+        settings = SETTINGS | {"decay" if method == "ema" else "weight": value}
+        yield result(method, 0, 0.76 + value / 20 + len(method) / 200, 0.001, settings=settings)
+
+
+def overlapping(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], set[str]]:
+    """The pairs of drawn texts that overlap, and all texts, which are inside the figure. Slanted ones form no pairs."""
+    boxes: dict[Text, Bbox] = {}
+    draw = Text.draw
+
+    def recorded(text: Text, renderer: RendererAgg) -> None:
+        boxes[text] = Text.get_window_extent(text, renderer).padded(-0.5)
+        draw(text, renderer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Text, "draw", recorded)
+        FigureCanvasAgg(figure).draw()
+    boxes = {text: box for text, box in boxes.items() if text.get_text() and text.get_visible()}
+    assert all(
+        figure.bbox.fully_containsx(x) and figure.bbox.fully_containsy(y)
+        for box in boxes.values()
+        for x, y in box.get_points()
+    )
+    straight = [text for text in boxes if text.get_rotation() % 90 == 0]
+    pairs = [(a, b) for a, b in itertools.combinations(straight, 2) if boxes[a].overlaps(boxes[b])]
+    return [f"{a.get_text()} and {b.get_text()}" for a, b in pairs], {
+        text.get_text() for text in boxes
+    }
+
+
+@pytest.mark.parametrize("name", figures.FROM_FILES)
+def test_no_text_lies_on_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero-shot, FT and Lipsum-FT are named; the trade-off and the distortion name all methods."""
+    results = list(weights() if name == "weights" else crowded())
+    pairs, texts = overlapping(figures.FROM_FILES[name](results), monkeypatch)
+    assert not pairs
+    assert {"FT", "Lipsum-FT"} <= texts and ("zero-shot" in texts or name == "distortion")
+    if name in ("trade_off", "distortion"):
+        assert {method.label for method in lipsum.METHODS.values()} <= texts
+    if name == "post_hoc_curves":
+        assert {"FT + WiSE 0.5", "Lipsum-FT + TPGM-C 0.9", "FT + TPGM"} <= texts
+    if name == "weights":
+        assert {"EMA, by decay", "KD, by weight", "0.1", "0.99"} <= texts
+
+
+def test_lines_join_runs_that_differ_in_one_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line per number of steps, over the learning rates; the texts at its ends and its middle say which."""
+    runs = []
+    for steps, rate in itertools.product((100, 250), (0.0003, 0.001, 0.003)):
+        settings = SETTINGS | {"steps": steps, "learning_rate": rate}
+        runs.append(result("ft", 0, 0.7 + 20 * rate + steps / 1e4, 0.001, settings=settings))
+    figure = figures.trade_off_plot(runs)
+    on_shifts = [np.round(line.get_xdata(), 6).tolist() for line in figure.axes[0].get_lines()]
+    assert on_shifts == [[71.6, 73.0, 77.0], [73.1, 74.5, 78.5], [85.0]]
+    pairs, texts = overlapping(figure, monkeypatch)
+    expected = {
+        "at the ends of lines: learning rate",
+        "steps 100",
+        "steps 250",
+        "0.0003",
+        "0.003",
+        "FT",
+        "zero-shot",
+    }
+    assert not pairs and expected <= texts and "0.001" not in texts
+
+
+def test_post_hoc_curves_are_in_the_order_of_their_setting() -> None:
+    """WiSE from the fine-tuned run downwards, TPGM-C by rising penalty, whatever the order of the runs."""
+    runs = [result("ft", 0, 0.7, 0.001)]
+    runs += [
+        result(f"ft+wise-{a}", 0, 0.8 - a / 10, 0.001, post_hoc={"alpha": a})
+        for a in (0.5, 0.9, 0.7)
+    ]
+    runs += [
+        result(f"ft+tpgm-c-{p}", 0, 0.8 + p / 100, 0.001, post_hoc={"penalty": p})
+        for p in (10.0, 0.5, 2.0)
+    ]
+    lines = figures.post_hoc_curves_plot(runs).axes[0].get_lines()
+    on_shifts = {
+        line.get_linestyle(): np.round(line.get_xdata(), 6).tolist()
+        for line in lines
+        if len(line.get_xdata()) > 1
+    }
+    assert on_shifts == {"-": [70.0, 71.0, 73.0, 75.0], "--": [80.5, 82.0, 90.0]}
+
+
+def test_names_of_clouds_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Energy vectors: every panel has its method's name and, beside the clouds, the splits'."""
+    random = np.random.default_rng(0)
+    before = {name: random.normal(size=(20, 4)) + 3 * random.normal(size=4) for name in SPLITS}
+    after = {
+        label: {name: each + 0.1 for name, each in before.items()}
+        for label in ("FT", "Lipsum-FT", "KD")
+    }
+    pairs, texts = overlapping(figures.energy_vectors(before, after, np.eye(4)), monkeypatch)
+    assert not pairs and {*SPLITS, *after} <= texts
+
+
+def test_looks_differ_in_grey_and_in_marker() -> None:
+    """Grey by Rec. 601, as printers and Pillow convert it."""
+    looks = [figures.look(method) for method in ("zero-shot", "lipsum", "ft", "kd")]
+    greys = [np.dot(colors.to_rgb(look["color"]), (0.299, 0.587, 0.114)) for look in looks]
+    assert np.diff(greys).min() > 0.2 and greys[-1] < 0.75
+    assert len({look["marker"] for look in looks[:3]}) == 3
+    assert {
+        method for method in lipsum.METHODS if figures.look(method)["color"] != looks[-1]["color"]
+    } == {
+        "ft",
+        "lipsum",
+    }
+    assert figures.look("ft+wise-0.5")["markerfacecolor"] == "none"

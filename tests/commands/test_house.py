@@ -1,0 +1,181 @@
+"""The rules of the house: what may import what, how long a file may be, and documents that say what the code does."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tyro
+
+import clip
+import eval as evaluation
+import lipsum
+from support.errors import InputError
+from support.report import figures, tables
+from support.run import options
+from tools import mutants
+
+ROOT = Path(__file__).parents[2]
+PATHS = [*ROOT.glob("*.py"), *ROOT.glob("support/**/*.py"), *ROOT.glob("tools/*.py")]
+MODULES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in PATHS
+}
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+MOST_LINES = {"lipsum": 560, "clip": 520, "data": 430, "eval": 470, "train": 380}
+
+
+def imports(path: Path) -> set[str]:
+    """The project's modules that a file imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & MODULES.keys()
+
+
+IMPORTS = {name: imports(path) for name, path in MODULES.items()}
+
+
+def test_five_files_at_the_top() -> None:
+    assert {name for name in MODULES if "." not in name} == MOST_LINES.keys()
+    for name, most in MOST_LINES.items():
+        assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= most, name
+
+
+def test_who_may_import_what() -> None:
+    """The paper's files import nothing of support but its errors; support imports neither eval nor train."""
+    for name in ("clip", "lipsum", "data"):
+        assert {other for other in IMPORTS[name] if other.startswith("support.")} <= {
+            "support.errors"
+        }, name
+        assert not IMPORTS[name] & {"eval", "train"}, name
+    for name in (name for name in MODULES if name.startswith("support.")):
+        allowed = {"eval"} if name in () else set()
+        assert IMPORTS[name] & {"eval", "train"} <= allowed, name
+
+
+def test_no_circles() -> None:
+    """Modules can be removed one by one, each after all that it imports."""
+    left = dict(IMPORTS)
+    while ready := [name for name, others in left.items() if not others & left.keys()]:
+        for name in ready:
+            del left[name]
+    assert not left
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    for path in PATHS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+PYREFLY = f"pyrefly check --python-interpreter-path {shlex.quote(sys.executable)}"
+
+
+@pytest.mark.parametrize(
+    "command", ["ruff check", "ruff format --check", PYREFLY], ids=lambda command: command[:12]
+)
+def test_lint_and_types(command: str) -> None:
+    """Ruff and pyrefly find nothing. pyproject.toml configures both."""
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_mutants_fit_their_files() -> None:
+    """What each replaces occurs exactly once, and the changed file can be parsed."""
+    for mutant in mutants.MUTANTS:
+        ast.parse(mutant.source())
+        assert mutant.new != mutant.old, mutant.what
+    assert mutants.TABLE.keys() == mutants.TESTS.keys()
+
+
+# ----------------------------------------------------------------------------------------------------------- documents
+
+
+def code_after(mark: str) -> str:
+    """The code block of the README that follows a comment."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"<!-- {mark} -->\n```python\n(.*?)```", text, re.DOTALL)[1]
+
+
+def test_the_readme_shows_the_code_of_the_idea() -> None:
+    assert code_after("lipsum_loss") in (ROOT / "lipsum.py").read_text(encoding="utf-8")
+
+
+def test_the_readmes_new_method_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss is one minus the cosine, which is 0 between equal features and 2 between opposite ones."""
+    monkeypatch.setattr(lipsum, "METHODS", dict(lipsum.METHODS))
+    exec(code_after("new method"), vars(lipsum).copy() | {"METHODS": lipsum.METHODS})
+    features = clip.normalize(jax.random.normal(jax.random.key(0), (3, 4)))
+    loss = lipsum.METHODS["cosine"].loss
+    assert float(loss(None, features, features, None, None)) == pytest.approx(0, abs=1e-6)
+    assert float(loss(None, features, -features, None, None)) == pytest.approx(2, abs=1e-6)
+    assert jnp.shape(loss(None, features, features, None, None)) == ()
+
+
+def understand(line: str) -> None:
+    """Raises unless every `python train.py` and `python eval.py` command in a line has options that exist."""
+    for program, text in re.findall(r"python (train|eval)\.py ([^`#&]*)", line):
+        if "..." in text or "--help" in text:
+            continue
+        words = shlex.split(re.sub(r"\{.*\}|\*", "x", text))
+        if program == "train":
+            options.parse(words)
+        else:
+            name, *words = words
+            with pytest.raises(InputError):  # there are no runs, which comes after the options
+                tyro.cli(
+                    (tables.COMMANDS | evaluation.COMMANDS)[name],
+                    args=words,
+                    config=tables.COMMAND_LINE,
+                )
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_documents_are_understood(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command has options that exist; documents name nothing outside the repository."""
+    text = path.read_text(encoding="utf-8")
+    assert "../shared" not in text and len(text.splitlines()) <= 140
+    for link in re.findall(r"\]\((?!http)([^)]+)\)|src=\"([^\"]+)\"", text):
+        assert (path.parent / (link[0] or link[1])).exists(), link
+    monkeypatch.chdir(tmp_path)
+    for line in text.replace("\\\n", " ").splitlines():
+        understand(line)
+
+
+def test_the_map_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has every equation, table and figure of the paper. The functions and options that it names exist."""
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, list[int]] = {}
+    for line in (ROOT / "docs/paper.md").read_text(encoding="utf-8").splitlines():
+        match = re.match(r"\| (equation|table|figure|[\d, to]+)\b", line)
+        if not match:
+            continue
+        if match[1].isalpha():
+            numbers = found.setdefault(match[1], [])
+            continue
+        spans = re.findall(r"(\d+)(?: to (\d+))?", match[1])
+        numbers += [
+            number for first, last in spans for number in range(int(first), int(last or first) + 1)
+        ]
+        for module, name in re.findall(r"`(lipsum|clip|figures)\.(\w+)`", line):
+            assert callable(
+                getattr({"lipsum": lipsum, "clip": clip, "figures": figures}[module], name)
+            )
+        paper = "`python train.py --protocol paper --data domainnet --data-root DIR "
+        understand(re.sub("`(paper|over) (--method lipsum)?", f"{paper}\\2", line))
+    assert {kind: sorted(numbers) for kind, numbers in found.items()} == {
+        "equation": list(range(1, 22)), "table": list(range(1, 12)), "figure": list(range(1, 17)),
+    }  # fmt: skip

@@ -1,0 +1,733 @@
+"""Mutation testing by hand-made mutants: does a test fail if an equation is wrong? `python tests/mutants.py` runs it.
+
+Each mutant replaces one piece of a source file by something plausible and wrong, in a copy of the repository, and runs
+that file's tests, the fastest first. All take about an hour on two cores; `--module clip` or `--only 3 14` take a part
+of them. The exit code is 1 if a mutant survives, that is, if no test fails: it asks for a test, or is no real change.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+TESTS = {  # as arguments of pytest
+    "lipsum.py": ["tests/numerics/test_lipsum.py", "tests/numerics/test_scaling.py"],
+    # Models of published sizes take minutes, and run the same code as the tiny one.
+    "clip.py": [
+        "tests/numerics/test_clip.py",
+        "tests/numerics/test_scaling.py",
+        "tests/files/test_weights.py",
+        "-k",
+        "not vit",
+    ],
+    "data.py": ["tests/numerics/test_data.py"],
+    "eval.py": ["tests/numerics/test_eval.py", "tests/commands/test_train.py"],
+    "train.py": ["tests/commands/test_train.py", "tests/commands/test_resume.py"],
+    "support/weights.py": ["tests/files/test_weights.py"],
+    "support/options.py": ["tests/commands/test_resume.py", "tests/numerics/test_eval.py"],
+}
+
+# Per file: what the mutant does, the text it replaces (which occurs once in the file), and the text it puts there.
+TABLE = {
+    "lipsum.py": [
+        (
+            "cross-entropy: a sum over the batch",
+            "return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(u, labels))",
+            "return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(u, labels))",
+        ),
+        ("the energy's sign", "return -images @ texts.T", "return images @ texts.T"),
+        (
+            "energy gap: the square of a mean",
+            "jnp.mean((energy(images, texts) - energy(zero_shot_images, texts)) ** 2)",
+            "jnp.mean(energy(images, texts) - energy(zero_shot_images, texts)) ** 2",
+        ),
+        (
+            "closed-form gap: only the diagonal of C2",
+            "difference @ second_moment * difference",
+            "difference * jnp.diagonal(second_moment)[None] * difference",
+        ),
+        (
+            "feature distortion: squared norms",
+            "jnp.mean(jnp.linalg.norm(images - zero_shot_images, axis=1))",
+            "jnp.mean(jnp.sum((images - zero_shot_images) ** 2, axis=1))",
+        ),
+        (
+            "random texts lack the last id",
+            "0, text.token_embedding.shape[0] - 2)",
+            "0, text.token_embedding.shape[0] - 3)",
+        ),
+        ("random texts may contain a special token", "(ids >= token)", "(ids > token)"),
+        (
+            "random texts step over the higher special token first",
+            "in sorted((text.start_token, text.end_token))",
+            "in sorted((text.start_token, text.end_token), reverse=True)",
+        ),
+        (
+            "every step draws the same random texts",
+            "frozen.settings.text_length, key)",
+            "frozen.settings.text_length, jax.random.key(0))",
+        ),
+        ("a user's text may be drawn twice in a step", "replace=False)", "replace=True)"),
+        (
+            "embeddings of many texts are not normalised",
+            "lambda one: clip.normalize(text(one))",
+            "text",
+        ),
+        (
+            "C2 is centred",
+            "return features.T @ features / len(ids)",
+            "return (features - jnp.mean(features, axis=0)[None]).T @ features / len(ids)",
+        ),
+        (
+            "Lipsum-FT: 1 / M for 1 / 2M",
+            "/ (2 * len(texts))  # equation 7",
+            "/ len(texts)  # equation 7",
+        ),
+        (
+            "Lipsum-FT: energies without tau",
+            "v = frozen.tau * (features @ texts.T)  # equation 8\n"
+            "    zero_shot_v = frozen.tau * (zero_shot_features @ texts.T)",
+            "v = features @ texts.T  # equation 8\n    zero_shot_v = zero_shot_features @ texts.T",
+        ),
+        (
+            "Lipsum-FT, exact: tau for tau squared",
+            "return frozen.tau**2 / 2 *",
+            "return frozen.tau / 2 *",
+        ),
+        (
+            "L2SP leaves the head out",
+            "jnp.sum((leaf - start) ** 2), classifier, frozen.zero_shot)",
+            "jnp.sum((leaf - start) ** 2), classifier.vision, frozen.zero_shot.vision)",
+        ),
+        (
+            "KL's direction",
+            "jnp.exp(zero_shot_log_p) * (zero_shot_log_p - log_p)",
+            "jnp.exp(log_p) * (log_p - zero_shot_log_p)",
+        ),
+        ("T for T squared", "return temperature**2 *", "return temperature *"),
+        (
+            "KD: the teacher has the student's head",
+            "logits(zero_shot_features, frozen.zero_shot.head, frozen.tau)",
+            "logits(zero_shot_features, classifier.head, frozen.tau)",
+        ),
+        ("MSE, fixed: divided by the batch size", "/ (2 * v.shape[1])", "/ (2 * v.shape[0])"),
+        (
+            "FeatKD: a mean over dimensions",
+            "jnp.mean(jnp.sum((features - zero_shot_features) ** 2, axis=1))",
+            "jnp.mean((features - zero_shot_features) ** 2)",
+        ),
+        (
+            "the teacher is the student",
+            "embed_images(frozen.zero_shot.vision, frozen, batch)",
+            "embed_images(classifier.vision, frozen, batch)",
+        ),
+        ("lambda left out", "fit + frozen.settings.weight * penalty", "fit + penalty"),
+        (
+            "accumulation reads the first part again and again",
+            "jax.lax.scan(add, zeros, split)[0]",
+            "jax.lax.scan(add, zeros, {name: jnp.repeat(x[:1], parts, axis=0) for name, x in split.items()})[0]",
+        ),
+        ("accumulation: a sum over parts", "lambda total: total / parts", "lambda total: total"),
+        (
+            "the warm-up lasts a step too long",
+            "[rise, fall], [warmup_steps])",
+            "[rise, fall], [warmup_steps + 1])",
+        ),
+        ("the rate does not reach 0", "max(steps - warmup_steps, 1)", "max(steps, 1)"),
+        ("Adam's second beta", "b2=0.999", "b2=0.99"),
+        ("Adam's epsilon", "eps=1e-8)", "eps=1e-6)"),
+        (
+            "EMA: d and 1 - d",
+            "decay * old + (1 - decay) * new",
+            "(1 - decay) * old + decay * new",
+        ),
+        (
+            "EMA starts from zeros",
+            "jax.tree.map(jnp.copy, frozen.zero_shot) if averaged",
+            "jax.tree.map(jnp.zeros_like, frozen.zero_shot) if averaged",
+        ),
+        (
+            "EMA averages the weights before the update",
+            "moving_average(state.average, classifier, frozen.settings.decay)",
+            "moving_average(state.average, state.classifier, frozen.settings.decay)",
+        ),
+        (
+            "a step's key is the run's",
+            "step_key = jax.random.fold_in(key, state.step)",
+            "step_key = key",
+        ),
+        ("a fixed head is trained", "if frozen.settings.fixed_head:", "if False:"),
+        (
+            "the logged rate is the next step's",
+            "rate = learning_rate(frozen.settings)(state.step)",
+            "rate = learning_rate(frozen.settings)(state.step + 1)",
+        ),
+        (
+            "the logged gradient norm is the update's",
+            '"gradient_norm": optax.tree.norm(gradient)',
+            '"gradient_norm": optax.tree.norm(updates)',
+        ),
+        (
+            "the linear probe stops early",
+            "(optax.tree.norm(gradient) > tolerance)",
+            "(optax.tree.norm(gradient) > 30 * tolerance)",
+        ),
+        ("the linear probe returns tau W", "return scaled_head / tau,", "return scaled_head,"),
+        (
+            "WiSE: alpha and 1 - alpha",
+            "(1 - alpha) * start + alpha * end",
+            "alpha * start + (1 - alpha) * end",
+        ),
+        ("soup: later members weigh more", "mean + (new - mean) / count", "(mean + new) / 2"),
+        (
+            "greedy: a member without effect is kept",
+            "accuracy_of([*members, index])) > best",
+            "accuracy_of([*members, index])) >= best",
+        ),
+        ("greedy: one member too many", "len(members) < most and", "len(members) <= most and"),
+        (
+            "TPGM: one ball for all layers",
+            "return tuple(range(int(in_blocks), leaf.ndim))",
+            "return tuple(range(leaf.ndim))",
+        ),
+        (
+            "MARS: columns for rows",
+            "axis=axes[1:] if len(axes) > 1 else axes",
+            "axis=axes[:-1] if len(axes) > 1 else axes",
+        ),
+        (
+            "TPGM: weights outside the fine-tuned ones' ball",
+            "jnp.where(radius < distance, radius / jnp.where(distance > 0, distance, 1), 1)",
+            "radius / jnp.where(distance > 0, distance, 1)",
+        ),
+        ("TPGM-C: a penalty on radii, not their squares", "jnp.sum(radius**2)", "jnp.sum(radius)"),
+        (
+            "TPGM: radii without an upper bound",
+            "jnp.clip(radius, 1e-8, jnp.maximum(most, 1e-8))",
+            "jnp.maximum(radius, 1e-8)",
+        ),
+    ],
+    "clip.py": [
+        ("QuickGELU's constant", "1.702 * x", "1.7 * x"),
+        ("GELU is the tanh approximation", "approximate=False", "approximate=True"),
+        ("no causal mask", "is_causal=self.causal", "is_causal=False"),
+        (
+            "query and key change places",
+            "jax.nn.dot_product_attention(query, key, value,",
+            "jax.nn.dot_product_attention(key, query, value,",
+        ),
+        (
+            "the perceptron reads the first LayerNorm",
+            "self.mlp(jax.vmap(self.layer_norm2)(x))",
+            "self.mlp(jax.vmap(self.layer_norm1)(x))",
+        ),
+        ("patches are transposed", ".transpose(0, 2, 4, 1, 3)", ".transpose(0, 2, 4, 3, 1)"),
+        (
+            "images: the mean of all tokens for the class token",
+            "self.layer_norm_post(x[0])",
+            "self.layer_norm_post(jnp.mean(x, axis=0))",
+        ),
+        (
+            "short texts have the last positions",
+            "self.position_embedding[: ids.size]",
+            "self.position_embedding[-ids.size :]",
+        ),
+        ("the end token is the highest id", "jnp.argmax(ids == self.end_token)", "jnp.argmax(ids)"),
+        (
+            "the text tower's last LayerNorm ignores epsilon",
+            "self.layer_norm_final = eqx.nn.LayerNorm(width, config.layer_norm_epsilon)",
+            "self.layer_norm_final = eqx.nn.LayerNorm(width)",
+        ),
+        (
+            "a new model has a logits' scale for its log",
+            "jnp.log(jnp.float32(1 / 0.07))",
+            "jnp.float32(1 / 0.07)",
+        ),
+        (
+            "query and key are read from each other's weights",
+            '"attn.in_proj_", 0),\n            ("key", "self_attn.k_proj", "attn.in_proj_", 1)',
+            '"attn.in_proj_", 1),\n            ("key", "self_attn.k_proj", "attn.in_proj_", 0)',
+        ),
+        (
+            "OpenAI's visual projection is not transposed",
+            '"visual_projection.weight", "visual.proj", transposed_in_openai=True)',
+            '"visual_projection.weight", "visual.proj")',
+        ),
+        (
+            "weights with some NaN are taken",
+            "elif not np.all(np.isfinite(state[name])):",
+            "elif not np.any(np.isfinite(state[name])):",
+        ),
+        (
+            "one norm for a whole batch",
+            "jnp.linalg.norm(x, axis=-1, keepdims=True)",
+            "jnp.linalg.norm(x, keepdims=True)",
+        ),
+        (
+            "bytes are divided by 256",
+            "images.astype(jnp.float32) / 255",
+            "images.astype(jnp.float32) / 256",
+        ),
+        (
+            "the means of images are not subtracted",
+            "return (images - mean) / deviation",
+            "return images / deviation",
+        ),
+        (
+            "bfloat16: LayerNorms are cast",
+            "return node if isinstance(node, eqx.nn.LayerNorm) else node.astype(precision)",
+            "return jax.tree.map(lambda leaf: leaf.astype(precision), node)",
+        ),
+        (
+            "bfloat16: embeddings are normalised before the cast",
+            "normalize(embeddings.astype(at_least_float32))",
+            "normalize(embeddings).astype(at_least_float32)",
+        ),
+        (
+            "prompts are in another order than their embeddings",
+            "for template in templates for name in classes]",
+            "for name in classes for template in templates]",
+        ),
+        (
+            "the zero-shot head is not normalised",
+            "normalize(jnp.mean(features, axis=0)).T",
+            "jnp.mean(features, axis=0).T",
+        ),
+        (
+            "the context head is not normalised",
+            "normalize(jnp.mean(features, axis=1)).T",
+            "jnp.mean(features, axis=1).T",
+        ),
+        ("numbers are words, not single digits", "\\\\p{N}|[^", "\\\\p{N}+|[^"),
+        (
+            "HTML entities are unescaped once",
+            "html.unescape(html.unescape(ftfy.fix_text(text)))",
+            "html.unescape(ftfy.fix_text(text))",
+        ),
+        (
+            "a truncated text loses its end token",
+            "tokens = [config.start_token, *encoding.ids[:room], config.end_token]",
+            "tokens = [config.start_token, *encoding.ids, config.end_token][: config.context_length]",
+        ),
+        ("texts are cut after the shortest one", "1 + np.max(np.argmax", "1 + np.min(np.argmax"),
+    ],
+    "data.py": [
+        (
+            "held-out images are trained on",
+            "take(train, np.flatnonzero(~held_out), train.name)",
+            "take(train, np.arange(len(order)), train.name)",
+        ),
+        (
+            "held-out images are not spread over classes",
+            "order[every - 1 :: every]",
+            "order[: len(order) // every]",
+        ),
+        (
+            "kept classes keep their old labels",
+            "labels=np.searchsorted(kept, images.labels).astype(np.int32)",
+            "labels=images.labels.astype(np.int32)",
+        ),
+        (
+            "files without an end marker are not decoded by the check",
+            "if not end_marker or end_marker not in stream.read():",
+            "if end_marker and end_marker not in stream.read():",
+        ),
+        (
+            "the check takes the first images for a sample",
+            "np.linspace(0, len(split) - 1, count)",
+            "np.linspace(0, count - 1, count)",
+        ),
+        (
+            "16-bit images are clipped",
+            "np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255)",
+            "np.clip(np.asarray(image).astype(np.int32), 0, 255)",
+        ),
+        (
+            "the longer side is rounded",
+            "int(resolution * long / short)",
+            "round(resolution * long / short)",
+        ),
+        (
+            "centre crop: ties are rounded up",
+            "(round((side - resolution) / 2) for side in (width, height))",
+            "((side - resolution + 1) // 2 for side in (width, height))",
+        ),
+        (
+            "evaluation: a bilinear filter",
+            "image.resize((width, height), Image.Resampling.BICUBIC)",
+            "image.resize((width, height), Image.Resampling.BILINEAR)",
+        ),
+        ("crops of at least a quarter", "random.uniform(0.08, 1)", "random.uniform(0.25, 1)"),
+        (
+            "aspect ratios: uniform, not their logarithms",
+            "math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))",
+            "random.uniform(3 / 4, 4 / 3)",
+        ),
+        (
+            "crops never touch the right edge",
+            "int(random.integers(width - w + 1))",
+            "int(random.integers(max(width - w, 1)))",
+        ),
+        (
+            "images are turned upside down",
+            "Image.Transpose.FLIP_LEFT_RIGHT",
+            "Image.Transpose.FLIP_TOP_BOTTOM",
+        ),
+        (
+            "a JPEG is decoded too small for its crop",
+            "(math.ceil(width * resolution / w), math.ceil(height * resolution / h))",
+            "(resolution, resolution)",
+        ),
+        (
+            "a drafted JPEG's scale is that of its rounded size",
+            "drafted[1][2] / width if drafted else 1",
+            "image.size[0] / width if drafted else 1",
+        ),
+        ("the seed does not reach the batches", ".seed(seed)", ".seed(0)"),
+        (
+            "every epoch has the same order and crops",
+            ".repeat(ENDLESS // len(split))",
+            ".repeat(ENDLESS // len(split), reseed_each_epoch=False)",
+        ),
+        (
+            "a resumed run starts at the first batch",
+            "parts[start * part.count + part.index ::",
+            "parts[part.index ::",
+        ),
+        (
+            "padding is valid",
+            '"label": np.int32(0), "valid": np.bool_(False)',
+            '"label": np.int32(0), "valid": np.bool_(True)',
+        ),
+        (
+            "every process evaluates the first part",
+            "return iter(parts[part.index :: part.count]",
+            "return iter(parts[:: part.count]",
+        ),
+        (
+            "accumulation is not checked against the devices",
+            "if batch_size % (len(devices) * accumulate):",
+            "if batch_size % len(devices):",
+        ),
+        (
+            "more images are evaluated at once than trained on",
+            "batch_size // (accumulate * jax.device_count())",
+            "batch_size // jax.device_count()",
+        ),
+    ],
+    "eval.py": [
+        (
+            "NLL of the predicted class",
+            "negative_log_likelihood(predictions.label_log_probability),",
+            "negative_log_likelihood(np.log(predictions.confidence)),",
+        ),
+        ("bins are closed below", "right=True", "right=False"),
+        (
+            "ECE: bins balance each other",
+            "np.sum(np.abs(bins.correct - bins.confidence))",
+            "np.abs(np.sum(bins.correct - bins.confidence))",
+        ),
+        ("H is the arithmetic mean", "2 * seen * unseen / (seen + unseen)", "(seen + unseen) / 2"),
+        (
+            "ensemble: log-probabilities are averaged",
+            "jax.nn.logsumexp(per_member, axis=0) - math.log(len(members))",
+            "jnp.mean(per_member, axis=0)",
+        ),
+        (
+            "classes that are not compared have a logit of 0",
+            "jnp.where(compared[None], u, -jnp.inf)",
+            "jnp.where(compared[None], u, 0)",
+        ),
+        ("padding rows are counted", "[x[valid] for x in found]", "list(found)"),
+        ("the last batch is lost", "pairwise(chain(computed, [None]))", "pairwise(computed)"),
+        (
+            "the reference is called a shift",
+            "list(setup.data.reports)[1:]",
+            "list(setup.data.reports)[:1]",
+        ),
+        (
+            "seen and unseen change places",
+            "for which in (is_seen, ~is_seen)",
+            "for which in (~is_seen, is_seen)",
+        ),
+        (
+            "WiSE's models change places",
+            "lipsum.wise(setup.zero_shot, run.classifier, alpha)",
+            "lipsum.wise(run.classifier, setup.zero_shot, alpha)",
+        ),
+        ("TPGM trains on augmented images", 'augmentation="off"', 'augmentation="crop"'),
+        (
+            "an ensemble has any number of members",
+            'len(opened) if kind == "soup" else 4',
+            "len(opened)",
+        ),
+        (
+            "the brute-force gap weighs parts equally",
+            "np.average(gaps, weights=[len(after[part]) for part in parts])",
+            "np.average(gaps)",
+        ),
+        (
+            "predict: tau is its logarithm",
+            "jnp.exp(models[0].logit_scale)",
+            "models[0].logit_scale",
+        ),
+    ],
+    "train.py": [
+        (
+            "selection: a later tie wins",
+            'if accuracy > progress["best_accuracy"]',
+            'if accuracy >= progress["best_accuracy"]',
+        ),
+        (
+            "the last step is not evaluated",
+            "return step == last or (step > 0 and step % every == 0)",
+            "return step > 0 and step % every == 0",
+        ),
+        (
+            "EMA: the last weights are kept, not their average",
+            "best = snapshot.evaluated",
+            "best = snapshot.classifier",
+        ),
+        (
+            "a resumed run trains on the first batches",
+            "        first, settings.augmentation,",
+            "        0, settings.augmentation,",
+        ),
+        (
+            "a checkpoint is one step behind",
+            "= step, earlier_seconds",
+            "= max(step - 1, 0), earlier_seconds",
+        ),
+        (
+            "a resumed run forgets its earlier seconds",
+            "earlier_seconds + log.seconds()",
+            "log.seconds()",
+        ),
+        (
+            "the seed does not reach the random texts",
+            "key = jax.random.key(run.seed)",
+            "key = jax.random.key(0)",
+        ),
+        ("Scratch-FT starts from the zero-shot head", "0 * classifier.head", "classifier.head"),
+        (
+            "LP's tower is trained",
+            "last = settings.steps if method.trained else 0",
+            "last = settings.steps",
+        ),
+        (
+            "a state that is not finite is saved",
+            "            log.settle()  # a state that is not finite is not saved\n",
+            "",
+        ),
+        (
+            "Lipsum-FT, exact ignores the user's texts",
+            "opening.second_moment(setup, settings.text_length, settings.guidance)",
+            "opening.second_moment(setup, settings.text_length)",
+        ),
+        (
+            "the selected step is the last one",
+            '"step": progress["best_step"]}',
+            '"step": progress["step"]}',
+        ),
+    ],
+    "support/weights.py": [
+        (
+            "OpenAI's heads have width 32",
+            "len(layers), width // 64, mlp_width)",
+            "len(layers), width // 32, mlp_width)",
+        ),
+        (
+            "the embedding has the text tower's width",
+            'embedding_size=shapes["text_projection"][1]',
+            'embedding_size=shapes["text_projection"][0]',
+        ),
+        (
+            "a config.json without activation means GELU",
+            '{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}',
+            '{"hidden_act": "gelu", "layer_norm_eps": 1e-5}',
+        ),
+        (
+            "the sections of 2022 are ignored",
+            "section |= defaults | old",
+            "section = old | section",
+        ),
+        ("an end token of 2 is taken at its word", "if tokens[1] == 2:", "if tokens[1] == 1:"),
+        (
+            "open_clip's default activation",
+            '"quick_gelu" if whole.get("quick_gelu") else "gelu"',
+            '"quick_gelu" if whole.get("quick_gelu", True) else "gelu"',
+        ),
+        (
+            "open_clip's perceptrons are always four times as wide",
+            'int(positive(path, section, "width") * section["mlp_ratio"])',
+            '4 * positive(path, section, "width")',
+        ),
+        (
+            "mean and deviation of images change places",
+            "image_mean=tuple(values[0]), image_deviation=tuple(values[1])",
+            "image_mean=tuple(values[1]), image_deviation=tuple(values[0])",
+        ),
+        (
+            "a processor that does not rescale is taken",
+            'if content.get("do_normalize") is False or content.get("do_rescale") is False:',
+            'if content.get("do_normalize") is False:',
+        ),
+        ("of two models in a checkpoint, one is taken", "if len(found) > 1:", "if len(found) > 2:"),
+        (
+            "a saved model always has QuickGELU",
+            '"hidden_act": config.activation',
+            '"hidden_act": "quick_gelu"',
+        ),
+        ("bytes have the wrong symbols", "*range(161, 173)", "*range(161, 174)"),
+        ("tokenizer.json shortens texts", "    tokenizer.no_truncation()\n", ""),
+        (
+            "the start token is the configuration's",
+            "return dataclasses.replace(config, start_token=special[0])",
+            "return config",
+        ),
+    ],
+    "support/options.py": [
+        (
+            "a checkpoint may have other classes",
+            '(("classes", "classes"), ("checksum", "weights or prompts"))',
+            '(("checksum", "weights or prompts"),)',
+        ),
+        (
+            "a checkpoint may be of other weights",
+            '(("classes", "classes"), ("checksum", "weights or prompts"))',
+            '(("classes", "classes"),)',
+        ),
+    ],
+}
+
+
+class Mutant(NamedTuple):
+    """One replacement in a file."""
+
+    file: str
+    what: str
+    old: str
+    new: str
+
+    def source(self) -> str:
+        """The file's text with the replacement. Raises ValueError if what it replaces does not occur exactly once."""
+        text = (ROOT / self.file).read_text(encoding="utf-8")
+        if text.count(self.old) != 1:
+            raise ValueError(
+                f"{self.file}, {self.what}: {self.old!r} occurs {text.count(self.old)} times"
+            )
+        return text.replace(self.old, self.new)
+
+
+MUTANTS = [Mutant(file, *row) for file, rows in TABLE.items() for row in rows]
+
+
+def copy_repository(folder: Path) -> None:
+    """Copies what git tracks, as it is in the checkout now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+
+
+def run_tests(folder: Path, *arguments: str) -> list[str]:
+    """Runs pytest in the copy up to the first failure. Returns the lines of its output, the exit code as the last."""
+    # Compiling takes most of the time, and a mutant changes few programs: the others are read from a cache.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    # Files that change within a second may have the time stamp of their stale bytecode.
+    environment = os.environ | cache | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1_800
+        )
+    except subprocess.TimeoutExpired:
+        return ["FAILED by not ending", "1"]
+    return [*done.stdout.splitlines(), *done.stderr.splitlines(), str(done.returncode)]
+
+
+def fastest_first(folder: Path, file: str) -> list[str]:
+    """The ids of a file's tests by time, so that a mutant is caught early. Raises RuntimeError if one fails."""
+    lines = run_tests(folder, *TESTS[file], "--durations=0", "--durations-min=0")
+    if lines[-1] != "0":
+        raise RuntimeError("\n".join(["the tests fail without a mutant", *lines[-40:]]))
+    seconds: Counter[str] = Counter()
+    for words in (line.split(maxsplit=2) for line in lines):
+        if len(words) == 3 and words[1] in ("setup", "call", "teardown") and words[0].endswith("s"):
+            seconds[words[2]] += float(words[0][:-1])
+    return [name for name, _ in reversed(seconds.most_common())]
+
+
+def catching_test(folder: Path, mutant: Mutant, tests: list[str]) -> str:
+    """The first test that fails because of a mutant, or an empty string."""
+    original = (folder / mutant.file).read_text(encoding="utf-8")
+    (folder / mutant.file).write_text(mutant.source(), encoding="utf-8")
+    lines = run_tests(folder, *tests)
+    (folder / mutant.file).write_text(original, encoding="utf-8")
+    failures = (
+        line.split(" - ")[0].partition(" ")[2]
+        for line in lines
+        if line.startswith(("FAILED ", "ERROR "))
+    )
+    return "" if lines[-1] == "0" else next(failures, lines[-2])
+
+
+def main() -> int:
+    """Runs the chosen mutants and prints what catches them. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    modules = {Path(file).stem: file for file in TESTS}
+    parser.add_argument(
+        "--module", nargs="+", choices=modules, default=modules, help="only mutants of these files"
+    )
+    parser.add_argument(
+        "--only", nargs="+", type=int, metavar="N", help="only the mutants with these numbers"
+    )
+    options = parser.parse_args()
+    for mutant in MUTANTS:
+        mutant.source()
+    files = {modules[name] for name in options.module}
+    chosen = {
+        number: mutant
+        for number, mutant in enumerate(MUTANTS, start=1)
+        if mutant.file in files and number in (options.only or [number])
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_repository(folder)
+        tests = {
+            file: fastest_first(folder, file)
+            for file in {mutant.file: None for mutant in chosen.values()}
+        }
+        survivors = {}
+        for number, mutant in chosen.items():
+            start = time.monotonic()
+            caught_by = catching_test(folder, mutant, tests[mutant.file])
+            if not caught_by:
+                survivors[number] = mutant
+            seconds = time.monotonic() - start
+            print(
+                f"{number:3} {mutant.file}: {mutant.what}: {caught_by or 'SURVIVED'} ({seconds:.0f} s)",
+                flush=True,
+            )
+    print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} mutants are caught")
+    for number, mutant in survivors.items():
+        print(f"{number:3} {mutant.file}: {mutant.what}: SURVIVED")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
