@@ -779,7 +779,7 @@ def cached(split: str, domain: str | None, number: int, seed: int) -> Arrays:
     path = cache_path(split, domain, number, seed)
     name = path.name.removesuffix(f"-{FINGERPRINT}.cache")
     try:
-        lock = locked(path, waiting=f"minidomain: waiting for another process that draws {name}")
+        lock = locked(path)
         with (
             nullcontext() if path.exists() else lock
         ):  # a cache that is only read need not be writable

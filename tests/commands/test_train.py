@@ -22,9 +22,10 @@ import train
 from support import devices, errors, layouts, weights
 from support.layouts import minidomain
 from support.report import tables
-from support.run import options
-from support.run import setup as opening
+from support.run import checks, options
+from support.run import finished as finished_runs
 from support.run.options import Command
+from support.run.setup import open_setups
 
 
 def test_run_from_start_to_table(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,8 +129,8 @@ def test_the_most_accurate_model_is_kept(command: Command, monkeypatch: pytest.M
 
 def test_steps_that_are_due() -> None:
     """Every third, and the last one: of a method without steps, that is step 0."""
-    assert [step for step in range(9) if train._is_due(step, 3, 8)] == [3, 6, 8]
-    assert train._is_due(0, 3, 0)
+    assert [step for step in range(9) if train.is_due(step, 3, 8)] == [3, 6, 8]
+    assert train.is_due(0, 3, 0)
 
 
 def test_exported_benchmark_gives_the_same_numbers(
@@ -184,7 +185,8 @@ def test_exact_lipsum_averages_over_the_users_texts(command: Command, tmp_path: 
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     command = changed(command, method=("lipsum-exact",), guidance=tmp_path / "texts.txt")
     (run,) = options.runs(command)
-    frozen = train.freeze(run, opening.prepare(run.sources, command.execution, 8))
+    (setup,) = open_setups([run.sources], options.resolved(command).execution, 8)
+    frozen = train.freeze(run, setup)
     model, tokenizer = weights.load(command.sources.model)
     features = [
         model.text(jnp.asarray(ids)) for ids in clip.tokenize(tokenizer, texts, model.config)
@@ -261,8 +263,8 @@ def test_what_the_prompts_cannot_tell_apart_is_said(command: Command, tmp_path: 
     (tmp_path / "prompts.txt").write_text("a {}.\nA  {}.\n")
     command = changed(command, method=("mse-fixed",), templates=str(tmp_path / "prompts.txt"))
     runs = list(options.runs(command))
-    setup = opening.prepare(runs[0].sources, command.execution, 8)
-    assert list(opening.doubts(setup, runs)) == [
+    (setup,) = open_setups([runs[0].sources], options.resolved(command).execution, 8)
+    assert list(checks.warnings_for_setup(setup, runs)) == [
         f"--templates {tmp_path / 'prompts.txt'} repeats prompts, which count as often: A  {{}}.",
         "mse-fixed with one prompt holds one direction of the features: give --templates openai or several",
     ]
@@ -272,12 +274,12 @@ def test_what_the_prompts_cannot_tell_apart_is_said(command: Command, tmp_path: 
     reports = setup.data.reports | {"sketch": sketch}
     setup = dataclasses.replace(
         setup,
-        templates=("a {}.",),
+        model=dataclasses.replace(setup.model, templates=("a {}.",)),
         classes=("dog", "ice cream", "Dog"),
         seen=np.array([1, 2]),
         data=dataclasses.replace(setup.data, reports=reports),
     )
-    assert list(opening.doubts(setup, [])) == [
+    assert list(checks.warnings_for_setup(setup, [])) == [
         "classes with the prompts of an earlier class are never predicted zero-shot: Dog",
         "sketch lacks all 1 unseen classes: its unseen accuracy is over those that it has",
     ]
@@ -335,7 +337,7 @@ def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
     shown = run("train.py", "--help")
     assert shown.returncode == 0
     assert shown.stderr == "" and "(default: )" not in shown.stdout
-    boxes = (options.Command, options.Sources, options.Sweep, options.Execution, options.Cluster)
+    boxes = (options.Command, options.Sources, lipsum.Settings, options.Execution, options.Cluster)
     named = {field.name for box in boxes for field in dataclasses.fields(box)}
     for name in named - {"sources", "settings", "execution", "cluster"}:
         assert errors.flag(name) in shown.stdout
@@ -415,7 +417,7 @@ def test_unseen_classes_are_reported_and_not_trained(
     assert results["settings"]["fixed_head"] and results["settings"]["unseen"] == ["guitar"]
 
     # Against brute force: the saved model over all three classes, image by image.
-    (run,), setup = opening.open_runs(given(folder))
+    (run,), setup = finished_runs.open_runs([folder], options.Places())
     assert setup.data.train.classes == ("ice cream", "dog") and set(setup.data.train.labels) == {
         0,
         1,
@@ -472,7 +474,7 @@ def test_methods_that_start_elsewhere(command: Command, tmp_path: Path) -> None:
     # At a rate of zero, Scratch-FT stays where it starts.
     train.main(changed(command, method=("scratch-ft",), learning_rate=(0.0,)))
     runs = {
-        name: opening.read_run(command.out / name / "seed-0")
+        name: finished_runs.read_run(command.out / name / "seed-0")
         for name in (*fixed.method, "scratch-ft")
     }
     zero_shot, _ = weights.load(command.sources.model)

@@ -526,7 +526,7 @@ def test_hold_out_tenth(labels: list[int]) -> None:
 def test_kept_classes_are_numbered_anew() -> None:
     whole = split_of([Path(str(index)) for index in range(5)])
     whole = dataclasses.replace(whole, compared=np.array([True, True, True, False, True]))
-    kept = data.of_classes(data.take(whole, np.array([4, 0, 3, 1]), "some"), np.array([1, 3, 4]))
+    kept = data.keep_classes(data.take(whole, np.array([4, 0, 3, 1]), "some"), np.array([1, 3, 4]))
     assert kept.classes == ("1", "3", "4") and [file.path.name for file in kept.images] == [
         "4",
         "3",

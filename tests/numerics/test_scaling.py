@@ -87,9 +87,7 @@ def test_fsdp_keeps_under_a_sixth_on_each_device(method: str) -> None:
     """Before and after a step. An array that does not divide evenly is copied to every device."""
     mesh = scaling.mesh_of(8)
     state, frozen, batch = scaling.start(method, mesh, fsdp=True)
-    step = lipsum.training_step(
-        lipsum.METHODS[method].loss, devices.shardings(state, mesh, fsdp=True)
-    )
+    step = lipsum.training_step(lipsum.METHODS[method], devices.shardings(state, mesh, fsdp=True))
     for tree in (state, frozen, step(state, frozen, batch, jax.random.key(0))[0]):
         arrays = [leaf for leaf in jax.tree.leaves(tree) if not leaf.is_deleted()]
         if not arrays:
@@ -117,7 +115,7 @@ def test_only_the_towers_compute_in_bfloat16() -> None:
     np.testing.assert_allclose(jnp.linalg.norm(rounded, axis=1), 1, rtol=1e-6)
     assert 1e-4 < jnp.max(jnp.abs(rounded - exact)) < 0.05
     with jax.numpy_dtype_promotion("standard"):  # the gradient of JAX's own attention mixes types
-        state, metrics = lipsum.training_step(lipsum.lipsum_loss)(
+        state, metrics = lipsum.training_step(lipsum.METHODS["lipsum"])(
             state, frozen, batch, jax.random.key(0)
         )
     assert {leaf.dtype for leaf in jax.tree.leaves((state, metrics))} == {
