@@ -48,8 +48,8 @@ class Settings(eqx.Module):
     num_texts: int = eqx.field(default=80, static=True)
     # L, random tokens per text, without start and end token (lipsum, lipsum-exact, kld-random).
     text_length: int = eqx.field(default=8, static=True)
-    # File with one text per line, to draw the M texts from (lipsum, kld-random) or to average over
-    # (lipsum-exact), instead of random texts.
+    # File with one text per line, instead of random texts. lipsum and kld-random draw M of them per
+    # step, lipsum-exact averages over all.
     guidance: Path | None = eqx.field(default=None, static=True)
     # T of equation 20 (car-ft, kld-random).
     temperature: Number = 1.0
@@ -374,7 +374,9 @@ def average_decay(settings: Settings) -> Number:
 
     So runs of every length give the zero-shot weights the same share of the average.
     """
-    return max(0.0, 1 - 1 / (0.8 * settings.steps)) if settings.decay is None else settings.decay
+    if settings.decay is not None:
+        return settings.decay
+    return max(0.0, 1 - 1 / (0.8 * max(settings.steps, 1)))
 
 
 # ---------------------------------------------------------------------------------------- the step

@@ -347,8 +347,6 @@ def main(command: Command) -> None:
                 locks.enter_context(disk.locked(run.folder))
 
         from_main_process(claim_folders)
-        for line in checks.warnings_for_options(command, runs):
-            warn(line)
         if command.protocol:
             print(options.describe_protocol(command))
         if command.sources.data == "minidomain":
@@ -363,6 +361,8 @@ def main(command: Command) -> None:
         ]
         for setup, own in groups:
             checks.check_setup(setup, own, command.resume)
+        for line in dict.fromkeys(checks.warnings_for_options(command, runs)):
+            warn(line)
         for setup, own in groups:
             fine_tune_all(own, setup, signals, command.resume)
     if devices.is_main_process():  # the table is read from files

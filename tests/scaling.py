@@ -2,7 +2,8 @@
 
 tests/test_scaling.py also runs it as one of several processes, and reads the JSON that it prints:
 
-    python tests/scaling.py 127.0.0.1:1234 1 0 ft lipsum      # coordinator, number of processes, this one, methods
+    # Coordinator, number of processes, this one, methods
+    python tests/scaling.py 127.0.0.1:1234 1 0 ft lipsum
 """
 
 import functools

@@ -136,7 +136,10 @@ def test_post_hoc_bad_input(finished: Path, tmp_path: Path) -> None:
 def test_data_and_models_that_moved(
     finished: Path, model: Path, root: Path, tmp_path: Path, capsys
 ) -> None:
-    """Commands take the data's new place. Weights that are others under the same name are noticed."""
+    """Commands take the data's new place.
+
+    Weights that are others under the same name are noticed.
+    """
     run = shutil.copytree(finished / "ft" / "seed-0", tmp_path / "ft" / "seed-0")
     config = json.loads((run / "config.json").read_text())
     config["execution"]["data_root"] = "moved away"
@@ -165,11 +168,11 @@ def test_data_and_models_that_moved(
     assert "was made with other weights or prompts: restore" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------- analysis of finished runs
+# ------------------------------------------------------------------------ analysis of finished runs
 
 
 def test_predict(finished: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The printed classes against the model's own probabilities; a run, its best/ and an ensemble."""
+    """Printed classes against the model's own probabilities; a run, its best/, an ensemble."""
     run = finished / "ft" / "seed-0"
     images = (root / "real" / "dog" / "test0.png", root / "sketch" / "guitar" / "test1.png")
     evaluation.predict_command(images, run, top=2)
@@ -230,7 +233,9 @@ def test_brute_force_over_parts_of_unequal_size(
 def test_figures(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    """Every figure is written; what the runs do not hold is named; without matplotlib, the extra to install."""
+    """Every figure is written; what the runs do not hold is named; without matplotlib, the extra to
+    install.
+    """
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
     evaluation.wise_command(given(finished / "ft" / "seed-0"), alphas=(0.25,), overwrite=True)
@@ -314,10 +319,11 @@ def test_the_figure_of_weights_shows_means_over_seeds(finished: Path) -> None:
 
 
 def test_best_opens_in_transformers(finished: Path, root: Path, tmp_path: Path) -> None:
-    """Features, tokens and, with head.safetensors, logits, through PyTorch's CLIPModel and CLIPProcessor.
+    """Features, tokens and, with head.safetensors, logits, through PyTorch's CLIPModel and
+    CLIPProcessor.
 
-    The image is square: of an odd number of pixels to crop, transformers leaves the spare one on the other
-    side than torchvision, which OpenAI used, and this project.
+    The image is square: of an odd number of pixels to crop, transformers leaves the spare one on
+    the other side than torchvision, which OpenAI used, and this project.
     """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     best = finished / "lipsum" / "seed-0" / "best"

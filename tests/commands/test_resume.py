@@ -127,7 +127,7 @@ def test_resume_skips_a_damaged_checkpoint(
     assert read_checkpoint(newest).progress["step"] == 6
 
 
-# ------------------------------------------------------------------------------------------------- killed, full, locked
+# ----------------------------------------------------------------------------- killed, full, locked
 
 
 def test_a_signal_saves_after_the_step_and_prints_how_to_continue(
@@ -252,11 +252,13 @@ def test_a_full_disk_is_an_error_and_the_run_resumes(
     assert best_of(folder) == best_of(unbroken)
 
 
-# ------------------------------------------------------------------------------------------------------------ watching
+# ----------------------------------------------------------------------------------------- watching
 
 
 def test_tensorboard_and_profile(command: Command) -> None:
-    """TensorBoard's files contain the numbers of metrics.jsonl, also after --resume; a trace is written."""
+    """TensorBoard's files contain the numbers of metrics.jsonl, also after --resume; a trace is
+    written.
+    """
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     command = changed(
         command, method=("ft",), tensorboard=True, profile=True, steps=(20,), eval_every=20
@@ -312,11 +314,14 @@ def test_tensorboard_needs_its_extra(command: Command, monkeypatch: pytest.Monke
         train.main(changed(command, tensorboard=True))
 
 
-# --------------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 
 def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path) -> None:
-    """One of two processes gets a signal: both end after the same step. One process continues to the same numbers."""
+    """One of two processes gets a signal: both end after the same step.
+
+    One process continues to the same numbers.
+    """
     said = [
         *(
             "--model",
@@ -389,8 +394,8 @@ def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path)
 def test_processes_are_checked(command: Command) -> None:
     """Wrong flags are refused before any process is waited for."""
     for changes, message in (
-        ({"processes": 2}, "--processes needs --coordinator"),
-        ({"coordinator": "a:1", "processes": 2}, "--coordinator needs --process: give"),
+        ({"processes": 2}, "--processes and --process go together: give all three"),
+        ({"coordinator": "a:1", "processes": 2}, "go together: give all three"),
         (
             {"coordinator": "a:1", "processes": 2, "process": 2},
             "--process is 2 of --processes 2: number them from 0 to 1",

@@ -16,7 +16,7 @@ import eval as evaluation
 import lipsum
 from support import devices, layouts, weights
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def brute_force_ece(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
@@ -50,7 +50,8 @@ def test_ece_against_brute_force(seed: int) -> None:
         ([0.75] * 4, [True, True, True, False], 0.0),  # perfectly calibrated
         ([1.0] * 3, [False] * 3, 1.0),  # always wrong and sure
         ([0.5, 1.0], [False, True], 0.25),
-        # An edge belongs to the bin below it: 0.2 = 3/15 stays alone, and misses of opposite sign do not cancel.
+        # An edge belongs to the bin below it: 0.2 = 3/15 stays alone, and misses of opposite sign
+        # do not cancel.
         ([0.2, 0.2001], [True, False], (0.8 + 0.2001) / 2),
     ],
 )
@@ -102,7 +103,9 @@ def test_metrics_by_hand() -> None:
 
 @pytest.mark.parametrize("compared", [None, [True, False, True, True]], ids=str)
 def test_an_ensemble_averages_probabilities(compared: list[bool] | None) -> None:
-    """Against NumPy: softmax over the compared classes, the others have probability 0, the mean over two members."""
+    """Against NumPy: softmax over the compared classes, the others have probability 0, the mean
+    over two members.
+    """
     vision = seeded_model("tiny").vision
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))
     heads = np.random.default_rng(1).normal(size=(2, 40, 4)).astype(np.float32)
@@ -117,11 +120,13 @@ def test_an_ensemble_averages_probabilities(compared: list[bool] | None) -> None
     np.testing.assert_allclose(np.exp(actual), expected, rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- whole splits
+# ------------------------------------------------------------------------------------- whole splits
 
 
 def test_zero_shot_on_real_images_equals_pytorch() -> None:
-    """Accuracies exactly, logits within 2e-3 (they are rounded), NLL and ECE within 1e-4, on every list."""
+    """Accuracies exactly, logits within 2e-3 (they are rounded), NLL and ECE within 1e-4, on every
+    list.
+    """
     root = shared("data/pacs")
     reference = json.loads(shared("weights/pacs-clip/reference.json").read_text())
     model, tokenizer = weights.load(str(shared("weights/pacs-clip/openai.pt")))

@@ -1,4 +1,6 @@
-"""The equations of lipsum.py against computations by hand, its steps against the authors' own script."""
+"""The equations of lipsum.py against computations by hand, its steps against the authors' own
+script.
+"""
 
 import dataclasses
 import functools
@@ -20,7 +22,7 @@ import lipsum
 from support import devices
 from tools import seeded
 
-# ------------------------------------------------------------------------------------------------- equations by hand
+# -------------------------------------------------------------------------------- equations by hand
 
 
 def unit_rows(rows: int, dim: int, seed: int) -> jax.Array:
@@ -60,7 +62,10 @@ def test_equations_4_and_5() -> None:
 
 
 def test_equations_6_to_8() -> None:
-    """The energy gap by loops. Lipsum-FT's loss by loops, which is tau^2 / 2 times the gap over the same texts."""
+    """The energy gap by loops.
+
+    Lipsum-FT's loss by loops, which is tau^2 / 2 times the gap over the same texts.
+    """
     gaps = [
         (sum(t * x) - sum(t * y)) ** 2 for x, y in zip(IMAGES, OTHER, strict=True) for t in TEXTS
     ]
@@ -87,7 +92,10 @@ def test_equations_6_to_8() -> None:
 
 
 def test_equation_13_by_hand() -> None:
-    """The teacher comes first and has its own head. At a small tau: if both are sure of one class, nothing is seen."""
+    """The teacher comes first and has its own head.
+
+    At a small tau: if both are sure of one class, nothing is seen.
+    """
     model, tau = seeded_model("tiny"), jnp.float32(2)
     heads = unit_rows(5, 6, 3), unit_rows(5, 6, 4)
     student, teacher = (lipsum.Classifier(model.vision, head) for head in heads)
@@ -105,7 +113,10 @@ def test_equation_13_by_hand() -> None:
 
 
 def test_energy_gap_by_one_matrix_and_by_every_pair() -> None:
-    """Equation 6 over 10,000 random texts: `d^T C2 d` against all images times all texts, to 1e-5 relative."""
+    """Equation 6 over 10,000 random texts:
+
+    `d^T C2 d` against all images times all texts, to 1e-5 relative.
+    """
     text = seeded_model("tiny").text
     images, zero_shot = clip.normalize(jax.random.normal(jax.random.key(0), (2, 12, 40)))
     ids = lipsum.random_texts(text, 10_000, 8, jax.random.key(0))
@@ -147,7 +158,9 @@ def test_random_texts_are_uniform_over_the_other_tokens(special: tuple[int, int]
 
 @jax.numpy_dtype_promotion("standard")
 def test_learning_rate_schedule() -> None:
-    """Linear from 0 over the first tenth, then half a cosine to 0; without a warm-up, the peak at once."""
+    """Linear from 0 over the first tenth, then half a cosine to 0; without a warm-up, the peak at
+    once.
+    """
     rate = lipsum.learning_rate(lipsum.Settings(steps=100, learning_rate=2.0))
     steps = np.arange(101)
     expected = np.where(steps < 10, steps / 10 * 2.0, 1 + np.cos(np.pi * (steps - 10) / 90))
@@ -160,7 +173,7 @@ def test_learning_rate_schedule() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ the authors' script
+# ------------------------------------------------------------------------------ the authors' script
 
 SIZES = seeded.ARCHITECTURES["tiny"] | {
     "vision_layers": 2,
@@ -194,7 +207,9 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 @functools.cache
 def original_weights() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Zero-shot weights, and the same with a perturbed vision tower, as the recording of `original.npz` drew them."""
+    """Zero-shot weights, and the same with a perturbed vision tower, as the recording of
+    `original.npz` drew them.
+    """
     skeleton = eqx.filter_eval_shape(clip.CLIP, config_of(SIZES), jax.random.key(0))
     zero_shot = {"logit_scale": np.array(np.log(100.0), np.float32)}
     for name, leaf in eqx.filter_eval_shape(clip.to_state_dict, skeleton, "hugging_face").items():
@@ -225,7 +240,9 @@ def test_original_weights_are_those_recorded() -> None:
 
 
 def original_models() -> tuple[clip.CLIP, lipsum.Frozen, lipsum.Classifier]:
-    """The zero-shot model, what is frozen, and the perturbed classifier that the script's step starts from."""
+    """The zero-shot model, what is frozen, and the perturbed classifier that the script's step
+    starts from.
+    """
     values = original()
     zero_shot, trained = (
         clip.from_state_dict(weights, config_of(SIZES), "hugging_face", "original")
@@ -299,7 +316,8 @@ def test_original_losses_and_gradients(method: str, prefix: str) -> None:
         np.testing.assert_allclose(terms["regularizer"], values["feat_regularization"], rtol=1e-5)
     leaves, compared = named(zero_shot, gradient), 0
     for name, expected in entries(f"{prefix}grad/").items():
-        # A constant added to every key changes no attention: this gradient is zero, and noise in practice.
+        # A constant added to every key changes no attention: this gradient is zero, and noise in
+        # practice.
         if name != "logit_scale" and not name.endswith("k_proj.bias"):
             np.testing.assert_allclose(
                 leaves[name], expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=name
@@ -339,7 +357,7 @@ def test_original_three_steps() -> None:
                 assert np.abs(expected - start[name]).max() > 5e-6
 
 
-# ------------------------------------------------------------------------------------------ every method, in PyTorch
+# ------------------------------------------------------------------------- every method, in PyTorch
 
 TRAINED = [name for name, method in lipsum.METHODS.items() if method.trained]
 
@@ -421,7 +439,9 @@ def test_losses_and_gradients_equal_pytorch(method: str) -> None:
 
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch):
-    """JAX in float64 throughout: its own attention takes the softmax in float32 whatever it is given."""
+    """JAX in float64 throughout: its own attention takes the softmax in float32 whatever it is
+    given.
+    """
 
     def attention(query, key, value, is_causal):
         scores = jnp.einsum("thd,shd->hts", query, key) / math.sqrt(query.shape[-1])
@@ -451,7 +471,8 @@ def test_gradients_are_those_of_finite_differences() -> None:
         given = lipsum.Given(moved, features, zero_shot_features, frozen, jax.random.key(0))
         return jnp.stack([fit, *(loss(given) for loss in losses.values())])
 
-    # One compilation gives both: values beside the point and the slopes in it, by the backward pass.
+    # One compilation gives both: values beside the point and the slopes in it, by the backward
+    # pass.
     values, slopes = jax.jit(lambda t: (jax.vmap(along)(t), jax.jacrev(along)(t[1])))(
         jnp.array([-1e-6, 0.0, 1e-6])
     )
@@ -569,7 +590,7 @@ def test_guidance_draws_different_texts_of_the_users() -> None:
     assert seen == rows
 
 
-# ----------------------------------------------------------------------------------------------------------- post-hoc
+# ----------------------------------------------------------------------------------------- post-hoc
 
 
 def equal_leaves(one: lipsum.Classifier, other: lipsum.Classifier) -> bool:
@@ -694,7 +715,9 @@ def test_soup_is_the_mean() -> None:
 
 
 def test_greedy_members() -> None:
-    """Best first, ties in the given order, kept only if strictly better, at most as many as asked for."""
+    """Best first, ties in the given order, kept only if strictly better, at most as many as asked
+    for.
+    """
     alone = [0.5, 0.8, 0.8, 0.7]
     asked = []
 
@@ -708,7 +731,7 @@ def test_greedy_members() -> None:
     assert lipsum.greedy_members(alone, lambda members: 0.1, 4) == [1]
 
 
-# --------------------------------------------------------------------------------------------------------------- steps
+# -------------------------------------------------------------------------------------------- steps
 
 
 def tiny_setup() -> tuple[lipsum.Frozen, lipsum.Batch]:
@@ -730,7 +753,10 @@ def tiny_setup() -> tuple[lipsum.Frozen, lipsum.Batch]:
 
 @pytest.mark.parametrize("method", ["ft", "lipsum"])
 def test_steps_are_pure_and_compile_once(method: str) -> None:
-    """Equal inputs give equal bits. The given state is donated, and the returned one has its shardings."""
+    """Equal inputs give equal bits.
+
+    The given state is donated, and the returned one has its shardings.
+    """
     frozen, batch = tiny_setup()
     batch = {name: np.asarray(array) for name, array in batch.items()}
     mesh = scaling.mesh_of(8)
@@ -782,7 +808,9 @@ def test_regulariser_is_zero_at_the_start() -> None:
 
 @pytest.mark.parametrize("method", ["lipsum", "car-ft", "ema"])
 def test_a_sweep_compiles_once(method: str) -> None:
-    """Rate, lambda, temperature and decay are data: one program computes different results for different values."""
+    """Rate, lambda, temperature and decay are data: one program computes different results for
+    different values.
+    """
     frozen, batch = tiny_setup()
     step = lipsum.training_step(lipsum.METHODS[method])
     compiled = step._cache_size()

@@ -1,4 +1,7 @@
-"""OpenAI's published weights give what OpenAI published. `pytest -m weights` runs these where the cache holds them."""
+"""OpenAI's published weights give what OpenAI published.
+
+`pytest -m weights` runs these where the cache holds them.
+"""
 
 import huggingface_hub
 import numpy as np
@@ -53,7 +56,9 @@ ZERO_SHOT = {
 
 @pytest.mark.parametrize("name", ZERO_SHOT)
 def test_zero_shot_accuracies_on_imagenet(name: str) -> None:
-    """Half a point is left for what published figures differ by among themselves (B/32: 63.2 to 63.4)."""
+    """Half a point is left for what published figures differ by among themselves (B/32: 63.2 to
+    63.4).
+    """
     needs(name)
     root = shared("data/imagenet")
     sources = options.Sources(name, "imagenet", "imagenet", templates="openai", select_on="test")

@@ -1,4 +1,6 @@
-"""Same losses on any devices and processes, with and without --fsdp and --accumulate; precision; remat."""
+"""Same losses on any devices and processes, with and without --fsdp and --accumulate; precision;
+remat.
+"""
 
 import functools
 import json
@@ -57,7 +59,9 @@ def test_losses_in_every_combination(method: str, devices: int, options: dict[st
 
 @pytest.mark.slow
 def test_losses_on_two_processes() -> None:
-    """With four devices each, both processes have the losses of one device. test_resume.py runs train.py on two."""
+    """With four devices each, both processes have the losses of one device. test_resume.py runs
+    train.py on two.
+    """
     script = Path(scaling.__file__)
     address = scaling.free_address()
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
@@ -101,11 +105,14 @@ def test_fsdp_keeps_under_a_sixth_on_each_device(method: str) -> None:
     assert uneven.sharding.is_fully_replicated
 
 
-# ----------------------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 def test_only_the_towers_compute_in_bfloat16() -> None:
-    """Features are near those of float32, but differ. Weights, optimizer, losses and gradients stay float32."""
+    """Features are near those of float32, but differ.
+
+    Weights, optimizer, losses and gradients stay float32.
+    """
     mesh = scaling.mesh_of(1)
     state, frozen, batch = scaling.start("lipsum", mesh, False, precision="bfloat16")
     image_features = jax.jit(clip.image_features)
@@ -167,7 +174,9 @@ def test_bfloat16_in_matrix_products_only() -> None:
 
 
 def test_remat_stores_less_for_the_backward_pass() -> None:
-    """Without it, the results of each block's matrix products are stored, too, but for the last, which none needs."""
+    """Without it, the results of each block's matrix products are stored, too, but for the last,
+    which none needs.
+    """
     frozen, batch = scaling.inputs()
     images = jnp.asarray(batch["image"])
 
