@@ -90,7 +90,16 @@ class Setup:
 def prepare(sources: Sources, execution: Execution, batch_size: int) -> Setup:
     """Loads and checks the model and the data. Raises InputError before any long work."""
     mesh = devices.device_mesh(devices.evaluation_batch_size(batch_size, execution.accumulate))
-    images = layouts.read(sources, execution)
+    images = layouts.read(
+        sources.data,
+        execution.data_root,
+        sources.reference,
+        sources.shifts,
+        sources.select_on,
+        execution.split_roots,
+        sources.class_names,
+        sources.keep_underscores,
+    )
     templates = read_templates(sources.templates)
     # This may download, so it comes after the data, whose root may be wrong.
     model, tokenizer = weights.load(str(sources.model))

@@ -25,6 +25,7 @@ from support.report import tables
 from support.run import options
 from support.run import setup as opening
 from support.run.options import Command
+from tools import export_minidomain
 
 
 def test_run_from_start_to_table(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +139,7 @@ def test_exported_benchmark_gives_the_same_numbers(
     """`--data minidomain`, and `--data domainnet` on the exported PNG files."""
     monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(minidomain, "SIZES", {"train": 40, "val": 20, "test": 20})
-    minidomain.main(export=tmp_path / "export")
+    export_minidomain.main(tmp_path / "export")
     drawn = changed(
         command,
         data="minidomain",

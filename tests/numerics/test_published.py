@@ -62,6 +62,6 @@ def test_zero_shot_accuracies_on_imagenet(name: str) -> None:
     setup = opening.prepare(sources, options.Execution(), batch_size=256)
     found = evaluation.Evaluator(setup).zero_shot_results
     assert "imagenet" in found
-    for split, published in zip(layouts.IMAGENET, ZERO_SHOT[name], strict=True):
+    for split, published in zip(layouts.imagenet.IMAGENET, ZERO_SHOT[name], strict=True):
         if split in found:
             assert abs(100 * found[split]["accuracy"] - published) < 0.5, split
