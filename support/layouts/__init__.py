@@ -47,13 +47,13 @@ def read(
     Raises InputError as the data set's reader does, and for a folder that is missing or not used.
     """
     reader, layout = READERS[data_set]
-    if data_set == "imagenet":
-        reader = partial(read_imagenet, split_roots=split_roots)
-    elif split_roots:
+    if split_roots and data_set != "imagenet":
         raise InputError(f"--split-roots is for --data imagenet: leave it out with {data_set}")
-    elif root is None and layout:
+    if root is None and layout and not split_roots:
         folder = f"the folder that holds {layout}"
         raise InputError(f"--data-root is needed with --data {data_set}: {folder}")
+    if data_set == "imagenet":
+        reader = partial(read_imagenet, split_roots=split_roots)
     data = reader(root, reference, shifts, select_on)
     names = data.train.classes
     if class_names:

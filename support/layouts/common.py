@@ -42,7 +42,8 @@ def read_records(path: Path, form: str, pattern: str, name: str = "") -> dict[st
     """
     name = name or str(path)
     records: dict[str, Record] = {}
-    for number, line in enumerate(read_lines(path, name, f"write '{form}' per line"), start=1):
+    advice = f"restore it as UTF-8 text with '{form}' per line"
+    for number, line in enumerate(read_lines(path, name, advice), start=1):
         place = f"{name} line {number}"
         match = re.fullmatch(pattern, line.strip())
         if not match:

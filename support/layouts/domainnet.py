@@ -98,7 +98,7 @@ def read_domainnet(root: Path, reference: str, shifts: Words, select_on: str) ->
 
     def read(name: str, path: Path) -> Split:
         files, labels, _ = read_list(path, classes)
-        folder = files[0].path.parent.parent.parent
+        folder = files[0].path.parent.parent
         if not folder.is_dir():
             advice = "download them, or give the --shifts that are there"
             raise InputError(f"{path} lists images of {folder}, which is not there: {advice}")

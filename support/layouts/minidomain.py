@@ -633,7 +633,7 @@ def load_domain(domain: str, split: str) -> tuple[Images, Labels]:
     name = f"{domain}-{split}-{number}"
     path = cache_folder() / "minidomain" / f"{name}-{FINGERPRINT}.npz"
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             # `reshape` finds a damaged header. The CRC finds the rest, but only in whole arrays.
             return arrays["images"].reshape(number, 36, 36, 3), arrays["labels"].reshape(number)
     except FileNotFoundError:
