@@ -16,7 +16,7 @@ from pathlib import Path
 from data import Data, Split
 from support.errors import InputError, few
 from support.layouts import cub, domainnet, folders, imagenet
-from support.layouts.common import Words, composed, read_records
+from support.layouts.common import composed, read_records
 from support.layouts.cub import read_cub
 from support.layouts.domainnet import read_domainnet
 from support.layouts.folders import read_folder
@@ -36,7 +36,7 @@ def read(
     data_set: str,
     root: Path | None,
     reference: str,
-    shifts: Words,
+    shifts: tuple[str, ...],
     select_on: str,
     split_roots: Sequence[str] = (),
     class_names: Path | None = None,
@@ -68,7 +68,7 @@ def read(
     return Data(name_classes(data.train), name_classes(data.selection), reports)
 
 
-def read_class_names(path: Path, classes: Words) -> Words:
+def read_class_names(path: Path, classes: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the names of classes from a file with one `FOLDER NAME` per line.
 
     Raises InputError if a line is malformed, a folder is listed twice, or a class has no name.

@@ -9,8 +9,6 @@ from typing import NamedTuple
 from data import Data, Split, hold_out
 from support.errors import InputError, read_lines, unknown
 
-Words = tuple[str, ...]
-
 
 def wrong_root(root: Path | None, lacks: str, layout: str) -> InputError:
     """Returns the error for a root with another layout: what it contains and what it should."""
@@ -31,7 +29,7 @@ class Record(NamedTuple):
     """A line of a text file: its place (file and line) for messages, and its later fields."""
 
     place: str
-    fields: Words
+    fields: tuple[str, ...]
 
 
 def read_records(path: Path, form: str, pattern: str, name: str = "") -> dict[str, Record]:
@@ -56,8 +54,8 @@ def read_records(path: Path, form: str, pattern: str, name: str = "") -> dict[st
 
 
 def choose_shifts(
-    splits: Collection[str], reference: str, shifts: Words, left_out: Collection[str] = ()
-) -> Words:
+    splits: Collection[str], reference: str, shifts: tuple[str, ...], left_out: Collection[str] = ()
+) -> tuple[str, ...]:
     """Returns `shifts` or, if empty, all splits except the reference and those `left_out`.
 
     Raises InputError if a split is unknown, or if a shift is given twice or is the reference.
@@ -65,9 +63,9 @@ def choose_shifts(
     for split in (reference, *shifts):
         if split not in splits:
             raise unknown("split", split, splits)
-    if len({reference, *shifts}) <= len(shifts):
-        given = f"--shifts {' '.join(shifts)} with reference {reference!r}"
-        raise InputError(f"{given}: give each shift once, and leave out the reference")
+        if (reference, *shifts).count(split) > 1:
+            problem = f"{split!r} is the reference and a shift at once, or a shift twice"
+            raise InputError(f"{problem}: give each shift once, and not the reference")
     return shifts or tuple(split for split in splits if split not in (reference, *left_out))
 
 

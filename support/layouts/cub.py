@@ -8,14 +8,7 @@ import numpy as np
 
 from data import Data, ListedFile, Split
 from support.errors import InputError, few
-from support.layouts.common import (
-    Record,
-    Words,
-    add_selection,
-    choose_shifts,
-    read_records,
-    wrong_root,
-)
+from support.layouts.common import Record, add_selection, choose_shifts, read_records, wrong_root
 
 # What a line of each file is, in words and as a pattern with a group per field.
 ID = "0*([0-9]{1,9})"
@@ -45,7 +38,7 @@ def find_problems(root: Path, files: dict[str, dict[str, Record]]) -> Iterator[s
         yield f"{root / 'train_test_split.txt'} has no line 'ID {part}': restore it"
 
 
-def read_cub(root: Path, reference: str, shifts: Words, select_on: str) -> Data:
+def read_cub(root: Path, reference: str, shifts: tuple[str, ...], select_on: str) -> Data:
     """Reads CUB-200-2011 from its own files: one reported split, `cub`, and no shifts.
 
     Labels follow the ids of classes.txt, whose names lose their numbers. `select_on` val: a tenth

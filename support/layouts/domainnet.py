@@ -9,14 +9,7 @@ from jaxtyping import Int32
 
 from data import Data, ListedFile, Split
 from support.errors import InputError
-from support.layouts.common import (
-    Words,
-    add_selection,
-    choose_shifts,
-    composed,
-    read_records,
-    wrong_root,
-)
+from support.layouts.common import add_selection, choose_shifts, composed, read_records, wrong_root
 
 LAYOUT = (
     "DOMAIN/CLASS/FILE, DOMAIN_train.txt and DOMAIN_test.txt, "
@@ -43,8 +36,8 @@ def on_disk(root: Path, path: str) -> Path:
 
 
 def read_list(
-    path: Path, train_classes: Words = ()
-) -> tuple[tuple[ListedFile, ...], Int32[np.ndarray, " images"], Words]:
+    path: Path, train_classes: tuple[str, ...] = ()
+) -> tuple[tuple[ListedFile, ...], Int32[np.ndarray, " images"], tuple[str, ...]]:
     """Returns the files, labels and class folders (in label order) of a list.
 
     `train_classes` are the training list's: another list may lack some, but contains no others.
@@ -62,9 +55,9 @@ def read_list(
         if train_classes and line.folder not in per_folder:
             problem = f"folder {folder!r} is no class of the training list"
             raise InputError(f"{place}: {problem}: correct one")
-        one = per_folder.setdefault(line.folder, line)
-        other = per_label.setdefault(line.label, line)
-        for known in (one, other):
+        by_folder = per_folder.setdefault(line.folder, line)
+        by_label = per_label.setdefault(line.label, line)
+        for known in (by_folder, by_label):
             if known[:2] != line[:2]:
                 problem = f"{known.place} gives folder {known.folder!r} label {known.label}"
                 raise InputError(
@@ -79,7 +72,7 @@ def read_list(
     return tuple(files), np.array(labels, np.int32), classes
 
 
-def read_domainnet(root: Path, reference: str, shifts: Words, select_on: str) -> Data:
+def read_domainnet(root: Path, reference: str, shifts: tuple[str, ...], select_on: str) -> Data:
     """Reads `DOMAIN/CLASS/FILE`, listed in `DOMAIN_train.txt`, `_test.txt` and maybe `_val.txt`.
 
     Default shifts: all other domains with a test list, except Quickdraw. `select_on` val: the

@@ -11,7 +11,7 @@ import numpy as np
 from data import Data, Files, Split, hold_out
 from support import errors
 from support.errors import InputError, few
-from support.layouts.common import Words, add_selection, choose_shifts, composed, wrong_root
+from support.layouts.common import add_selection, choose_shifts, composed, wrong_root
 
 LAYOUT = (
     "train/CLASS/IMAGE to train on, val/CLASS/IMAGE to report, and SHIFT/CLASS/IMAGE for each "
@@ -31,19 +31,24 @@ def names_in(folder: Path, folders_only: bool = False) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
+            # `is_dir` looks at links only, which matters for 50,000 images on a network disk.
             return sorted(entry.name for entry in visible if not folders_only or entry.is_dir())
     except OSError as error:
         problem = f"folder {folder} cannot be listed ({error})"
         raise InputError(f"{problem}: restore it, or make it readable") from error
 
 
-def class_folders(root: Path) -> Words:
+def class_folders(root: Path) -> tuple[str, ...]:
     """Returns the sorted names of the folders, and links to folders, that are not hidden."""
     return tuple(names_in(root, folders_only=True))
 
 
 def read_class_folders(
-    name: str, root: Path, classes: Words, label_per_folder: Mapping[str, int], source: str
+    name: str,
+    root: Path,
+    classes: tuple[str, ...],
+    label_per_folder: Mapping[str, int],
+    source: str,
 ) -> Split:
     """Reads a split `root/CLASS/IMAGE`, in label order. Warns of files that may be images, too.
 
@@ -72,15 +77,14 @@ def read_class_folders(
     if problems:
         raise InputError(few(problems, "; "))
     label = {folder: label_per_folder[composed(folder)] for folder in folders}
-    in_order = sorted(folders, key=label.__getitem__)
-    files = tuple(f"{folder}/{file}" for folder in in_order for file in images[folder])
-    labels = np.repeat(
-        [label[folder] for folder in in_order], [len(images[folder]) for folder in in_order]
-    )
-    return Split(name, classes, Files(root, files), labels.astype(np.int32))
+    folders = sorted(folders, key=label.__getitem__)
+    files = tuple(f"{folder}/{file}" for folder in folders for file in images[folder])
+    sizes = [len(images[folder]) for folder in folders]
+    labels = np.array([label[folder] for folder in folders], np.int32)
+    return Split(name, classes, Files(root, files), np.repeat(labels, sizes))
 
 
-def read_folder(root: Path, reference: str, shifts: Words, select_on: str) -> Data:
+def read_folder(root: Path, reference: str, shifts: tuple[str, ...], select_on: str) -> Data:
     """Reads `train/CLASS/IMAGE` to train on, and `REFERENCE/CLASS/IMAGE` and shifts to report.
 
     If the reference val has no folder, it is a tenth of the training images. Without a folder
@@ -95,9 +99,10 @@ def read_folder(root: Path, reference: str, shifts: Words, select_on: str) -> Da
         raise wrong_root(root, f"{trained}/CLASS", LAYOUT)
     known = [name for name in dict.fromkeys(("val", *splits)) if name != "train"]
     shifts = choose_shifts(known, reference, shifts, left_out=("val",))
-    for name in {"test", "valid", "validation", "dev"}.intersection(shifts):
-        advice = f"if it holds images like those of train, give --reference {name}"
-        errors.warn(f"{root / name} counts as a shift: {advice}")
+    for name in shifts:
+        if name in ("test", "valid", "validation", "dev"):
+            advice = f"if it holds images like those of train, give --reference {name}"
+            errors.warn(f"{root / name} counts as a shift: {advice}")
     classes = class_folders(root / trained)
     label_per_folder = {composed(folder): label for label, folder in enumerate(classes)}
 

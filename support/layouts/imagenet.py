@@ -9,7 +9,7 @@ import numpy as np
 
 from data import Data, Split
 from support.errors import InputError, few, read_lines
-from support.layouts.common import Words, add_selection, choose_shifts, wrong_root
+from support.layouts.common import add_selection, choose_shifts, wrong_root
 from support.layouts.folders import class_folders, read_class_folders
 
 # OpenAI's names of the classes, in the order of WordNet ids, from the notebook with its prompts.
@@ -51,7 +51,7 @@ def find_splits(root: Path | None, split_roots: Sequence[str]) -> dict[str, Path
 def read_imagenet(
     root: Path | None,
     reference: str,
-    shifts: Words,
+    shifts: tuple[str, ...],
     select_on: str,
     split_roots: Sequence[str] = (),
 ) -> Data:

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from data import Data, Split
 from support.disk import cache_folder, write_whole
 from support.errors import InputError
-from support.layouts.common import Words, add_selection, choose_shifts
+from support.layouts.common import add_selection, choose_shifts
 
 RESOLUTION = 36
 SCALE = 3  # images are drawn larger, then reduced: Pillow does not anti-alias polygons and lines
@@ -659,7 +659,9 @@ def load_domain(domain: str, split: str) -> tuple[Images, Labels]:
     return images, labels
 
 
-def read_minidomain(root: Path | None, reference: str, shifts: Words, select_on: str) -> Data:
+def read_minidomain(
+    root: Path | None, reference: str, shifts: tuple[str, ...], select_on: str
+) -> Data:
     """Returns the embedded benchmark. Raises InputError if a domain is unknown or a root given."""
     if root is not None:
         problem = f"--data minidomain is drawn, not read from --data-root {root}"

@@ -509,7 +509,11 @@ REFUSED = {
         ("", {"reference": "reel"}, "unknown split 'reel': did you mean real.* known: clipart"),
         ("", {"reference": "sketch"}, "list .*sketch_train.txt cannot be read .*: restore it"),
         ("", {"shifts": ("clip-art",)}, "unknown split 'clip-art': did you mean clipart"),
-        ("", {"shifts": ("real",)}, "--shifts real with reference 'real': .* leave out the"),
+        (
+            "",
+            {"shifts": ("real",)},
+            "'real' is the reference and a shift at once, or a shift twice",
+        ),
         (
             "awk 'NR % 5 == 1' real_train.txt > few; mv few real_train.txt",
             *({"select_on": "val"}, "8 training images are too few .*: give --select-on test"),
@@ -526,7 +530,7 @@ REFUSED = {
         ("", {"root": None}, "--data-root is needed .* the folder that holds train/CLASS/IMAGE"),
         ("", {"root": "no"}, "folder .*/no cannot be listed .*No such file.*: restore it"),
         ("", {"shifts": ("sketches",)}, "unknown split 'sketches': did you mean sketch"),
-        ("", {"shifts": ("sketch",) * 2}, "--shifts sketch sketch .*: give each shift once"),
+        ("", {"shifts": ("sketch",) * 2}, "'sketch' is .* or a shift twice: give each shift once"),
         ("", {"split_roots": ("a=b",)}, "--split-roots is for --data imagenet: leave it out"),
         ("rm -r val", {"reference": "sketch", "shifts": ("val",)}, "/val cannot be listed"),
         ("mv train tra", {}, r"no train/CLASS \(found: a painting, sketch, tra, val\): exp"),
