@@ -149,7 +149,16 @@ def read_data(
     sources: Sources, execution: Execution
 ) -> tuple[data.Data, tuple[str, ...], Int[np.ndarray, " seen"]]:
     """Returns the checked splits, the names of all classes, and the indices of the seen ones."""
-    images = layouts.read(sources, execution)
+    images = layouts.read(
+        sources.data,
+        execution.data_root,
+        sources.reference,
+        sources.shifts,
+        sources.select_on,
+        execution.split_roots,
+        sources.class_names,
+        sources.keep_underscores,
+    )
     classes = images.train.classes
     seen = seen_classes(classes, sources.unseen)
     if sources.unseen:

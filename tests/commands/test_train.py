@@ -26,6 +26,7 @@ from support.run import checks, options
 from support.run import finished as finished_runs
 from support.run.options import Command
 from support.run.setup import open_setups
+from tools import export_minidomain
 
 
 def test_run_from_start_to_table(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +141,7 @@ def test_exported_benchmark_gives_the_same_numbers(
     """`--data minidomain`, and `--data domainnet` on the exported PNG files."""
     monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(minidomain, "SIZES", {"train": 40, "val": 20, "test": 20})
-    minidomain.main(export=tmp_path / "export")
+    export_minidomain.main(tmp_path / "export")
     drawn = changed(
         command,
         data="minidomain",

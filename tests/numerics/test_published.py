@@ -67,6 +67,6 @@ def test_zero_shot_accuracies_on_imagenet(name: str) -> None:
     predictions = evaluation.predict_reports(setup, [setup.zero_shot])
     found = evaluation.results_of(setup, predictions, predictions)
     assert "imagenet" in found
-    for split, published in zip(layouts.IMAGENET, ZERO_SHOT[name], strict=True):
+    for split, published in zip(layouts.imagenet.IMAGENET, ZERO_SHOT[name], strict=True):
         if split in found:
             assert abs(100 * found[split]["accuracy"] - published) < 0.5, split
