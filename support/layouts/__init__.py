@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from data import Data, Split
-from support.errors import InputError, few
+from support.errors import InputError, few, unknown
 from support.layouts import cub, domainnet, folders, imagenet
 from support.layouts.common import composed, read_records
 from support.layouts.cub import read_cub
@@ -46,6 +46,8 @@ def read(
 
     Raises InputError as the data set's reader does, and for a folder that is missing or not used.
     """
+    if data_set not in READERS:
+        raise unknown("data set", data_set, READERS)
     reader, layout = READERS[data_set]
     if split_roots and data_set != "imagenet":
         raise InputError(f"--split-roots is for --data imagenet: leave it out with {data_set}")
