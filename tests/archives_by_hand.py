@@ -1,4 +1,4 @@
-"""Writes PyTorch archives and OpenAI's vocabulary file by hand, well-formed and not, without torch."""
+"""Writes PyTorch archives, well-formed and not, and OpenAI's vocabulary file, without torch."""
 
 import gzip
 import pickle
@@ -89,7 +89,7 @@ def described(key: str, array: np.ndarray, device: str = "cpu") -> Call:
 
 
 def module(tensors: Mapping[str, Any]) -> Build:
-    """A TorchScript module with `tensors` at their dotted names, and what such a module holds besides."""
+    """A TorchScript module with `tensors` at their dotted names, and what it holds besides."""
     children: dict[str, Any] = {"training": True, "_is_full_backward_hook": None, "cast": 1.5}
     nested: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():

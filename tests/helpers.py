@@ -1,4 +1,4 @@
-"""What several test files share: models, trees of images, archives written by hand, and the errors expected."""
+"""What several test files share: models, trees of images, and the errors expected."""
 
 import dataclasses
 import functools

@@ -11,7 +11,6 @@ import gzip
 import json
 import math
 import operator
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ TINY = Path(__file__).parents[2] / "assets" / "tiny-clip"
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # beside OpenAI's files
 
-State = dict[str, np.ndarray]  # a model's arrays by name, in PyTorch's layout
+Arrays = dict[str, np.ndarray]  # a state dict: weights by name, in PyTorch's layout
 
 # ---------------------------------------------------------------------------------- configurations
 
@@ -88,8 +87,8 @@ def make_config(values: dict[str, Any], source: str, problems: list[str]) -> cli
             problems.append(f"{tokens} are not in the vocabulary")
     if problems:
         raise InputError(
-            f"{source} does not specify a CLIP with an image and a text transformer "
-            f"({few(problems, '; ', 6)}): restore it, or choose another model"
+            f"{source}: no CLIP with an image and a text transformer ({few(problems, '; ', 6)}): "
+            "restore it, or choose another model"
         )
     sizes = [field.name for field in dataclasses.fields(clip.Transformer)]
     for tower in ("vision", "text"):
@@ -139,14 +138,14 @@ def hugging_face_config(path: Path) -> clip.Config:
         return make_config(values, str(path), problems)
 
 
-# open_clip's defaults.
-_BOTH = {"layers": 12, "mlp_ratio": 4}
-_VISION = {"image_size": 224, "patch_size": 16, "width": 768, "head_width": 64}
-_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8}
-# All keys that are read or change nothing here, and others with the values that are implemented.
-_OPEN_CLIP_KEYS = {*_BOTH, *_VISION, *_TEXT, "embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
-_OPEN_CLIP_KEYS |= {"preprocess_cfg", "hf_tokenizer_name", "tokenizer_kwargs", "custom_text"}
-_OPEN_CLIP_KEYS |= {"init_logit_scale", "patch_dropout", "output_tokens"}
+_OPEN_CLIP_TOWER = {"layers": 12, "mlp_ratio": 4}  # open_clip's defaults for both, and for each
+_OPEN_CLIP_VISION = {"image_size": 224, "patch_size": 16, "width": 768, "head_width": 64}
+_OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8}
+# Keys that are read here or change nothing, and keys of which some values are implemented.
+_OPEN_CLIP_KEYS = {*_OPEN_CLIP_TOWER, *_OPEN_CLIP_VISION, *_OPEN_CLIP_TEXT, "embed_dim"}
+_OPEN_CLIP_KEYS |= {"quick_gelu", "vision_cfg", "text_cfg", "preprocess_cfg", "custom_text"}
+_OPEN_CLIP_KEYS |= {"hf_tokenizer_name", "tokenizer_kwargs", "init_logit_scale", "patch_dropout"}
+_OPEN_CLIP_KEYS |= {"output_tokens"}
 _OPEN_CLIP_VALUES = {
     "pool_type": ["tok", "argmax"],
     "pos_embed_type": ["learnable"],
@@ -162,8 +161,8 @@ def open_clip_config(path: Path) -> clip.Config:
     with refuse_damaged(str(path), "restore it"):
         content = read_json(path)
         whole = content.get("model_cfg", content)
-        vision = _BOTH | _VISION | whole["vision_cfg"]
-        text = _BOTH | _TEXT | whole["text_cfg"]
+        vision = _OPEN_CLIP_TOWER | _OPEN_CLIP_VISION | whole["vision_cfg"]
+        text = _OPEN_CLIP_TOWER | _OPEN_CLIP_TEXT | whole["text_cfg"]
         problems = [
             f"{key} {value!r} is not supported"
             for key, value in [*whole.items(), *vision.items(), *text.items()]
@@ -196,9 +195,9 @@ _OPENAI = [
     ("patch_size", "visual.conv1.weight", 3),
     ("image_size", "visual.positional_embedding", 0),  # 1 + (image_size / patch_size)^2
     ("vision.width", "visual.transformer.resblocks.0.mlp.c_fc.weight", 1),
-    ("vision.mlp_width", "visual.transformer.resblocks.0.mlp.c_fc.weight", 0),
+    ("vision.mlp_width", "visual.transformer.resblocks.0.mlp.c_fc.bias", 0),
     ("text.width", "transformer.resblocks.0.mlp.c_fc.weight", 1),
-    ("text.mlp_width", "transformer.resblocks.0.mlp.c_fc.weight", 0),
+    ("text.mlp_width", "transformer.resblocks.0.mlp.c_fc.bias", 0),
     ("embedding_size", "text_projection", 1),
     ("context_length", "positional_embedding", 0),
     ("vocabulary_size", "token_embedding.weight", 0),
@@ -227,9 +226,7 @@ def openai_config(state: Mapping[str, np.ndarray], source: str) -> clip.Config:
         values[f"{tower}.layers"] = len(numbers)
         values[f"{tower}.heads"], remainder = divmod(values[f"{tower}.width"], 64)
         if remainder:
-            problems.append(
-                f"{tower}.width is no multiple of 64: give a config.json with the heads"
-            )
+            problems.append(f"{tower}.width is no multiple of 64, and no config.json says heads")
     return make_config(values, f"weights {source}", problems)
 
 
@@ -317,7 +314,7 @@ def hugging_face_tokenizer(folder: Path) -> Tokenizer:
 # ------------------------------------------------------------------------------------------ models
 
 
-def unwrap(state: State, source: str) -> tuple[State, str]:
+def unwrap(state: Arrays, source: str) -> tuple[Arrays, str]:
     """Returns the state dict in a checkpoint, without prefixes of its names, and their style.
 
     Raises InputError if the checkpoint contains several models.
@@ -346,7 +343,7 @@ def unwrap(state: State, source: str) -> tuple[State, str]:
     return state, style
 
 
-def read_model(path: Path) -> tuple[State, str, clip.Config]:
+def read_model(path: Path) -> tuple[Arrays, str, clip.Config]:
     """Returns the state dict of a file or folder, the style of its names, and the configuration.
 
     A file's configuration is beside it. Without one, activation and heads are OpenAI's, with a
@@ -383,7 +380,7 @@ def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
     is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.exists()
     if name in hub.OPENAI or (is_repository and path.suffix not in WEIGHT_SUFFIXES):
         path = hub.download(hub.OPENAI.get(name, name))
-    elif not path.exists() and not {"/", os.sep, "."} & {*name}:
+    elif not path.exists() and not {"/", "."} & {*name}:
         raise unknown("model preset", name, ["tiny", *hub.OPENAI])
     state, style, config = read_model(path)
     folder = path if path.is_dir() else path.parent

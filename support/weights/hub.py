@@ -51,6 +51,8 @@ def download(name: str, formats: Sequence[Files] = MODEL) -> Path:
     print(f"{name} is not in the cache: looking on {constants.ENDPOINT}", file=sys.stderr)
     try:
         files = choose(hub.list_repo_files(name), formats)
+        if not files:
+            raise FileNotFoundError("it has no model of transformers or open_clip")
         shards = ["model-*.safetensors"] if "model.safetensors.index.json" in files else []
         return Path(hub.snapshot_download(name, allow_patterns=[*files, *shards, *_BESIDE]))
     except Exception as error:  # the hub's client raises what its HTTP library raises
