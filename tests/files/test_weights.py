@@ -145,6 +145,18 @@ def test_save_then_load(dtype: Any, tmp_path: Path) -> None:
     assert tokenizer.encode("a dog").ids == [514, VOCABULARY["a</w>"], VOCABULARY["dog</w>"], 515]
 
 
+def test_saved_processor(saved: Path) -> None:
+    """What `transformers` reads: resize, crop, rescale and standardise, with this model's sizes."""
+    content = json.loads((saved / "preprocessor_config.json").read_text())
+    steps = ["resize", "center_crop", "convert_rgb", "rescale", "normalize"]
+    assert all(content[f"do_{step}"] is True for step in steps)
+    assert content["size"] == {"shortest_edge": 16}
+    assert content["crop_size"] == {"height": 16, "width": 16}
+    assert content["resample"] == 3
+    assert content["image_mean"] == list(CONFIG.image_mean)
+    assert content["image_std"] == list(CONFIG.image_deviation)
+
+
 def edit(path: Path, *keys: str, value: Any) -> None:
     """Sets one value of a JSON file."""
     content = inner = json.loads(path.read_text())
@@ -513,6 +525,8 @@ def test_file_without_a_tokenizer(empty_hub: None, tmp_path: Path) -> None:
     refused(lambda: weights.load(str(path)), repository, "tokenizer.json elsewhere, put it at")
     vocabulary_file(tmp_path)
     refused(lambda: weights.load(str(path)), path, "has 49408 tokens, of 516")
+    (tmp_path / formats.VOCABULARY_FILE).write_bytes(gzip.compress(b"header\n! !\na a"))
+    refused(lambda: weights.load(str(path)), tmp_path, "does not contain 48894 merges")
 
 
 # --------------------------------------------------------------------------------- corrupted bytes
