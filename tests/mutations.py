@@ -16,9 +16,7 @@ def with_mutations(
     check: Callable[[bytes], None],
     places: Sequence[int] | None = None,
 ) -> None:
-    """Calls `check` with up to three bytes of `content` changed, at any of the `places`, and
-    sometimes truncated.
-    """
+    """Calls `check` with up to three bytes changed, at any of the `places`, sometimes truncated."""
     allowed = range(len(content)) if places is None else places
     changes = st.lists(st.tuples(st.integers(0, len(allowed) - 1), st.integers(0, 255)), max_size=3)
 
@@ -40,3 +38,21 @@ def read_unless_refused(read: Callable[[], Any], path: Path) -> Any:
     except InputError as error:
         assert str(error).isprintable() and str(path) in str(error)
         return None
+
+
+def check_mutations(
+    examples: int,
+    path: Path,
+    read: Callable[[], Any],
+    check: Callable[[Any], None] = lambda content: None,
+    places: Sequence[int] | None = None,
+) -> None:
+    """Changes bytes of a file. `read` must refuse it, naming its folder, or return what passes."""
+
+    def check_one(content: bytes) -> None:
+        path.write_bytes(content)
+        result = read_unless_refused(read, path.parent)
+        if result is not None:
+            check(result)
+
+    with_mutations(examples, path.read_bytes(), check_one, places)

@@ -1,327 +1,333 @@
 """Reads models as OpenAI, Hugging Face and open_clip publish them, and writes Hugging Face folders.
 
-Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model NAME_FILE_OR_FOLDER` uses it.
-`clip.NAMES` maps the entries of the formats to a `clip.CLIP`; open_clip's entries have OpenAI's names. The sizes come
-from the configuration beside the weights. What no file specifies is assumed, and the command says so.
+Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model
+NAME_FILE_OR_FOLDER` uses it. `clip.NAMES` maps the entries of the formats to a `clip.CLIP`;
+open_clip's entries have OpenAI's names. The sizes come from the configuration beside the weights.
+What no file specifies is assumed, and the command says so.
 """
 
 import dataclasses
 import gzip
 import json
 import math
-import os
+import operator
 import re
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 import clip
-from support import errors
-from support.errors import InputError, read_json, read_lines, unknown
+from support.errors import InputError, few, read_json, read_lines, unknown, warn
 from support.weights import hub
-from support.weights.archives import read_safetensors, read_torch_archive
+from support.weights.archives import read_weights, refuse_damaged
 
-VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # beside OpenAI's files
-WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 TINY = Path(__file__).parents[2] / "assets" / "tiny-clip"
-_TOWER_KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-)  # as in clip.Transformer
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # beside OpenAI's files
 
+Arrays = dict[str, np.ndarray]  # a state dict: weights by name, in PyTorch's layout
 
-def openai_config(state: Mapping[str, np.ndarray], source: str) -> clip.Config:
-    """Returns the sizes that the shapes of OpenAI's entries imply. OpenAI's attention heads have width 64.
+# ---------------------------------------------------------------------------------- configurations
 
-    Raises InputError if an entry that implies a size is missing or empty, or has the wrong number of axes.
-    """
-    tables = [
-        "visual.positional_embedding",
-        "token_embedding.weight",
-        "positional_embedding",
-        "text_projection",
-    ]
-    first_layers = [
-        "visual.transformer.resblocks.0.mlp.c_fc.weight",
-        "transformer.resblocks.0.mlp.c_fc.weight",
-    ]
-    ranks = {"visual.conv1.weight": 4} | dict.fromkeys(tables + first_layers, 2)
-    wrong = [f"lacks {name}" for name in ranks if name not in state]
-    shapes = {name: state[name].shape for name in ranks if name in state}
-    wrong += [
-        f"{name} has shape {shape}"
-        for name, shape in shapes.items()
-        if len(shape) != ranks[name] or 0 in shape
-    ]
-    if wrong:
-        raise InputError(
-            f"weights {source} are not a CLIP with a vision transformer, give one: {'; '.join(wrong)}"
-        )
-
-    def tower(prefix: str) -> clip.Transformer:
-        mlp_width, width = shapes[f"{prefix}resblocks.0.mlp.c_fc.weight"]
-        if width % 64:
-            raise InputError(
-                f"weights {source}: width {width} is no multiple of 64, the width of OpenAI's attention heads: give "
-                "the model as a Hugging Face folder, whose config.json specifies the heads"
-            )
-        layers = {
-            name.split(".")[prefix.count(".") + 1]
-            for name in state
-            if name.startswith(f"{prefix}resblocks.")
-        }
-        return clip.Transformer(width, len(layers), width // 64, mlp_width)
-
-    patch_size = shapes["visual.conv1.weight"][-1]
-    vocabulary_size = shapes["token_embedding.weight"][0]
-    return clip.Config(
-        image_size=patch_size * math.isqrt(shapes["visual.positional_embedding"][0] - 1),
-        patch_size=patch_size,
-        vision=tower("visual.transformer."),
-        text=tower("transformer."),
-        embedding_size=shapes["text_projection"][1],
-        context_length=shapes["positional_embedding"][0],
-        vocabulary_size=vocabulary_size,
-        start_token=vocabulary_size - 2,
-        end_token=vocabulary_size - 1,
-    )
-
-
-# What `transformers` takes for keys that a config.json lacks: the sizes of ViT-B/32.
-_B32 = clip.PRESETS["ViT-B/32"]
-_DEFAULTS = {
-    kind: dict(zip(_TOWER_KEYS, vars(sizes).values(), strict=True))
-    | {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-    for kind, sizes in (("vision_config", _B32.vision), ("text_config", _B32.text))
+# The fields of clip.Config, and the section and key of a config.json that specify each.
+_HUGGING_FACE = [
+    ("embedding_size", "", "projection_dim"),
+    ("image_size", "vision_config", "image_size"),
+    ("patch_size", "vision_config", "patch_size"),
+    ("context_length", "text_config", "max_position_embeddings"),
+    ("vocabulary_size", "text_config", "vocab_size"),
+    ("start_token", "text_config", "bos_token_id"),
+    ("end_token", "text_config", "eos_token_id"),
+    *[
+        (field.format(tower), f"{tower}_config", key)
+        for tower in ("vision", "text")
+        for field, key in [
+            ("{}.width", "hidden_size"),
+            ("{}.layers", "num_hidden_layers"),
+            ("{}.heads", "num_attention_heads"),
+            ("{}.mlp_width", "intermediate_size"),
+            ("activation", "hidden_act"),
+            ("layer_norm_epsilon", "layer_norm_eps"),
+        ]
+    ],
+]
+# What the value of a field is, and the test for it. All other fields are sizes.
+_SIZE = ("a positive whole number", lambda value: type(value) is int and value > 0)
+_TOKEN = ("the id of a token", lambda value: type(value) is int and value >= 0)
+_KINDS = {
+    "start_token": _TOKEN,
+    "end_token": _TOKEN,
+    "activation": (" or ".join(clip.ACTIVATIONS), lambda value: value in [*clip.ACTIVATIONS]),
+    "layer_norm_epsilon": ("a fraction", lambda value: type(value) is float),
 }
-_DEFAULTS["vision_config"] |= {"image_size": _B32.image_size, "patch_size": _B32.patch_size}
-_DEFAULTS["text_config"] |= {
-    "max_position_embeddings": _B32.context_length, "vocab_size": _B32.vocabulary_size,
-    "bos_token_id": _B32.start_token, "eos_token_id": _B32.end_token,
-}  # fmt: skip
+
+
+def make_config(values: dict[str, Any], source: str, problems: list[str]) -> clip.Config:
+    """Returns the configuration with the given values of fields, such as `vision.width`.
+
+    Raises InputError with `problems`, else with all values of the wrong kind, else with those that
+    do not fit each other.
+    """
+    if not problems:
+        for field, value in values.items():
+            kind, is_right = _KINDS.get(field, _SIZE)
+            if not is_right(value):
+                problems.append(f"{field} is {value!r}, not {kind}")
+    if not problems:
+        for tower in ("vision", "text"):
+            width, heads = values[f"{tower}.width"], values[f"{tower}.heads"]
+            if width % heads:
+                problems.append(f"{tower}.width is {width}, no multiple of its {heads} heads")
+        tokens = {field: values[field] for field in ("start_token", "end_token")}
+        if max(tokens.values()) >= values["vocabulary_size"]:
+            problems.append(f"{tokens} are not in the vocabulary")
+    if problems:
+        raise InputError(
+            f"{source}: no CLIP with an image and a text transformer ({few(problems, '; ', 6)}): "
+            "restore it, or choose another model"
+        )
+    sizes = [field.name for field in dataclasses.fields(clip.Transformer)]
+    for tower in ("vision", "text"):
+        values[tower] = clip.Transformer(*(values.pop(f"{tower}.{size}") for size in sizes))
+    return clip.Config(**values)
+
+
+def hugging_face_json(config: clip.Config) -> dict[str, Any]:
+    """Returns the content of a `config.json`, which `hugging_face_config` reads."""
+    shared = {"projection_dim": config.embedding_size}
+    content: dict[str, Any] = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "vision_config": {"model_type": "clip_vision_model", "num_channels": 3, **shared},
+        "text_config": {"model_type": "clip_text_model", "pad_token_id": 0, **shared},
+    }
+    for field, section, key in _HUGGING_FACE:
+        part = content[section] if section else content
+        part[key] = operator.attrgetter(field)(config)
+    return content
 
 
 def hugging_face_config(path: Path) -> clip.Config:
-    """Returns the sizes in a Hugging Face `config.json`. Keys that it lacks have the defaults of `transformers`.
+    """Returns the configuration in a Hugging Face `config.json`.
 
-    Raises InputError if a key has a wrong value, or if the model is not a CLIP.
+    Keys that it lacks have the defaults of `transformers`, which are ViT-B/32's. Raises InputError
+    if a key has a wrong value, or if the model is not a CLIP.
     """
-    content = read_json(path)
-    try:
-        if (kind := content.get("model_type", "clip")) != "clip":
-            raise InputError(
-                f"{path} describes a {kind}, not a CLIP with an image and a text tower: give a CLIP"
-            )
-        sections = []
-        for name, defaults in _DEFAULTS.items():
-            section = defaults | ({} if content.get(name) is None else content[name])
+    defaults = hugging_face_json(clip.PRESETS["ViT-B/32"])
+    with refuse_damaged(str(path), "restore it"):
+        content = read_json(path)
+        sections = {"": defaults | content}
+        for name in ("vision_config", "text_config"):
+            sections[name] = defaults[name] | (content.get(name) or {})
             if old := content.get(f"{name}_dict"):  # in files of 2022, it prevails
-                section |= defaults | old
-            sections.append(section)
-        vision, text = sections
-        pairs = [(part["hidden_act"], part["layer_norm_eps"]) for part in (vision, text)]
-        activation, epsilon = pairs[0]
-        if pairs[0] != pairs[1] or activation not in clip.ACTIVATIONS or type(epsilon) is not float:
-            raise InputError(
-                f"{path}: both towers must have one layer_norm_eps and one hidden_act, of "
-                f"{', '.join(clip.ACTIVATIONS)}: choose another model"
-            )
-        tokens = text["bos_token_id"], text["eos_token_id"]
-        vocabulary_size = positive(path, text, "vocab_size")
-        if tokens[1] == 2:  # the first published configurations say 2 and mean the highest id
-            tokens = vocabulary_size - 2, vocabulary_size - 1
-        if not all(type(token) is int and 0 <= token < vocabulary_size for token in tokens):
-            raise InputError(
-                f"{path}: bos_token_id, eos_token_id {tokens} are not in the vocabulary: restore the file"
-            )
-        return clip.Config(
-            image_size=positive(path, vision, "image_size"),
-            patch_size=positive(path, vision, "patch_size"),
-            vision=tower(path, vision),
-            text=tower(path, text),
-            embedding_size=positive(
-                path, {"projection_dim": _B32.embedding_size} | content, "projection_dim"
-            ),
-            context_length=positive(path, text, "max_position_embeddings"),
-            vocabulary_size=vocabulary_size,
-            start_token=tokens[0],
-            end_token=tokens[1],
-            activation=activation,
-            layer_norm_epsilon=epsilon,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is not the configuration of a CLIP ({error!r}): restore the file"
-        ) from error
+                sections[name] |= defaults[name] | old
+        kind = sections[""]["model_type"]
+        problems = [] if kind == "clip" else [f"it describes a {kind}"]
+        values: dict[str, Any] = {}
+        for field, section, key in _HUGGING_FACE:
+            value = sections[section][key]
+            if values.setdefault(field, value) != value:
+                problems.append(f"the towers have {key} {values[field]!r} and {value!r}")
+        if values["end_token"] == 2:  # so the first published files, which mean the highest id
+            values["start_token"] = values["vocabulary_size"] - 2
+            values["end_token"] = values["vocabulary_size"] - 1
+        return make_config(values, str(path), problems)
 
 
-def positive(path: Path, section: Mapping[str, Any], key: str) -> int:
-    """A size in a configuration. Raises InputError if it is not a positive whole number."""
-    if type(section[key]) is not int or section[key] < 1:
-        raise InputError(
-            f"{path}: {key} is {section[key]!r}, not a positive whole number: restore the file"
-        )
-    return section[key]
-
-
-def tower(
-    path: Path, section: Mapping[str, Any], keys: Sequence[str] = _TOWER_KEYS
-) -> clip.Transformer:
-    """The sizes of a tower, under the given keys. Raises InputError if they do not fit each other."""
-    width, layers, heads, mlp_width = (positive(path, section, key) for key in keys)
-    if width % heads:
-        raise InputError(
-            f"{path}: {keys[0]} {width} is no multiple of its {heads} heads: restore the file"
-        )
-    return clip.Transformer(width, layers, heads, mlp_width)
-
-
-# open_clip's defaults, and the keys that change nothing here: settings of its training, and of its own code.
-_OPEN_CLIP_VISION = {
-    "image_size": 224, "layers": 12, "width": 768, "patch_size": 16, "head_width": 64, "mlp_ratio": 4.0,
-}  # fmt: skip
-_OPEN_CLIP_TEXT = {
-    "context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0,
-}  # fmt: skip
-_OPEN_CLIP_TOWER = ("width", "layers", "heads", "mlp_width")
-_OPEN_CLIP_INERT = {
-    "patch_dropout", "output_tokens", "hf_tokenizer_name", "tokenizer_kwargs", "init_logit_scale", "custom_text",
-}  # fmt: skip
-_OPEN_CLIP_USUAL = {
-    "pool_type": ("tok", "argmax"),
-    "pos_embed_type": ("learnable",),
-    "proj_type": ("linear",),
+_OPEN_CLIP_TOWER = {"layers": 12, "mlp_ratio": 4}  # open_clip's defaults for both, and for each
+_OPEN_CLIP_VISION = {"image_size": 224, "patch_size": 16, "width": 768, "head_width": 64}
+_OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8}
+# Keys that are read here or change nothing, and keys of which some values are implemented.
+_OPEN_CLIP_KEYS = {*_OPEN_CLIP_TOWER, *_OPEN_CLIP_VISION, *_OPEN_CLIP_TEXT, "embed_dim"}
+_OPEN_CLIP_KEYS |= {"quick_gelu", "vision_cfg", "text_cfg", "preprocess_cfg", "custom_text"}
+_OPEN_CLIP_KEYS |= {"hf_tokenizer_name", "tokenizer_kwargs", "init_logit_scale", "patch_dropout"}
+_OPEN_CLIP_KEYS |= {"output_tokens"}
+_OPEN_CLIP_VALUES = {
+    "pool_type": ["tok", "argmax"],
+    "pos_embed_type": ["learnable"],
+    "proj_type": ["linear"],
 }
 
 
 def open_clip_config(path: Path) -> clip.Config:
-    """Returns the sizes in an `open_clip_config.json`. Raises InputError for models that `clip.CLIP` is not."""
-    content = read_json(path)
-    try:
+    """Returns the configuration in an `open_clip_config.json`.
+
+    Raises InputError if a key has a wrong value, or one that `clip.CLIP` does not implement.
+    """
+    with refuse_damaged(str(path), "restore it"):
+        content = read_json(path)
         whole = content.get("model_cfg", content)
-        vision, text = _OPEN_CLIP_VISION | whole["vision_cfg"], _OPEN_CLIP_TEXT | whole["text_cfg"]
-        known = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg", "preprocess_cfg"}
-        for section, names in (
-            (whole, known),
-            (vision, _OPEN_CLIP_VISION),
-            (text, _OPEN_CLIP_TEXT),
-        ):
-            for name, value in section.items():
-                if (
-                    value
-                    and name not in {*names, *_OPEN_CLIP_INERT}
-                    and value not in _OPEN_CLIP_USUAL.get(name, ())
-                ):
-                    raise InputError(
-                        f"{path}: models with {name} {value!r} are not supported: choose another"
-                    )
-        if text.get("hf_tokenizer_name") and not (path.parent / "tokenizer.json").exists():
-            raise InputError(
-                f"{path}: the tokenizer {text['hf_tokenizer_name']} is not there: put its tokenizer.json beside"
-            )
-        vision["heads"] = positive(path, vision, "width") // positive(path, vision, "head_width")
-        for section in (vision, text):
-            section["mlp_width"] = int(positive(path, section, "width") * section["mlp_ratio"])
-        vocabulary_size = positive(path, text, "vocab_size")
-        return clip.Config(
-            image_size=positive(path, vision, "image_size"),
-            patch_size=positive(path, vision, "patch_size"),
-            vision=tower(path, vision, _OPEN_CLIP_TOWER),
-            text=tower(path, text, _OPEN_CLIP_TOWER),
-            embedding_size=positive(path, whole, "embed_dim"),
-            context_length=positive(path, text, "context_length"),
-            vocabulary_size=vocabulary_size,
-            start_token=vocabulary_size - 2,
-            end_token=vocabulary_size - 1,
-            activation="quick_gelu" if whole.get("quick_gelu") else "gelu",
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path} is not the configuration of an open_clip model ({error!r}): restore it"
-        ) from error
+        vision = _OPEN_CLIP_TOWER | _OPEN_CLIP_VISION | whole["vision_cfg"]
+        text = _OPEN_CLIP_TOWER | _OPEN_CLIP_TEXT | whole["text_cfg"]
+        problems = [
+            f"{key} {value!r} is not supported"
+            for key, value in [*whole.items(), *vision.items(), *text.items()]
+            if value and key not in _OPEN_CLIP_KEYS and value not in _OPEN_CLIP_VALUES.get(key, [])
+        ]
+        tokenizer = text.get("hf_tokenizer_name")
+        if tokenizer and not (path.parent / "tokenizer.json").exists():
+            problems.append(f"the tokenizer.json of {tokenizer} is not beside it")
+        values = {
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "vision.heads": vision["width"] // vision["head_width"],
+            "text.heads": text["heads"],
+            "embedding_size": whole["embed_dim"],
+            "context_length": text["context_length"],
+            "vocabulary_size": text["vocab_size"],
+            "start_token": text["vocab_size"] - 2,
+            "end_token": text["vocab_size"] - 1,
+            "activation": "quick_gelu" if whole.get("quick_gelu") else "gelu",
+        }
+        for tower, section in (("vision", vision), ("text", text)):
+            values[f"{tower}.width"] = section["width"]
+            values[f"{tower}.layers"] = section["layers"]
+            values[f"{tower}.mlp_width"] = int(section["width"] * section["mlp_ratio"])
+        return make_config(values, str(path), problems)
 
 
-# Where each format keeps the statistics of the images, with the names of mean and deviation.
-_STATISTICS = {
-    "preprocessor_config.json": ((), "image_mean", "image_std"),
-    "processor_config.json": (("image_processor",), "image_mean", "image_std"),
-    "open_clip_config.json": (("preprocess_cfg",), "mean", "std"),
-}
+# The fields of clip.Config, and the entries of OpenAI's files and the axes that specify them.
+_OPENAI = [
+    ("patch_size", "visual.conv1.weight", 3),
+    ("image_size", "visual.positional_embedding", 0),  # 1 + (image_size / patch_size)^2
+    ("vision.width", "visual.transformer.resblocks.0.mlp.c_fc.weight", 1),
+    ("vision.mlp_width", "visual.transformer.resblocks.0.mlp.c_fc.bias", 0),
+    ("text.width", "transformer.resblocks.0.mlp.c_fc.weight", 1),
+    ("text.mlp_width", "transformer.resblocks.0.mlp.c_fc.bias", 0),
+    ("embedding_size", "text_projection", 1),
+    ("context_length", "positional_embedding", 0),
+    ("vocabulary_size", "token_embedding.weight", 0),
+]
+
+
+def openai_config(state: Mapping[str, np.ndarray], source: str) -> clip.Config:
+    """Returns the configuration that the shapes of OpenAI's entries imply. Heads have width 64.
+
+    Raises InputError if such an entry is missing or empty, or lacks the axis.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for field, entry, axis in _OPENAI:
+        shape = state[entry].shape if entry in state else ()
+        values[field] = shape[axis] if len(shape) > axis else 0
+        if values[field] == 0:
+            problems.append(f"{entry} has shape {shape}" if shape else f"lacks {entry}")
+    patches = max(values["image_size"] - 1, 0)
+    values["image_size"] = math.isqrt(patches) * values["patch_size"]
+    values["start_token"] = values["vocabulary_size"] - 2
+    values["end_token"] = values["vocabulary_size"] - 1
+    for tower, prefix in (("vision", "visual.transformer."), ("text", "transformer.")):
+        blocks = [name for name in state if name.startswith(f"{prefix}resblocks.")]
+        numbers = {name.removeprefix(f"{prefix}resblocks.").partition(".")[0] for name in blocks}
+        values[f"{tower}.layers"] = len(numbers)
+        values[f"{tower}.heads"], remainder = divmod(values[f"{tower}.width"], 64)
+        if remainder:
+            problems.append(f"{tower}.width is no multiple of 64, and no config.json says heads")
+    return make_config(values, f"weights {source}", problems)
+
+
+# Where each format specifies how images are prepared: file, section, keys of mean and deviation.
+_IMAGES = [
+    ("preprocessor_config.json", "", "image_mean", "image_std"),
+    ("processor_config.json", "image_processor", "image_mean", "image_std"),
+    ("open_clip_config.json", "preprocess_cfg", "mean", "std"),
+]
 
 
 def with_image_statistics(config: clip.Config, folder: Path) -> clip.Config:
-    """The configuration with the mean and deviation that a folder's files specify, if they do.
+    """Returns the configuration with the mean and deviation that a folder's files specify, if any.
 
-    Raises InputError if they are not three numbers each, or if the processor does not standardise images.
+    Raises InputError if they are not three numbers each, or if images are not to be standardised.
     """
-    for name, (sections, *keys) in _STATISTICS.items():
+    for name, section, *keys in _IMAGES:
         path = folder / name
-        content = read_json(path) if path.exists() else {}
-        for section in sections:
-            content = content.get(section) if isinstance(content, dict) else None
-        if not isinstance(content, dict) or not any(key in content for key in keys):
+        if not path.exists():
             continue
-        values = [content.get(key) or [] for key in keys]
-        numbers = [
-            isinstance(each, list) and len(each) == 3 and all(type(x) in (int, float) for x in each)
-            for each in values
-        ]
-        if not all(numbers) or min(values[1]) <= 0 or not np.all(np.isfinite(values)):
-            raise InputError(
-                f"{path}: {' and '.join(keys)} are {values}, not three numbers each: restore the file"
-            )
-        if content.get("do_normalize") is False or content.get("do_rescale") is False:
-            raise InputError(
-                f"{path}: its model takes images that are not standardised, which is not supported: choose another"
-            )
+        with refuse_damaged(str(path), "restore it"):
+            content = read_json(path)
+            part = (content.get(section) or {}) if section else content
+            if not part.keys() & {*keys}:
+                continue
+            mean, deviation = np.array([part.get(key) for key in keys], np.float64)
+            is_right = mean.shape == (3,) and np.all(np.isfinite([mean, deviation]))
+            is_skipped = part.get("do_normalize") is False or part.get("do_rescale") is False
+            if is_skipped or not is_right or min(deviation) <= 0:
+                raise InputError(
+                    f"{path}: {' and '.join(keys)} are {mean} and {deviation}, not three numbers, "
+                    "or images are not standardised: restore it, or choose another model"
+                )
         return dataclasses.replace(
-            config, image_mean=tuple(values[0]), image_deviation=tuple(values[1])
+            config, image_mean=tuple(mean.tolist()), image_deviation=tuple(deviation.tolist())
         )
     return config
 
 
-def read_weights(folder: Path, single: str, archive: str) -> dict[str, np.ndarray]:
-    """Reads a folder's safetensors file `single`, the shards that its index names, or the PyTorch file `archive`."""
-    index = folder / f"{single}.index.json"
-    if (folder / single).exists() or not (index.exists() or (folder / archive).exists()):
-        return read_safetensors(folder / single)
-    if not index.exists():
-        return read_torch_archive(folder / archive)
-    try:
-        shards = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{index} does not name the shards ({error!r}): restore the file"
-        ) from error
-    return {name: array for shard in shards for name, array in read_safetensors(shard).items()}
+# -------------------------------------------------------------------------------------- tokenizers
+
+# The 256 printable symbols that stand for bytes, in the vocabulary's order (as in GPT-2).
+BYTE_SYMBOLS = sorted(pre_tokenizers.ByteLevel.alphabet())
+_OPENAI_TOKENS = 49408
 
 
-# An entry of every vision tower, by which a state dict is found among the other content of a checkpoint.
-_LANDMARKS = {
-    "hugging_face": "vision_model.embeddings.class_embedding",
-    "openai": "visual.class_embedding",
-}
+def openai_tokenizer(path: Path) -> Tokenizer:
+    """Returns the tokenizer of OpenAI's vocabulary file: one header line, then 48,894 merges.
+
+    Raises InputError if the file is missing or is not such a file.
+    """
+    count = _OPENAI_TOKENS - 2 * len(BYTE_SYMBOLS) - 2
+    with refuse_damaged(f"vocabulary {path}", f"put OpenAI's {VOCABULARY_FILE} there"):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1 : 1 + count]
+        merges = [(first, second) for first, second in map(str.split, lines)]
+        words = [*BYTE_SYMBOLS, *(f"{symbol}</w>" for symbol in BYTE_SYMBOLS)]
+        words += [*map("".join, merges), clip.START_TEXT, clip.END_TEXT]
+        vocabulary = {word: index for index, word in enumerate(words)}
+        if len(vocabulary) != _OPENAI_TOKENS:
+            raise ValueError(f"it does not contain {count} merges")
+        return clip.bpe_tokenizer(vocabulary, merges)
 
 
-def unwrapped(state: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, np.ndarray], str]:
-    """The state dict in a checkpoint, without what its training put in front of the names, and the style of its names.
+def hugging_face_tokenizer(folder: Path) -> Tokenizer:
+    """Returns the tokenizer in `tokenizer.json`, else in `vocab.json` and `merges.txt`.
+
+    Raises InputError if it cannot be read, or cannot encode.
+    """
+    advice = "copy the model's own there"
+    with refuse_damaged(f"tokenizer {folder}", advice):
+        if (folder / "tokenizer.json").exists():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            path = folder / "merges.txt"
+            lines = [line.split() for line in read_lines(path, f"tokenizer {path}", advice)[1:]]
+            merges = [(first, second) for first, second in filter(None, lines)]
+            tokenizer = clip.bpe_tokenizer(read_json(folder / "vocab.json"), merges)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode("")  # where the library panics at a damaged post-processor
+        return tokenizer
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def unwrap(state: Arrays, source: str) -> tuple[Arrays, str]:
+    """Returns the state dict in a checkpoint, without prefixes of its names, and their style.
 
     Raises InputError if the checkpoint contains several models.
     """
+    landmarks = {  # an entry of every vision tower
+        "hugging_face": "vision_model.embeddings.class_embedding",
+        "openai": "visual.class_embedding",
+    }
     found = [
         (name.removesuffix(landmark), style)
-        for style, landmark in _LANDMARKS.items()
+        for style, landmark in landmarks.items()
         for name in state
-        if name == landmark or name.endswith(f".{landmark}")
+        if f".{name}".endswith(f".{landmark}")
     ]
     if len(found) > 1:
         places = ", ".join(sorted(prefix or "its top" for prefix, _ in found))
@@ -329,55 +335,88 @@ def unwrapped(state: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, n
             f"weights {source} hold {len(found)} models, at {places}: save the one to use alone"
         )
     prefix, style = found[0] if found else ("", "openai")
-    inner = {
+    state = {
         name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)
     }
-    # Some models of open_clip keep their text tower apart.
-    if style == "openai" and "text.token_embedding.weight" in inner:
-        inner = {name.removeprefix("text."): array for name, array in inner.items()}
-    if found and not any(name.startswith(("text_model.", "token_embedding.")) for name in inner):
-        raise InputError(f"weights {source} have no text tower: give a CLIP with both")
-    return inner, style
+    if style == "openai" and "text.token_embedding.weight" in state:  # as in some of open_clip's
+        state = {name.removeprefix("text."): array for name, array in state.items()}
+    return state, style
 
 
-def hugging_face_json(config: clip.Config) -> dict[str, Any]:
-    """The content of a `config.json`, which `hugging_face_config` reads."""
+def read_model(path: Path) -> tuple[Arrays, str, clip.Config]:
+    """Returns the state dict of a file or folder, the style of its names, and the configuration.
 
-    def tower(kind: str, sizes: clip.Transformer) -> dict[str, Any]:
-        return {
-            "model_type": f"clip_{kind}_model",
-            **dict(zip(_TOWER_KEYS, vars(sizes).values(), strict=True)),
-            "hidden_act": config.activation,
-            "layer_norm_eps": config.layer_norm_epsilon,
-            "projection_dim": config.embedding_size,
-        }
+    A file's configuration is beside it. Without one, activation and heads are OpenAI's, with a
+    warning unless the file is OpenAI's. Raises InputError if something is missing or damaged.
+    """
+    if path.is_dir():
+        files = hub.choose({file.name for file in path.iterdir()})
+        if not files:
+            formats = ", nor ".join(" with ".join(files) for files in hub.MODEL)
+            raise InputError(f"{path} has neither {formats}: put the missing files there")
+        read_config = hugging_face_config if files[0] == "config.json" else open_clip_config
+        config = read_config(path / files[0])
+        return *unwrap(read_weights(path / files[1]), str(path)), config
+    state, style = unwrap(read_weights(path), str(path))
+    if style == "hugging_face":
+        return state, style, hugging_face_config(path.parent / "config.json")
+    if (path.parent / "open_clip_config.json").exists():
+        return state, style, open_clip_config(path.parent / "open_clip_config.json")
+    config = openai_config(state, str(path))
+    if "input_resolution" not in state:  # which OpenAI's own files have
+        warn(
+            f"{path} does not specify activation and heads, taken: quick_gelu (not gelu), "
+            f"{config.vision.heads} and {config.text.heads} heads of width 64"
+        )
+    return state, style, config
 
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embedding_size,
-        "vision_config": tower("vision", config.vision)
-        | {"image_size": config.image_size, "patch_size": config.patch_size, "num_channels": 3},
-        "text_config": tower("text", config.text)
-        | {
-            "max_position_embeddings": config.context_length,
-            "vocab_size": config.vocabulary_size,
-            "bos_token_id": config.start_token,
-            "eos_token_id": config.end_token,
-            "pad_token_id": 0,
-        },
-    }
+
+def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
+    """Returns model and tokenizer of a preset, a folder, a file, or a repository on the hub.
+
+    Raises InputError if a file is missing or damaged, or if the files do not belong together.
+    """
+    path = TINY if name == "tiny" else Path(name)
+    is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.exists()
+    if name in hub.OPENAI or (is_repository and path.suffix not in WEIGHT_SUFFIXES):
+        path = hub.download(hub.OPENAI.get(name, name))
+    elif not path.exists() and not {"/", "."} & {*name}:
+        raise unknown("model preset", name, ["tiny", *hub.OPENAI])
+    state, style, config = read_model(path)
+    folder = path if path.is_dir() else path.parent
+    config = with_image_statistics(config, folder)
+
+    present = {file.name for file in folder.iterdir()}
+    if style == "hugging_face" or hub.choose(present, hub.TOKENIZER):
+        tokenizer = hugging_face_tokenizer(folder)
+    elif VOCABULARY_FILE in present:
+        tokenizer = openai_tokenizer(folder / VOCABULARY_FILE)
+    else:
+        tokenizer = hugging_face_tokenizer(hub.download(hub.OPENAI["ViT-B/32"], hub.TOKENIZER))
+    size, special = tokenizer.get_vocab_size(), tokenizer.encode("").ids
+    problems = []
+    if size > config.vocabulary_size:
+        problems.append(f"has {size} tokens, of {config.vocabulary_size} that the model embeds")
+    if len(special) == 2 and special[1] != config.end_token:
+        problems.append(f"ends texts with token {special[1]}, the model with {config.end_token}")
+    if problems:
+        raise InputError(
+            f"the tokenizer of {path} {' and '.join(problems)}: put the model's own files beside it"
+        )
+    if len(special) == 2:
+        config = dataclasses.replace(config, start_token=special[0])
+    return clip.from_state_dict(state, config, style, str(path)), tokenizer
 
 
 def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.float32) -> None:
-    """Writes a folder that `load` and PyTorch `transformers` (`CLIPModel`, `CLIPProcessor`) can open."""
+    """Writes a folder that `load` and `transformers` (`CLIPModel`, `CLIPProcessor`) can open."""
     config = model.config
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors writes an array's buffer as it is, so a transposed array must be made contiguous first.
+    # safetensors writes an array's buffer as it is: a transposed array must be contiguous first.
     state = clip.to_state_dict(model, "hugging_face")
     arrays = {name: np.asarray(leaf, dtype, order="C") for name, leaf in state.items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
-
+    steps = ("do_resize", "do_center_crop", "do_convert_rgb", "do_rescale", "do_normalize")
     files = {
         "config.json": hugging_face_json(config),
         "preprocessor_config.json": {
@@ -385,10 +424,7 @@ def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.f
             "size": {"shortest_edge": config.image_size},
             "resample": 3,
             "crop_size": {"height": config.image_size, "width": config.image_size},
-            **dict.fromkeys(
-                ("do_resize", "do_center_crop", "do_convert_rgb", "do_rescale", "do_normalize"),
-                True,
-            ),
+            **dict.fromkeys(steps, True),
             "image_mean": config.image_mean,
             "image_std": config.image_deviation,
         },
@@ -402,160 +438,3 @@ def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.f
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def byte_symbols() -> list[str]:
-    """Returns the 256 printable symbols that stand for bytes, in the vocabulary's order (as in GPT-2)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(byte) for byte in printable] + [
-        chr(256 + index) for index in range(256 - len(printable))
-    ]
-
-
-def openai_tokenizer(path: Path) -> Tokenizer:
-    """Returns the tokenizer of OpenAI's vocabulary file, which has one header line, then 48,894 merges.
-
-    Raises InputError if the file is missing or is not such a file.
-    """
-    count = 49152 - 256 - 2
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            pairs = [line.split() for line in file.read().split("\n")[1 : 1 + count]]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(
-            f"vocabulary {path} cannot be read ({error}): put OpenAI's {VOCABULARY_FILE} there"
-        ) from error
-    symbols = byte_symbols()
-    words = [
-        *symbols,
-        *(symbol + "</w>" for symbol in symbols),
-        *map("".join, pairs),
-        clip.START_TEXT,
-        clip.END_TEXT,
-    ]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    known = all(len(pair) == 2 and vocabulary.keys() >= set(pair) for pair in pairs)
-    if len(vocabulary) < 256 + 256 + count + 2 or not known:
-        raise InputError(
-            f"vocabulary {path} does not contain {count} merges: put OpenAI's {VOCABULARY_FILE} there"
-        )
-    return clip.bpe_tokenizer(vocabulary, [(first, second) for first, second in pairs])
-
-
-def hugging_face_tokenizer(folder: Path) -> Tokenizer:
-    """Returns the tokenizer in `tokenizer.json`, else in `vocab.json` and `merges.txt`, or raises InputError."""
-    path = folder / "tokenizer.json"
-    try:
-        if path.exists():
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
-            path = folder / "merges.txt"
-            merges = [
-                (first, second)
-                for first, second in (line.split() for line in read_lines(path)[1:] if line)
-            ]
-            path = folder / "vocab.json"
-            vocabulary = read_json(path)
-            if not isinstance(vocabulary, dict) or not all(
-                type(index) is int for index in vocabulary.values()
-            ):
-                raise ValueError("it does not map tokens to whole numbers")
-            tokenizer = clip.bpe_tokenizer(vocabulary, merges)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(
-            f"tokenizer {path} cannot be read ({error!s:.200}): copy the model's own there"
-        ) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def with_special_tokens(config: clip.Config, tokenizer: Tokenizer, source: str) -> clip.Config:
-    """The configuration with the tokenizer's start token. Raises InputError if their end tokens differ."""
-    try:
-        special = tokenizer.encode("").ids
-    except BaseException as error:  # the library panics at a damaged post-processor
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise InputError(
-            f"the tokenizer of {source} cannot encode ({error!s:.200}): copy the model's own there"
-        ) from error
-    if len(special) != 2:
-        return config
-    if special[1] != config.end_token:
-        raise InputError(
-            f"the tokenizer of {source} ends texts with token {special[1]}, its configuration says {config.end_token}: "
-            "restore the model's own files"
-        )
-    return dataclasses.replace(config, start_token=special[0])
-
-
-def from_folder(path: Path) -> tuple[dict[str, np.ndarray], str, clip.Config]:
-    """State dict, style of its names, and configuration of a folder in the format of Hugging Face or of open_clip."""
-    if (path / "config.json").exists() or not (path / "open_clip_config.json").exists():
-        config = hugging_face_config(path / "config.json")
-        state = read_weights(path, "model.safetensors", "pytorch_model.bin")
-    else:
-        config = open_clip_config(path / "open_clip_config.json")
-        state = read_weights(path, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    return *unwrapped(state, str(path)), config
-
-
-def from_file(path: Path) -> tuple[dict[str, np.ndarray], str, clip.Config]:
-    """State dict, style of its names, and configuration of a `.pt`, `.bin` or `.safetensors` file.
-
-    The configuration beside the file specifies activation and heads. Without one they are OpenAI's, with a warning if
-    the file is not OpenAI's.
-    """
-    state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch_archive(path)
-    state, style = unwrapped(state, str(path))
-    if style == "hugging_face":
-        return state, style, hugging_face_config(path.parent / "config.json")
-    beside = path.parent / "open_clip_config.json"
-    if beside.exists():
-        return state, style, open_clip_config(beside)
-    config = openai_config(state, str(path))
-    if "input_resolution" not in state:  # which OpenAI's own files have
-        heads = f"{config.vision.heads} and {config.text.heads} heads"
-        errors.warn(
-            f"{path} does not specify activation and heads, taken: quick_gelu (not gelu), {heads} of width 64"
-        )
-    return state, style, config
-
-
-def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
-    """Returns model and tokenizer of a preset, a folder or a file, else of a repository on the Hugging Face hub.
-
-    Raises InputError if a file is missing or damaged, or if the files do not belong together.
-    """
-    path = TINY if name == "tiny" else Path(name)
-    if name in hub.OPENAI:
-        path = hub.from_hub(hub.OPENAI[name])
-    elif (
-        not path.exists()
-        and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-        and path.suffix not in WEIGHT_SUFFIXES
-    ):
-        path = hub.from_hub(name)
-    elif not path.exists() and not {"/", os.sep, "."} & set(name):
-        raise unknown("model preset", name, ["tiny", *hub.OPENAI])
-    state, style, config = from_folder(path) if path.is_dir() else from_file(path)
-    folder = path if path.is_dir() else path.parent
-    config = with_image_statistics(config, folder)
-    if (
-        style == "hugging_face"
-        or (folder / "tokenizer.json").exists()
-        or (folder / "merges.txt").exists()
-    ):
-        tokenizer = hugging_face_tokenizer(folder)
-    elif (folder / VOCABULARY_FILE).exists():
-        tokenizer = openai_tokenizer(folder / VOCABULARY_FILE)
-    else:
-        tokenizer = hugging_face_tokenizer(hub.from_hub(hub.OPENAI["ViT-B/32"], hub.TOKENIZER))
-    if tokenizer.get_vocab_size() > config.vocabulary_size:
-        raise InputError(
-            f"the tokenizer of {path} has {tokenizer.get_vocab_size()} tokens, the text tower embeds only "
-            f"{config.vocabulary_size}: put the model's own tokenizer files beside it"
-        )
-    config = with_special_tokens(config, tokenizer, str(path))
-    return clip.from_state_dict(state, config, style, str(path)), tokenizer

@@ -1,11 +1,11 @@
-"""Finds models on the Hugging Face hub: downloads each once, to the cache that `transformers` and open_clip share.
+"""Finds models on the Hugging Face hub. Each is downloaded once, to the cache of `transformers`.
 
-Paper: Radford et al. 2021, https://arxiv.org/abs/2103.00020. `python train.py --model ViT-B/16` uses it. `HF_ENDPOINT`,
-`HF_HOME` and `HF_HUB_OFFLINE` work as in `transformers`.
+`python train.py --model ViT-B/16` uses it. `HF_ENDPOINT`, `HF_HOME` and `HF_HUB_OFFLINE` work.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from support.errors import InputError
@@ -17,65 +17,53 @@ OPENAI = {
     "ViT-L/14": "openai/clip-vit-large-patch14",
     "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
 }
-Needed = Sequence[str]  # file names that belong together; one of `a|b` is enough
-MODEL: tuple[Needed, ...] = (
+Files = Sequence[str]  # names that belong together; one of `a|b` is enough, the first is preferred
+MODEL: Sequence[Files] = (
     ("config.json", "model.safetensors|model.safetensors.index.json|pytorch_model.bin"),
     ("open_clip_config.json", "open_clip_model.safetensors|open_clip_pytorch_model.bin"),
 )
-TOKENIZER: tuple[Needed, ...] = (("tokenizer.json",),)
-_BESIDE = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+TOKENIZER: Sequence[Files] = (("tokenizer.json|merges.txt",),)
+_BESIDE = ("tokenizer.json", "vocab.json", "merges.txt", "*processor_config.json")
 
 
-def from_hub(name: str, formats: Sequence[Needed] = MODEL) -> Path:
-    """Returns the folder in the hub's cache with the files of one of `formats`. Downloads them if they are not there.
+def choose(present: Collection[str], formats: Sequence[Files] = MODEL) -> list[str]:
+    """Returns the files of the first format that is complete in `present`, or an empty list."""
+    for files in formats:
+        found = [next((name for name in file.split("|") if name in present), "") for file in files]
+        if all(found):
+            return found
+    return []
 
-    Raises InputError if the repository does not exist, lacks such files, or cannot be downloaded.
+
+def download(name: str, formats: Sequence[Files] = MODEL) -> Path:
+    """Returns the folder of a repository in the hub's cache, with the files of one of `formats`.
+
+    Downloads them if they, or the tokenizer, are not there. Raises InputError if it cannot.
     """
     import huggingface_hub as hub  # half a second that other runs do not need
     from huggingface_hub import constants, errors
 
-    def chosen(there: Callable[[str], bool], *more: str) -> list[str]:
-        """The files to load, of those that are there; none if something is missing."""
-        for needed in formats:
-            files = [next(filter(there, either.split("|")), "") for either in (*needed, *more)]
-            if all(files):
-                return files
-        return []
-
-    def is_cached(file: str) -> bool:
-        return isinstance(hub.try_to_load_from_cache(name, file), str)
-
+    with contextlib.suppress(Exception):  # it is not in the cache
+        folder = Path(hub.snapshot_download(name, allow_patterns=[], local_files_only=True))
+        cached = [file.name for file in folder.iterdir()]
+        if choose(cached, formats) and choose(cached, TOKENIZER):
+            return folder
+    print(f"{name} is not in the cache: looking on {constants.ENDPOINT}", file=sys.stderr)
     try:
-        files = chosen(is_cached, "tokenizer.json|merges.txt")
+        files = choose(hub.list_repo_files(name), formats)
         if not files:
-            print(f"{name} is not in the cache: looking on {constants.ENDPOINT}", file=sys.stderr)
-            files = chosen(set(hub.HfApi().list_repo_files(name)).__contains__)
-            if not files:
-                raise InputError(
-                    f"{name} on the Hugging Face hub is no CLIP of transformers or open_clip: choose one"
-                )
-            shards = ["model-*.safetensors"] if files[-1].endswith(".index.json") else []
-            return Path(hub.snapshot_download(name, allow_patterns=[*files, *shards, *_BESIDE]))
-    except InputError:
-        raise
-    except errors.RepositoryNotFoundError as error:
-        advice = f"correct it, log in with `hf auth login` if it is private, or give one of {', '.join(OPENAI)}"
-        raise InputError(
-            f"{name} is no file or folder here, and not on the Hugging Face hub: {advice}"
-        ) from error
+            raise FileNotFoundError("it has no model of transformers or open_clip")
+        shards = ["model-*.safetensors"] if "model.safetensors.index.json" in files else []
+        return Path(hub.snapshot_download(name, allow_patterns=[*files, *shards, *_BESIDE]))
     except Exception as error:  # the hub's client raises what its HTTP library raises
-        files = chosen(is_cached)
-        if not files:
-            wanted = ", ".join(either.split("|")[0] for either in formats[0])
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(
-                f"{name} cannot be downloaded from {constants.ENDPOINT} ({reason}): download its {wanted} elsewhere, "
-                f"put it at --model FOLDER, or give a model in the cache, perhaps {' or '.join(OPENAI)}"
-            ) from error
-    return Path(str(hub.try_to_load_from_cache(name, files[0]))).parent
+        parts = ", ".join(file.split("|")[0] for file in formats[0])
+        advice = f"download its {parts} elsewhere, put it at --model FOLDER"
+        if isinstance(error, errors.GatedRepoError):
+            advice = "ask for access on its page and log in with `hf auth login`"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            advice = "correct it, or log in with `hf auth login`"
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise InputError(
+            f"{name} is no file or folder here, and {constants.ENDPOINT} does not give it "
+            f"({reason}): {advice}, or give a model in the cache, perhaps {' or '.join(OPENAI)}"
+        ) from error
