@@ -1,6 +1,6 @@
 """Writes `tests/reference/`: outputs of PyTorch's CLIP and of OpenAI's tokenizer.
 
-    pip install torch transformers regex && pip install --no-deps clip-anytorch
+    pip install '.[reference]' && pip install --no-deps clip-anytorch
     python -m tools.record_reference      # all of them, or give names: tiny tiny-gelu vit-b-32 ...
 
 NAME.npz contains the float32 outputs of `transformers.CLIPModel` for the weights, images and texts
@@ -420,7 +420,7 @@ def assigned_list(notebook: Path, name: str) -> list[str]:
 CONTRACTIONS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d"]
 ACCENTED = """café naïve Zürich Ærøskøbing façade São señor Łódź Dvořák Ångström Đà Nẵng piñata
     brûlée žluťoučký""".split()
-FRAGMENTS: dict[str, list[str]] = {
+FRAGMENTS: dict[str, Sequence[str]] = {
     "apostrophes": [
         *(start + end for start in ("", "they") for end in CONTRACTIONS),
         *(start + end.upper() for start in ("", "WE") for end in CONTRACTIONS),
@@ -512,7 +512,7 @@ def joined(generator: random.Random, pieces: Sequence[str], fewest: int, most: i
     return "".join(generator.choices(pieces, k=generator.randint(fewest, most)))
 
 
-def mixture(generator: random.Random, fragments: list[str]) -> str:
+def mixture(generator: random.Random, fragments: Sequence[str]) -> str:
     """Returns two to eight fragments, about half of them with white space after them."""
     pieces = generator.choices(fragments, k=generator.randint(2, 8))
     return "".join(
