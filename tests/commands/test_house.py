@@ -3,8 +3,6 @@
 import ast
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -18,7 +16,6 @@ import lipsum
 from support.errors import InputError
 from support.report import figures, tables
 from support.run import options
-from tools import mutants
 
 ROOT = Path(__file__).parents[2]
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("support/**/*.py"), *ROOT.glob("tools/*.py")]
@@ -75,28 +72,6 @@ def test_no_function_is_longer_than_a_screen() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
-
-
-PYREFLY = f"pyrefly check --python-interpreter-path {shlex.quote(sys.executable)}"
-
-
-@pytest.mark.parametrize(
-    "command", ["ruff check", "ruff format --check", PYREFLY], ids=lambda command: command[:12]
-)
-def test_lint_and_types(command: str) -> None:
-    """Ruff and pyrefly find nothing. pyproject.toml configures both."""
-    done = subprocess.run(
-        [sys.executable, "-m", *shlex.split(command)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_mutants_fit_their_files() -> None:
-    """What each replaces occurs exactly once, and the changed file can be parsed."""
-    for mutant in mutants.MUTANTS:
-        ast.parse(mutant.source())
-        assert mutant.new != mutant.old, mutant.what
-    assert mutants.TABLE.keys() == mutants.TESTS.keys()
 
 
 # ----------------------------------------------------------------------------------------------------------- documents
