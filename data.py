@@ -1,9 +1,10 @@
-"""From image files to batches on devices: splits, preprocessing, augmentation, batches, placement.
+"""From image files to batches: splits, checks, preprocessing, augmentation, batches.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` uses it; `support/layouts.py` finds the images.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` uses it; `support/layouts/`
+finds the images of each data set.
 
-Batch t is a pure function of (split, seed, t), whatever the number of threads or processes. Batches contain uint8
-images; `clip.standardize` turns them into floats on the device.
+Batch t is a pure function of (split, seed, t), whatever the number of threads or processes. Batches
+contain uint8 images; `clip.standardize` turns them into floats on the device.
 """
 
 import math
@@ -18,16 +19,15 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
-from support.devices import WHOLE, Part, hides_bars
+from support.devices import WHOLE, Part, progress
 from support.errors import InputError, few
 
-# -------------------------------------------------------------------------------------------------------------- splits
+# -------------------------------------------------------------------------------------- splits
 
 
 class ListedFile(NamedTuple):
-    """An image file and, for error messages, the line of the list that names it; empty if no list does."""
+    """An image file and, for error messages, the line of the list that names it, if one does."""
 
     path: Path
     place: str = ""
@@ -38,7 +38,7 @@ ImageSource = ListedFile | UInt8[np.ndarray, "height width 3"]
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Image files under one folder, stored as names: a million `ListedFile`s would take half a gigabyte."""
+    """Image files under one folder, stored as names: a million paths would take half a gigabyte."""
 
     root: Path
     names: tuple[str, ...]
@@ -89,9 +89,10 @@ def take(split: Split, indices: Int[np.ndarray, " taken"], name: str) -> Split:
 
 
 def hold_out(train: Split, every: int = 10, name: str = "val") -> tuple[Split, Split]:
-    """Splits off one in `every` images, spread evenly over the classes. Returns the rest and the held-out images.
+    """Splits off one in `every` images, spread evenly over the classes.
 
-    The choice depends on no seed. Raises InputError if there are fewer than `every` images.
+    Returns the rest and the held-out images. The choice depends on no seed. Raises InputError if
+    there are fewer than `every` images.
     """
     order = np.argsort(train.labels, kind="stable")
     if len(order) < every:
@@ -99,13 +100,15 @@ def hold_out(train: Split, every: int = 10, name: str = "val") -> tuple[Split, S
         raise InputError(f"{problem}: give --select-on test or more images")
     held_out = np.zeros(len(order), bool)
     held_out[order[every - 1 :: every]] = True
-    return take(train, np.flatnonzero(~held_out), train.name), take(
-        train, np.flatnonzero(held_out), name
-    )
+    rest = take(train, np.flatnonzero(~held_out), train.name)
+    return rest, take(train, np.flatnonzero(held_out), name)
 
 
-def of_classes(split: Split, kept: Int[np.ndarray, " kept"]) -> Split:
-    """Returns the images of the kept classes, which get the labels 0, 1, ... in the order of `kept` (ascending)."""
+def keep_classes(split: Split, kept: Int[np.ndarray, " kept"]) -> Split:
+    """Returns the images of the kept classes, with labels 0, 1, ... in the order of `kept`.
+
+    `kept` is ascending.
+    """
     images = take(split, np.flatnonzero(np.isin(split.labels, kept)), split.name)
     return replace(
         images,
@@ -115,7 +118,7 @@ def of_classes(split: Split, kept: Int[np.ndarray, " kept"]) -> Split:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- image files
+# --------------------------------------------------------------------------------- image files
 
 # Pillow refuses images of twice the size that it warns of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -124,16 +127,18 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # pyrefly: ignore[bad-assignment]
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Returns the image, opened but not yet decoded. Raises InputError, naming file and list line, if it is broken."""
+    """Returns the image, opened but not yet decoded.
+
+    Raises InputError, which names file and list line, if it is broken.
+    """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     try:
         image = Image.open(source.path)
         if image.mode in ("F", "LAB") or (image.mode == "I" and image.format != "PPM"):
             image.close()
-            raise ValueError(
-                f"its pixels have Pillow's mode {image.mode}, of unknown range: save it as 8-bit RGB"
-            )
+            problem = f"its pixels have Pillow's mode {image.mode}, of unknown range"
+            raise ValueError(f"{problem}: save it as 8-bit RGB")
         return image
     except Exception as error:  # Pillow's readers raise whatever the damage causes
         raise _broken_image(source, error) from error
@@ -152,7 +157,8 @@ def _broken_image(file: ListedFile, error: Exception) -> InputError:
 def check_image(file: ListedFile) -> None:
     """Raises InputError if a file is missing, no image, or truncated.
 
-    A JPEG or PNG with its end marker in the last 64 bytes is not decoded, which saves time. Other files are.
+    A JPEG or PNG with its end marker in the last 64 bytes is not decoded, which saves time.
+    Other files are.
     """
     with open_image(file) as image:
         end_marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format or "")
@@ -165,19 +171,19 @@ def check_image(file: ListedFile) -> None:
             raise _broken_image(file, error) from error
 
 
-# All of DomainNet is checked, in a minute or two; ImageNet's 1.28 million images would take an hour on a slow disk.
+# All of DomainNet is checked, in a minute or two. All of ImageNet, 1.28 million images, would take
+# an hour on a slow disk.
 CHECK_ALL_UP_TO = 200_000
 CHECKED_SAMPLE = 10_000
 
 
 def check_images(splits: Sequence[Split], workers: int) -> None:
-    """Checks image files before any long work begins; of a split with over 200,000 files, an evenly spread sample.
+    """Checks image files before any long work begins. Raises InputError that names broken ones.
 
-    Raises InputError for the broken files. One outside the sample raises when it is decoded.
+    Of a split with over 200,000 files, it checks an evenly spread sample. A broken file outside the
+    sample raises when it is decoded.
     """
-    files = dict.fromkeys(
-        split.images[index] for split in splits for index in _indices_to_check(split)
-    )
+    files = dict.fromkeys(split.images[index] for split in splits for index in _to_check(split))
 
     def problem(file: ListedFile) -> str:
         try:
@@ -187,75 +193,70 @@ def check_images(splits: Sequence[Split], workers: int) -> None:
         return ""
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        checks = pool.map(problem, files)
-        bar = tqdm(
-            checks,
-            "checking images",
-            len(files),
-            unit="image",
-            leave=False,
-            delay=2,
-            disable=hides_bars(),
-        )
-        problems = list(filter(None, bar))
+        checks = progress(pool.map(problem, files), "checking images", len(files), "image")
+        problems = list(filter(None, checks))
     if problems:
         raise InputError(few(problems, "; "))
 
 
-def _indices_to_check(split: Split) -> Int[np.ndarray, " checked"]:
+def _to_check(split: Split) -> Int[np.ndarray, " checked"]:
     if not len(split) or isinstance(split.images[0], np.ndarray):
         return np.arange(0)
     count = len(split) if len(split) <= CHECK_ALL_UP_TO else CHECKED_SAMPLE
     return np.unique(np.linspace(0, len(split) - 1, count).round().astype(np.int64))
 
 
-# ------------------------------------------------------------------------------------------------------ preprocessing
+# ------------------------------------------------------------------------------- preprocessing
+
+
+Square = UInt8[np.ndarray, "side side 3"]
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    image.info.pop(
-        "transparency", None
-    )  # does not affect the pixels, but Pillow warns if a palette has it
+    # It does not affect the pixels, but Pillow warns if a palette has it.
+    image.info.pop("transparency", None)
     return np.asarray(image.convert("RGB"))
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """Reduces 16-bit grey to its high byte, as Pillow does for 16-bit colour. A conversion to RGB would clip it."""
+    """Reduces 16-bit grey to its high byte, as Pillow does for 16-bit colour.
+
+    Pillow's own conversion to RGB would clip it.
+    """
     if image.mode == "PA":  # resized, it would be black
         return image.convert("RGB")
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray(
-        np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255).astype(np.uint8)
-    )
+    high_byte = np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255)
+    return Image.fromarray(high_byte.astype(np.uint8))
 
 
-def middle(image: Image.Image) -> Image.Image:
-    """The middle of an image over 50 times as long as wide: its resized whole would take gigabytes."""
+def crop_extreme_aspect(image: Image.Image) -> Image.Image:
+    """Cuts an image to its middle, at most 50 times as long as wide.
+
+    Resized whole, a longer one would take gigabytes.
+    """
     width, height = image.size
     most = 50 * min(image.size)
     left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
     return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
-def evaluation_image(
-    image: Image.Image, resolution: int
-) -> UInt8[np.ndarray, "resolution resolution 3"]:
-    """OpenAI's preprocessing: resizes the shorter side with Pillow's bicubic filter, crops the centre, makes it RGB."""
-    image = middle(eight_bit(image))
-    short, long = sorted(image.size)
-    width, height = (
-        resolution if side == short else int(resolution * long / short) for side in image.size
-    )
+def evaluation_image(image: Image.Image, resolution: int) -> Square:
+    """OpenAI's preprocessing: resizes the shorter side, bicubic, crops the centre, makes it RGB."""
+    image = crop_extreme_aspect(eight_bit(image))
+    short = min(image.size)
+    width, height = (int(resolution * side / short) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (round((side - resolution) / 2) for side in (width, height))  # ties to even
     return _to_rgb(image.crop((left, top, left + resolution, top + resolution)))
 
 
 def random_crop(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """Returns left, top, width and height of a crop with 8 % to 100 % of the area and an aspect ratio of 3/4 to 4/3.
+    """Returns left, top, width and height of a crop.
 
-    If ten draws do not fit into the image: the largest centre crop with such a ratio.
+    It has 8 % to 100 % of the area and an aspect ratio of 3/4 to 4/3. If ten draws do not fit into
+    the image, it is the largest centre crop with such a ratio.
     """
     for _ in range(10):
         area = width * height * random.uniform(0.08, 1)
@@ -267,24 +268,19 @@ def random_crop(width: int, height: int, random: np.random.Generator) -> tuple[i
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def training_image(
-    image: Image.Image, resolution: int, random: np.random.Generator
-) -> UInt8[np.ndarray, "resolution resolution 3"]:
+def training_image(image: Image.Image, resolution: int, random: np.random.Generator) -> Square:
     """A random crop, resized with Pillow's bicubic filter and mirrored with probability 1/2."""
     width, height = image.size
     left, top, w, h = random_crop(width, height, random)
-    # A JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost; the crop must keep enough pixels.
-    drafted = image.draft(
-        image.mode, (math.ceil(width * resolution / w), math.ceil(height * resolution / h))
-    )
-    scale = (
-        drafted[1][2] / width if drafted else 1
-    )  # the sizes' ratio is inexact: they are rounded up
+    # A JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost. The crop must keep
+    # enough pixels.
+    smallest = math.ceil(width * resolution / w), math.ceil(height * resolution / h)
+    drafted = image.draft(image.mode, smallest)
+    scale = drafted[1][2] / width if drafted else 1  # exact, while the image's size is rounded up
     box = (left * scale, top * scale, (left + w) * scale, (top + h) * scale)
     image = eight_bit(image).resize((resolution, resolution), Image.Resampling.BICUBIC, box)
-    if (
-        random.random() < 0.5
-    ):  # by Pillow: numpy's mirrored view takes ten times as long to copy into a batch
+    # By Pillow: a mirrored view of NumPy takes ten times as long to copy into a batch.
+    if random.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return _to_rgb(image)
 
@@ -294,14 +290,11 @@ AUGMENTATIONS = {
     "off": lambda image, resolution, random: evaluation_image(image, resolution),
 }
 
-# ------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------- batches
 
-HostBatch = dict[
-    str,
-    UInt8[np.ndarray, "batch height width 3"]
-    | Int[np.ndarray, " batch"]
-    | Bool[np.ndarray, " batch"],
-]
+Labels = Int[np.ndarray, " batch"]
+Valid = Bool[np.ndarray, " batch"]
+HostBatch = dict[str, UInt8[np.ndarray, "batch side side 3"] | Labels | Valid]
 
 
 def read_image(
@@ -309,8 +302,11 @@ def read_image(
     resolution: int,
     prepare: Callable = evaluation_image,
     *random: np.random.Generator,
-) -> UInt8[np.ndarray, "resolution resolution 3"]:
-    """Returns the decoded and prepared image. Raises InputError, naming file and list line, if it is broken."""
+) -> Square:
+    """Returns the decoded and prepared image.
+
+    Raises InputError, which names file and list line, if it is broken.
+    """
     with open_image(source) as image:
         try:
             return prepare(image, resolution, *random)
@@ -337,33 +333,31 @@ def training_batches(
     augmentation: str = "crop",
     part: Part = WHOLE,
 ) -> Iterator[HostBatch]:
-    """Yields `part` of the batches `start`, `start + 1`, ... without end: augmented, and reshuffled every epoch."""
+    """Yields `part` of the batches `start`, `start + 1`, ... without end.
+
+    Images are augmented, and reshuffled every epoch.
+    """
     prepare = AUGMENTATIONS[augmentation]
 
     def example(index: int, random: np.random.Generator) -> dict[str, np.ndarray]:
         image = read_image(split.images[index], resolution, prepare, random)
         return {"image": image, "label": split.labels[index]}
 
+    epochs = ENDLESS // len(split)  # with infinitely many, the length of a batch of one overflows
+    examples = grain.MapDataset.range(len(split)).seed(seed).shuffle().repeat(epochs)
+    parts = examples.random_map(example).batch(batch_size // part.count)
     # Each batch is `part.count` consecutive elements, one per process.
-    parts = (
-        grain.MapDataset.range(len(split))
-        .seed(seed)
-        .shuffle()
-        .repeat(
-            ENDLESS // len(split)
-        )  # without a number, the length overflows if a batch is one image
-        .random_map(example)
-        .batch(batch_size // part.count)
-    )
-    return iter(
-        parts[start * part.count + part.index :: part.count].to_iter_dataset(_read_options(workers))
-    )
+    own = parts[start * part.count + part.index :: part.count]
+    return iter(own.to_iter_dataset(_read_options(workers)))
 
 
 def evaluation_batches(
     split: Split, resolution: int, batch_size: int, workers: int, part: Part = WHOLE
 ) -> Iterator[HostBatch]:
-    """Yields `part` of batches with each image once, in order. Images that fill up the last batch are not `valid`."""
+    """Yields `part` of batches with each image once, in order.
+
+    Blank images that fill up the last batch are not `valid`.
+    """
 
     def example(index: int) -> dict[str, np.ndarray | np.generic]:
         if index < len(split):

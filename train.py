@@ -1,23 +1,23 @@
 """Fine-tunes a zero-shot CLIP on one domain and shows what that does to the others.
 
-Paper: Lipsum-FT, https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --help` lists every option.
+Paper: Lipsum-FT, https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --help` lists the
+options.
 
-A run has the folder OUT/METHOD/seed-SEED with config.json, metrics.jsonl, checkpoint/, best/ and results.json. If an
-option has several values, the run's own follows in the folder's name.
+A run has the folder OUT/METHOD/seed-SEED with config.json, metrics.jsonl, checkpoint/, best/ and
+results.json. If an option has several values, the run's own follows in the folder's name.
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import os
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from support import devices
-from support.errors import InputError, exit_code, quiet_interrupts, read_json
+from support.errors import exit_code, quiet_interrupts, warn
 
 if __name__ == "__main__":
     quiet_interrupts()
@@ -29,66 +29,24 @@ from tqdm import tqdm
 import data
 import eval as evaluation
 import lipsum
-from support import disk, errors
+from support import devices, disk
 from support.report import tables
-from support.run import options
-from support.run import setup as opening
+from support.run import checks, options
 from support.run.checkpoints import Checkpoints, from_names
+from support.run.finished import save_classifier
 from support.run.logs import Log, seconds_per_step
 from support.run.options import Command, Run
 from support.run.processes import (
     Signals,
     Stopped,
     broadcast,
-    check_processes,
     connect,
-    from_writer,
+    from_main_process,
     keep_freed_memory,
 )
+from support.run.setup import Setup, open_setups
 
-# ------------------------------------------------------------------------------------------------------- runs on disk
-
-
-def run_config(run: Run, setup: opening.Setup) -> dict[str, Any]:
-    """The content of config.json: every option, what was read, the versions of the libraries, the devices."""
-    return {
-        "method": run.method,
-        "seed": run.seed,
-        "settings": options.flat(run.sources, run.settings),
-        "execution": options.flat(run.execution),
-        **setup.read,
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("jax", "jaxlib", "equinox", "optax", "grain")
-        },
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-    }
-
-
-def is_finished(run: Run) -> bool:
-    """Whether the run has its last file."""
-    return (run.folder / "results.json").exists()
-
-
-def check_folders(command: Command, runs: list[Run]) -> None:
-    """Raises InputError if a run is there already and neither --resume nor --overwrite is given, or if --resume asks
-    for other settings than a finished run's.
-    """
-    for run in runs:
-        if run.folder.exists() and not run.folder.is_dir():
-            raise InputError(f"{run.folder} is a file: give another --out")
-        if (
-            run.folder.exists()
-            and any(run.folder.iterdir())
-            and not (command.resume or command.overwrite)
-        ):
-            raise InputError(
-                f"{run.folder} holds a run: give --resume, --overwrite or another --out"
-            )
-        if command.resume and is_finished(run):
-            path = run.folder / "config.json"
-            options.check_unchanged(run, path, read_json(path))
+# --------------------------------------------------------------------------- the start of a run
 
 
 class Progress(TypedDict):
@@ -99,202 +57,225 @@ class Progress(TypedDict):
     evaluated: int  # the last step that was evaluated, -1 before
     best_accuracy: float
     best_step: int
-    config: dict[str, Any]
+
+
+def config_of(run: Run, setup: Setup) -> dict[str, Any]:
+    """The content of config.json: every option, what was read, versions, devices."""
+    libraries = ("jax", "jaxlib", "equinox", "optax", "grain")
+    return {
+        "method": run.method,
+        "seed": run.seed,
+        "settings": options.to_json(run.sources, run.settings),
+        "execution": options.to_json(run.execution),
+        **setup.content,
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def freeze(run: Run, setup: Setup) -> lipsum.Frozen:
+    """Returns what the run never changes, on the devices."""
+    method = lipsum.METHODS[run.method]
+    guidance_ids = second_moment = None
+    if run.settings.guidance:
+        guidance_ids = setup.model.read_guidance(run.settings.guidance)
+    if method.guidance == "averaged" and guidance_ids is not None:
+        second_moment = lipsum.text_second_moment(setup.model.text, guidance_ids, 0)
+    elif method.guidance == "averaged":
+        second_moment = setup.model.second_moment(run.settings.text_length)
+    settings = jax.tree.map(np.float32, run.settings)
+    arrays = settings, guidance_ids, devices.fetch(second_moment)
+    settings, guidance_ids, second_moment = devices.place(arrays, setup.mesh)
+    return lipsum.Frozen(
+        zero_shot=setup.restrict_to_seen(setup.zero_shot),
+        text=setup.model.clip.text,
+        tau=setup.model.tau,
+        settings=settings,
+        computation=run.execution,
+        context_head=setup.context_head if method.guidance == "fixed" else None,
+        guidance_ids=guidance_ids,
+        second_moment=second_moment,
+    )
+
+
+def train_probe(setup: Setup) -> lipsum.Classifier:
+    """LP: the zero-shot tower with the head trained to convergence on its unaugmented features."""
+    train = setup.data.train
+    features = evaluation.predict_split(setup, [setup.zero_shot], train).features
+    start, tau = devices.fetch((setup.zero_shot.head, setup.model.tau))
+    head, steps = lipsum.linear_probe(features, train.labels, start, tau)
+    print(f"linear probe: {int(steps)} steps of L-BFGS on {len(train)} features")
+    head = devices.place(np.asarray(head), setup.mesh, setup.execution.fsdp)
+    return lipsum.Classifier(setup.zero_shot.vision, head)
+
+
+def starting_classifiers(
+    setup: Setup, methods: Sequence[lipsum.Method]
+) -> dict[str, lipsum.Classifier]:
+    """Returns the classifiers at which the methods start, by `Method.start`."""
+    zero_shot = setup.restrict_to_seen(setup.zero_shot)
+    zeros = lipsum.Classifier(zero_shot.vision, 0 * zero_shot.head)
+    starts = {"zero-shot": zero_shot, "zeros": zeros}
+    if any(method.start == "probe" for method in methods):
+        starts["probe"] = train_probe(setup)
+    return starts
 
 
 def restore(
-    run: Run,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    state: lipsum.State,
-    best: lipsum.Classifier,
+    checkpoints: Checkpoints, progress: Progress, state: lipsum.State, best: lipsum.Classifier
 ) -> tuple[Progress, lipsum.State, lipsum.Classifier]:
-    """Restores the newest intact checkpoint as host arrays, or returns the arguments unchanged if there is none.
+    """Restores the newest intact checkpoint as host arrays.
 
-    Process 0 reads it for all. Raises InputError if all are damaged, or if the run has changed since.
+    Returns the arguments if there is none. Process 0 reads it for all. Raises InputError if all
+    checkpoints are damaged.
     """
-    arrays = empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), (state, best))
+    empty = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), (state, best))
+    arrays = empty
 
     def read() -> Progress:
         nonlocal arrays
         checkpoint = checkpoints.newest()
         if checkpoint is None:
             return progress
-        config = checkpoint.progress["config"]
-        options.check_unchanged(run, checkpoints.folder, config)
-        options.check_read(checkpoints.folder, config, progress["config"])
         arrays = from_names(checkpoint.arrays, empty)
-        return checkpoint.progress | {"config": progress["config"]}
+        return checkpoint.progress
 
-    found = from_writer(read)
+    found = from_main_process(read)
     if found["step"] == 0:
         return progress, state, best
     print(f"{checkpoints.folder}: going on from step {found['step']}")
     return found, *broadcast(arrays)
 
 
-# ------------------------------------------------------------------------------------------------------------- one run
+# ------------------------------------------------------------------------------------- one run
 
 
-def freeze(run: Run, setup: opening.Setup) -> lipsum.Frozen:
-    """What the run never changes, on the devices."""
-    settings = run.settings
-    texts = lipsum.METHODS[run.method].texts
-    guidance = settings.guidance and opening.read_guidance(settings.guidance, setup)
-    second_moment = None
-    if texts == "averaged":
-        second_moment = opening.second_moment(setup, settings.text_length, settings.guidance)
-    zero_shot = setup.over_seen(setup.zero_shot)
-    arrays = jax.tree.map(np.float32, settings), guidance, second_moment
-    settings, guidance, second_moment = devices.place(arrays, setup.mesh)
-    return lipsum.Frozen(
-        zero_shot,
-        setup.model.text,
-        setup.context_head,
-        setup.tau,
-        settings,
-        run.execution,
-        guidance,
-        second_moment,
-    )
-
-
-@functools.cache
-def train_probe(evaluator: evaluation.Evaluator) -> lipsum.Classifier:
-    """LP: the zero-shot tower with the head trained to convergence on its features, without augmentation."""
-    setup = evaluator.setup
-    features = evaluator.predict([setup.zero_shot], setup.data.train).features
-    labels = setup.data.train.labels
-    head, steps = lipsum.linear_probe(
-        features, labels, devices.fetch(setup.zero_shot.head), devices.fetch(setup.tau)
-    )
-    print(f"linear probe: {int(steps)} steps of L-BFGS on {len(labels)} features")
-    return lipsum.Classifier(
-        setup.zero_shot.vision, devices.place(np.asarray(head), setup.mesh, setup.execution.fsdp)
-    )
-
-
-def begin(
-    run: Run,
-    evaluator: evaluation.Evaluator,
-    frozen: lipsum.Frozen,
-    checkpoints: Checkpoints,
-    resume: bool,
-) -> tuple[Progress, lipsum.State, lipsum.Classifier]:
-    """The start of a run or, with `resume`, its continuation: the state on devices, the best classifier on the host.
-
-    Raises InputError like `restore`.
-    """
-    setup = evaluator.setup
-    method = lipsum.METHODS[run.method]
-    classifier = train_probe(evaluator) if method.start == "probe" else frozen.zero_shot
-    if method.start == "zeros":
-        classifier = lipsum.Classifier(classifier.vision, 0 * classifier.head)
-    state = lipsum.initial_state(frozen, classifier, method.averaged)
-    best = devices.fetch(classifier)
-    progress: Progress = {
-        "step": 0, "seconds": 0.0, "evaluated": -1, "best_accuracy": -1.0, "best_step": 0,
-        "config": run_config(run, setup),
-    }  # fmt: skip
-    if resume:
-        progress, state, best = restore(run, checkpoints, progress, state, best)
-    return progress, devices.place(state, setup.mesh, run.execution.fsdp), best
-
-
-def _is_due(step: int, every: int, last: int) -> bool:
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something happens after a step that happens after `every` steps and the last."""
     return step == last or (step > 0 and step % every == 0)
 
 
 def train(
     run: Run,
-    evaluator: evaluation.Evaluator,
+    setup: Setup,
+    start: lipsum.Classifier,
     signals: Signals,
     checkpoints: Checkpoints,
     resume: bool,
 ) -> tuple[Progress, lipsum.Classifier]:
-    """The steps of a run, with evaluations and checkpoints. Returns the selected classifier, over all classes.
+    """The steps of a run, with evaluations and checkpoints.
 
-    Raises Stopped, once the state is saved, if a signal came, and InputError if loss or gradient are not finite.
+    Returns the selected classifier, over all classes. Raises Stopped, once the state is saved, if a
+    signal came, and InputError if loss or gradient are not finite.
     """
-    setup = evaluator.setup
-    settings = run.settings
+    settings, execution = run.settings, run.execution
     method = lipsum.METHODS[run.method]
     frozen = freeze(run, setup)
-    progress, state, best = begin(run, evaluator, frozen, checkpoints, resume)
-    first = progress["step"]
-    last = settings.steps if method.trained else 0
-    earlier_seconds = progress["seconds"]
+    state = lipsum.initial_state(method, frozen, start)
+    best = devices.fetch(start)
+    progress = Progress(step=0, seconds=0.0, evaluated=-1, best_accuracy=-1.0, best_step=0)
+    if resume:
+        progress, state, best = restore(checkpoints, progress, state, best)
     if devices.is_main_process():
-        disk.write_json(run.folder / "config.json", progress["config"])
+        disk.write_json(run.folder / "config.json", config_of(run, setup))
+    state = devices.place(state, setup.mesh, execution.fsdp)
+    first, earlier_seconds = progress["step"], progress["seconds"]
+    last = settings.steps if method.trained else 0
     key = jax.random.key(run.seed)
-    update = lipsum.training_step(
-        method.loss, devices.shardings(state, setup.mesh, run.execution.fsdp)
-    )
+    update = lipsum.training_step(method, devices.shardings(state, setup.mesh, execution.fsdp))
     batches = data.training_batches(
-        setup.data.train, setup.zero_shot.vision.image_size, settings.batch_size, run.seed, run.execution.workers,
-        first, settings.augmentation, devices.own_part(),
-    )  # fmt: skip
+        setup.data.train,
+        setup.zero_shot.vision.image_size,
+        settings.batch_size,
+        run.seed,
+        execution.workers,
+        first,
+        settings.augmentation,
+        devices.own_part(),
+    )
+
+    def advance(step: int) -> lipsum.State:
+        """Makes one step, which is number `step`, and returns the new state."""
+        batch = devices.shard_batch(next(batches), setup.mesh)
+        dispatched = time.perf_counter()
+        new_state, metrics = update(state, frozen, batch, key)
+        if step == first + 1:  # the first call returns when the step is compiled
+            tqdm.write(describe_execution(run, setup, time.perf_counter() - dispatched))
+        log.add(step, metrics)
+        checkpoints.check()
+        return new_state
+
+    def save(step: int) -> None:
+        """Saves the state after `step` steps, and the best classifier so far."""
+        progress["step"], progress["seconds"] = step, earlier_seconds + log.seconds()
+        checkpoints.save(progress, (snapshot, best))
 
     with open_log(run, first, last) as log, signals.deferred():
         for step in range(first, last + 1):
-            evaluates = step > progress["evaluated"] and _is_due(step, settings.eval_every, last)
-            saves = evaluates or (
-                step > first and _is_due(step, run.execution.checkpoint_every, last)
-            )
-            if step > first:
-                batch = devices.shard_batch(next(batches), setup.mesh)
-                dispatched = time.perf_counter()
-                state, metrics = update(state, frozen, batch, key)
-                if step == first + 1:  # the first call returns when the step is compiled
-                    tqdm.write(describe_execution(run, setup, time.perf_counter() - dispatched))
-                log.add(step, metrics, written=saves)
-                checkpoints.check()
+            evaluates = step > progress["evaluated"] and is_due(step, settings.eval_every, last)
+            is_saved = step > first and is_due(step, execution.checkpoint_every, last)
+            saves = evaluates or is_saved
             received = signals.received(setup.mesh, waits=saves)
-            if not (saves or received):
-                continue
-
-            log.settle()  # a state that is not finite is not saved
-            snapshot = devices.fetch(state)
-            progress["step"], progress["seconds"] = step, earlier_seconds + log.seconds()
-            checkpoints.save(progress, (snapshot, best))
+            if saves or received:
+                log.settle(written=saves)  # a state that is not finite is not saved
+                snapshot = devices.fetch(state)
+                # Before the evaluation, too: it may take minutes, in which a signal loses nothing.
+                save(step)
             if received:
                 raise Stopped(received)
-            if (
-                evaluates
-            ):  # it may take minutes: a signal in it loses nothing of what was just saved
+            if evaluates:
                 with signals.deferred(False):
-                    accuracy = evaluator.selection_accuracy([state.evaluated])
+                    accuracy = evaluation.selection_accuracy(setup, [state.evaluated])
                 log.show(step, {"selection_accuracy": accuracy})
                 progress["evaluated"] = step
                 if accuracy > progress["best_accuracy"]:
                     progress["best_accuracy"], progress["best_step"] = accuracy, step
                     best = snapshot.evaluated
-                checkpoints.save(progress, (snapshot, best))
-            log.start_clock(step)
-    return progress, setup.over_all(devices.place(best, setup.mesh, run.execution.fsdp))
+                save(step)
+            if saves:
+                log.start_clock(step)
+            if step < last:
+                state = advance(step + 1)
+    return progress, setup.extend_to_all(devices.place(best, setup.mesh, execution.fsdp))
 
 
 def open_log(run: Run, first: int, last: int) -> Log:
-    """The log of a run, which process 0 shows and writes."""
-    writes = devices.is_main_process()
+    """Opens the log of a run, which process 0 shows and writes."""
+    is_main = devices.is_main_process()
     return Log(
-        f"{run.method} {run.folder.name}", first, last, run.settings.batch_size, run.folder if writes else None, writes,
-        run.execution.tensorboard, run.execution.profile,
-    )  # fmt: skip
+        f"{run.method} {run.folder.name}",
+        first,
+        last,
+        run.settings.batch_size,
+        folder=run.folder if is_main else None,
+        shown=is_main,
+        tensorboard=run.execution.tensorboard,
+        profile=run.execution.profile,
+    )
 
 
-def fine_tune(run: Run, evaluator: evaluation.Evaluator, signals: Signals, resume: bool) -> None:
-    """One run from its start, or with `resume` from its checkpoint, to results.json. Raises like `train`."""
-    setup = evaluator.setup
+def fine_tune(
+    run: Run,
+    setup: Setup,
+    start: lipsum.Classifier,
+    zero_shot: Mapping[str, evaluation.Predictions],
+    signals: Signals,
+    resume: bool,
+) -> None:
+    """One run from its start, or with `resume` from its checkpoint, to results.json.
+
+    Raises like `train`.
+    """
     if devices.is_main_process():
         with disk.reported(run.folder):
             if not resume:
                 disk.delete(run.folder)
             run.folder.mkdir(parents=True, exist_ok=True)
     with Checkpoints(run.folder / "checkpoint", devices.is_main_process()) as checkpoints:
-        progress, best = train(run, evaluator, signals, checkpoints, resume)
-    splits = evaluator.results([best])
-    opening.save_classifier(run.folder / "best", setup, best)
+        progress, best = train(run, setup, start, signals, checkpoints, resume)
+    found = evaluation.predict_reports(setup, [best])
+    save_classifier(run.folder / "best", setup, best)
     results = {
         "method": run.method,
         **tables.names(run.method),
@@ -306,97 +287,105 @@ def fine_tune(run: Run, evaluator: evaluation.Evaluator, signals: Signals, resum
         "seconds_per_step": seconds_per_step(run.folder / "metrics.jsonl"),
         "settings": options.read_settings(run),
         "selection": {"accuracy": progress["best_accuracy"], "step": progress["best_step"]},
-        "splits": splits,
-        "zero_shot": evaluator.zero_shot_results,
+        "splits": evaluation.results_of(setup, zero_shot, found),
+        "zero_shot": evaluation.results_of(setup, zero_shot, zero_shot),
     }
     if devices.is_main_process():
         disk.write_json(run.folder / "results.json", results)
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------- command line
 
 
-def describe(setup: opening.Setup) -> str:
-    """A line on the data."""
-    sources = setup.sources
-    images = setup.data
+def describe_setup(setup: Setup) -> str:
+    """Returns a line on the data."""
+    sources, images = setup.sources, setup.data
     reports = ", ".join(f"{len(split)} {name}" for name, split in images.reports.items())
     seen = f" ({len(setup.seen)} seen)" if sources.unseen else ""
     return (
-        f"{sources.model} on {sources.data}: {len(setup.classes)} classes{seen}, {len(images.train)} images to train "
-        f"on, {len(images.selection)} to select on, to report on: {reports}"
+        f"{sources.model} on {sources.data}: {len(setup.classes)} classes{seen}, "
+        f"{len(images.train)} images to train on, {len(images.selection)} to select on, "
+        f"to report on: {reports}"
     )
 
 
-def describe_execution(run: Run, setup: opening.Setup, compile_seconds: float) -> str:
-    """A line on where and how the steps of a run are computed."""
+def describe_execution(run: Run, setup: Setup, compile_seconds: float) -> str:
+    """Returns a line on where and how the steps of a run are computed."""
     execution = run.execution
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.zero_shot))
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) of {jax.process_count()} process(es)"
+    millions = sum(leaf.size for leaf in jax.tree.leaves(setup.zero_shot)) / 1e6
+    kind = jax.devices()[0].device_kind
     spread = "spread over them" if execution.fsdp else "copied to each"
     parts = f" in {execution.accumulate} parts" if execution.accumulate > 1 else ""
     return (
-        f"{run.method} {run.folder.name}: {devices}, mesh data={setup.mesh.size}, {execution.precision}, "
-        f"{parameters / 1e6:.1f} M parameters {spread}, {run.settings.batch_size // jax.device_count()} images a device"
-        f"{parts}, compiled in {compile_seconds:.1f} s"
+        f"{run.method} {run.folder.name}: {jax.device_count()} {kind} device(s) of "
+        f"{jax.process_count()} process(es), mesh data={setup.mesh.size}, {execution.precision}, "
+        f"{millions:.1f} M parameters {spread}, "
+        f"{run.settings.batch_size // jax.device_count()} images a device{parts}, "
+        f"compiled in {compile_seconds:.1f} s"
     )
 
 
-def open_evaluator(command: Command, runs: list[Run]) -> evaluation.Evaluator:
-    """Loads and checks what runs on one reference share. Raises InputError before any long work."""
-    for size in command.settings.batch_size:
-        devices.device_mesh(size, command.execution.accumulate)
-    setup = opening.prepare(runs[0].sources, command.execution, max(command.settings.batch_size))
-    for run in runs:
-        opening.check_texts(run, setup)
-    return evaluation.Evaluator(setup)
+MINIDOMAIN = """\
+minidomain: 20 classes drawn in five domains, to see what fine-tuning costs and what Lipsum-FT saves
+real data: python train.py --model ViT-B/16 --data domainnet --data-root DIR --reference real"""
 
 
 def main(command: Command) -> None:
-    """Fine-tunes by every method on every seed and prints the table. Raises InputError, and Stopped after a signal."""
+    """Fine-tunes by every method on every seed and prints the table.
+
+    Raises InputError, and Stopped after a signal.
+    """
     signals = Signals()
     with signals.heard(), contextlib.ExitStack() as locks:
         command = options.resolved(command)
-        options.check(command)
-        runs = list(options.runs(command))
-        check_processes(command)
+        runs = options.runs(command)
+        checks.check_options(command, runs)
 
-        def enter_folders() -> list[bool]:
-            """Whether each run is finished."""
-            check_folders(command, runs)
+        def claim_folders() -> None:
+            checks.check_folders(command, runs)
             for run in runs:
                 locks.enter_context(disk.locked(run.folder))
-            return [command.resume and is_finished(run) for run in runs]
 
-        finished = dict(zip([run.folder for run in runs], from_writer(enter_folders), strict=True))
+        from_main_process(claim_folders)
         if command.protocol:
-            print(options.protocol_lines(command))
+            print(options.describe_protocol(command))
         if command.sources.data == "minidomain":
-            print(
-                "minidomain: 20 classes drawn in five domains, to see what fine-tuning costs and what Lipsum-FT saves\n"
-                "real data: python train.py --model ViT-B/16 --data domainnet --data-root DIR --reference real"
+            print(MINIDOMAIN)
+        groups = [
+            (setup, [run for run in runs if run.sources == setup.sources])
+            for setup in open_setups(
+                list(dict.fromkeys(run.sources for run in runs)),
+                command.execution,
+                max(run.settings.batch_size for run in runs),
             )
-        groups: dict[str, list[Run]] = {}
-        for run in runs:
-            groups.setdefault(run.sources.reference, []).append(run)
-        evaluators = {
-            reference: open_evaluator(command, group) for reference, group in groups.items()
-        }
-        for line in options.doubts(command):
-            errors.warn(line)
-        for reference, group in groups.items():
-            setup = evaluators[reference].setup
-            print(describe(setup))
-            for line in opening.doubts(setup, group):
-                errors.warn(line)
-            for run in group:
-                if finished[run.folder]:
-                    print(f"{run.folder} is finished: kept")
-                else:
-                    fine_tune(run, evaluators[reference], signals, command.resume)
+        ]
+        for setup, own in groups:
+            checks.check_setup(setup, own, command.resume)
+        for line in dict.fromkeys(checks.warnings_for_options(command, runs)):
+            warn(line)
+        for setup, own in groups:
+            fine_tune_all(own, setup, signals, command.resume)
     if devices.is_main_process():  # the table is read from files
-        for group in groups.values():
-            tables.print_accuracies(tables.read_results([run.folder for run in group]))
+        for _, own in groups:
+            tables.print_accuracies(tables.read_results([run.folder for run in own]))
+
+
+def fine_tune_all(runs: Sequence[Run], setup: Setup, signals: Signals, resume: bool) -> None:
+    """Makes the runs on one reference; with `resume` only those that are not finished."""
+    print(describe_setup(setup))
+    for line in checks.warnings_for_setup(setup, runs):
+        warn(line)
+    finished = from_main_process(lambda: [resume and run.is_finished for run in runs])
+    unfinished = [run for run, ended in zip(runs, finished, strict=True) if not ended]
+    for run in runs:
+        if run not in unfinished:
+            print(f"{run.folder} is finished: kept")
+    if unfinished:
+        zero_shot = evaluation.predict_reports(setup, [setup.zero_shot])
+        starts = starting_classifiers(setup, [lipsum.METHODS[run.method] for run in unfinished])
+        for run in unfinished:
+            start = starts[lipsum.METHODS[run.method].start]
+            fine_tune(run, setup, start, zero_shot, signals, resume)
 
 
 def exit_code_of(command: Command) -> int:
@@ -417,9 +406,8 @@ def command_line(arguments: list[str]) -> int:
     def start() -> None:
         commands.append(options.parse(arguments))
         keep_freed_memory()
-        if (
-            "JAX_COMPILATION_CACHE_DIR" not in os.environ
-        ):  # the next run of the same sizes starts at once
+        # The next run of the same sizes starts at once.
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             jax.config.update("jax_compilation_cache_dir", str(disk.cache_folder() / "jax"))
         connect(commands[0].cluster)
 
@@ -428,7 +416,7 @@ def command_line(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     code = command_line(sys.argv[1:])
-    if code and jax.distributed.is_initialized():  # the usual way out waits for the other processes
+    if code and jax.distributed.is_initialized():  # the usual way out waits for the others
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -1,14 +1,16 @@
-"""Devices and processes: the mesh, the shardings of arrays, and which process reads, writes and shows what.
+"""Devices and processes: the mesh, the shardings of arrays, and which process does what.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --fsdp` uses it on all devices that there are.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --fsdp` uses it.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from support.errors import InputError
 
@@ -21,8 +23,6 @@ class Part(NamedTuple):
 
 
 WHOLE = Part(0, 1)
-
-
 EVALUATED_AT_ONCE = 64  # images per device: each takes ViT-L/14 some 20 MB of activations
 
 
@@ -36,63 +36,72 @@ def hides_bars() -> bool | None:
     return None if is_main_process() else True
 
 
+def progress(items: Iterable, label: str, total: int, unit: str) -> Iterable:
+    """Shows a bar while the items are used, if that takes over two seconds."""
+    return tqdm(items, label, total, unit=unit, leave=False, delay=2, disable=hides_bars())
+
+
 def all_devices() -> list[jax.Device]:
-    """The devices of all processes. Raises InputError if JAX has none, as when JAX_PLATFORMS names one that is not."""
+    """Returns the devices of all processes. Raises InputError if JAX finds none."""
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0] or "none of JAX_PLATFORMS is there"
-        raise InputError(
-            f"JAX finds no device ({reason}): correct or unset JAX_PLATFORMS"
-        ) from error
+        problem = f"JAX finds no device ({reason})"
+        raise InputError(f"{problem}: correct or unset JAX_PLATFORMS") from error
 
 
 def device_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
-    """Returns a mesh of all devices along the axis `data`, with each process's devices adjacent.
+    """Returns a mesh of all devices along the axis `data`, each process's devices adjacent.
 
     Raises InputError if the devices cannot share each of a batch's `accumulate` parts evenly.
     """
     devices = sorted(all_devices(), key=lambda device: (device.process_index, device.id))
-    if batch_size % (len(devices) * accumulate):
+    count = len(devices)
+    if batch_size % (count * accumulate):
         parts = f" times --accumulate {accumulate}" if accumulate > 1 else ""
-        advice = f"give a multiple of {len(devices) * accumulate}"
-        raise InputError(
-            f"--batch-size {batch_size} does not divide among {len(devices)} devices{parts}: {advice}"
-        )
-    # Auto: the compiler propagates shardings; Explicit axes would become part of every array's type.
+        problem = f"--batch-size {batch_size} does not divide among {count} devices{parts}"
+        raise InputError(f"{problem}: give a multiple of {count * accumulate}")
+    # Auto: the compiler propagates shardings. Explicit axes would be part of every array's type.
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def evaluation_batch_size(batch_size: int, accumulate: int = 1) -> int:
-    """Images to evaluate at once on all devices: per device, as many as it trains on at once, but at most 64."""
+    """Returns the number of images to evaluate at once, on all devices.
+
+    Per device, it is as many as one is trained on at once, and at most 64.
+    """
     per_device = batch_size // (accumulate * jax.device_count())
     return min(max(per_device, 1), EVALUATED_AT_ONCE) * jax.device_count()
 
 
 def own_part() -> Part:
-    """The part of every batch that this process reads."""
+    """Returns the part of every batch that this process reads."""
     return Part(jax.process_index(), jax.process_count())
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns the batch, of which each process passes its own part, split over the devices."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+
+    def shard(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return {name: shard(array) for name, array in batch.items()}
 
 
 def shardings(tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
-    """The sharding per leaf: replicated or, with `fsdp`, split along the largest axis that divides evenly."""
+    """Returns the sharding per leaf: replicated or, with `fsdp`, split.
+
+    A leaf is split along its largest axis that divides evenly, if one does.
+    """
 
     def per_leaf(leaf: Any) -> NamedSharding:
-        divisible = [
-            axis for axis, size in enumerate(np.shape(leaf)) if size and size % mesh.size == 0
-        ]
+        shape = np.shape(leaf)
+        divisible = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
         if not fsdp or not divisible:
             return NamedSharding(mesh, PartitionSpec())
-        largest = max(divisible, key=lambda axis: leaf.shape[axis])
+        largest = max(divisible, key=lambda axis: shape[axis])
         return NamedSharding(mesh, PartitionSpec(*[None] * largest, "data"))
 
     return jax.tree.map(per_leaf, tree)
@@ -104,7 +113,10 @@ def place(tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Copies whole arrays into the memory of every process. The copies survive the donation of the originals."""
+    """Copies whole arrays into the memory of every process.
+
+    The copies survive the donation of the originals.
+    """
 
     def per_leaf(leaf: Any) -> np.ndarray:
         spans_processes = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable

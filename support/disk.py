@@ -1,13 +1,12 @@
-"""Files that commands write: each is whole on the disk at any moment, in its old or its new version.
+"""Files that commands write: each is whole at any moment, in its old or its new version.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` writes the files of a run with it.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py` writes a run's files with it.
 """
 
 import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,10 @@ from support.errors import InputError
 
 
 def cache_folder() -> Path:
-    """The folder of what is drawn and compiled once: `LIPSUM_CACHE`, else `lipsum` in the user's cache folder."""
+    """Returns the folder of what is drawn and compiled once.
+
+    It is `LIPSUM_CACHE` or, without that, `lipsum` in the user's cache folder.
+    """
     if folder := os.environ.get("LIPSUM_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lipsum"
@@ -28,8 +30,8 @@ def cache_folder() -> Path:
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Replaces a file, or a folder of files, by what `write` makes at the path that it is given.
 
-    The new version is synced to the disk before it is renamed. Raises InputError if the disk refuses it; the old one
-    then stays.
+    The new version is flushed to the disk before it is renamed. Raises InputError if the disk
+    refuses it; the old version then stays.
     """
     new = path.with_name(f"{path.name}.new")
     with reported(path):
@@ -37,11 +39,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             delete(new)
             write(new)
             for made in [*sorted(new.iterdir()), new] if new.is_dir() else [new]:
-                _sync(made)
+                _flush(made)
             if path.is_dir():
                 shutil.rmtree(path)  # a folder cannot be renamed onto a full one
             os.replace(new, path)
-            _sync(path.parent)
+            _flush(path.parent)
         except (OSError, SafetensorError):
             with contextlib.suppress(OSError):
                 delete(new)  # it may fill the disk
@@ -50,9 +52,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Replaces a JSON file. Raises InputError like `write_whole`."""
-    write_whole(
-        path, lambda new: new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    )
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def delete(path: Path) -> None:
@@ -70,12 +71,11 @@ def reported(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{path} cannot be written ({reason}): make room or give another place; what was saved before is whole"
-        ) from error
+        advice = "make room or give another place; what was saved before is whole"
+        raise InputError(f"{path} cannot be written ({reason}): {advice}") from error
 
 
-def _sync(path: Path) -> None:
+def _flush(path: Path) -> None:
     """Flushes to the disk. Otherwise a power cut may leave an empty file under a new name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -85,11 +85,11 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: str = "") -> Iterator[None]:
-    """Locks a file or folder against other processes until the block, or this process, ends. Leaves no lock behind.
+def locked(path: Path) -> Iterator[None]:
+    """Locks a file or folder against other processes until the block, or this process, ends.
 
-    If another process holds the lock, prints `waiting` and waits. Without that text, raises InputError. Raises it also
-    if nothing can be written there.
+    Leaves no lock behind. Raises InputError if another process holds the lock, or if nothing can be
+    written there.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     made = [parent for parent in path.parents if not parent.exists()]
@@ -98,13 +98,8 @@ def locked(path: Path, waiting: str = "") -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
-            if not waiting:
-                message = (
-                    f"another process writes to {path}: wait until it ends, or give another --out"
-                )
-                raise InputError(message) from error
-            print(waiting, file=sys.stderr)
-            lock.acquire()
+            advice = "wait until it ends, or give another --out"
+            raise InputError(f"another process writes to {path}: {advice}") from error
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""Wrong input: its error, the reading of text files, which raises it, and the end of a command, which prints it.
+"""Wrong input: its error, warnings, the reading of text files, and the end of a command.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. Every module uses it; `python train.py --method no-such` shows one.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --method no-such` shows one.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Bad input: one line that says what is wrong, where, and what to do. Commands print it and end with code 2.
+    """Bad input: one line that says what is wrong, where, and what to do.
 
-    Line ends and other controls in quoted content are escaped.
+    Commands print it and end with code 2. Control characters in quoted content are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -36,46 +36,21 @@ def warn(message: str) -> None:
 
 
 def few(texts: Sequence[str], separator: str = ", ", most: int = 3) -> str:
-    """The first `most` texts and the number of the others."""
+    """Returns the first `most` texts and the number of the others."""
     more = [f"and {len(texts) - most} more"] if len(texts) > most else []
     return separator.join([*texts[:most], *more])
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """The error for a name that is not among `known`. It suggests the nearest ones."""
+    """Returns the error for a name that is not among `known`. It suggests the nearest ones."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return InputError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
 
 
-def read_text(path: Path, name: str = "", advice: str = "restore it as UTF-8 text") -> str:
-    """The content of a UTF-8 text, without a byte-order mark. Raises InputError if it cannot be read.
-
-    `name` is how the message calls the file.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name or path} cannot be read ({error}): {advice}") from error
-
-
-def read_lines(path: Path, name: str = "", advice: str = "restore it as UTF-8 text") -> list[str]:
-    """The lines of a text, without blank ones at its end. Raises InputError like `read_text`."""
-    return read_text(path, name, advice).rstrip().split("\n")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises InputError, which names the file, if it cannot be read."""
-    text = read_text(path, advice="restore the file")
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read ({error}): restore the file") from error
-
-
 def flag(name: str) -> str:
-    """An option as the command line has it."""
+    """Returns an option as the command line has it."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -86,31 +61,64 @@ def check_positive(**options: int) -> None:
             raise InputError(f"{flag(name)} is {value}: give at least 1")
 
 
+# ------------------------------------------------------------------------------------ text files
+
+
+def read_text(path: Path, name: str = "", advice: str = "restore it as UTF-8 text") -> str:
+    """Returns the content of a UTF-8 text, without a byte-order mark.
+
+    Raises InputError, which calls the file `name`, if it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{name or path} cannot be read ({error}): {advice}") from error
+
+
+def read_lines(path: Path, name: str = "", advice: str = "restore it as UTF-8 text") -> list[str]:
+    """Returns the lines of a text, without blank ones at its end. Raises like `read_text`."""
+    return read_text(path, name, advice).rstrip().split("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file. Raises InputError if it cannot be read."""
+    text = read_text(path, advice="restore the file")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}): restore the file") from error
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
 def expanded(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `~` for the home folder, which a shell leaves in `--out=~/runs` and in quotes."""
+    """Returns the arguments with `~` expanded, which a shell leaves in `--out=~/runs`."""
     home = os.path.expanduser("~")
-    return [
-        re.sub(r"^(--[\w-]+=)?~(?=/|$)", lambda match: (match[1] or "") + home, word)
-        for word in arguments
-    ]
+
+    def expand(word: str) -> str:
+        return re.sub(r"^(--[\w-]+=)?~(?=/|$)", lambda match: (match[1] or "") + home, word)
+
+    return [expand(word) for word in arguments]
 
 
 def prepare_streams() -> None:
-    """Makes output appear at once in logs, and never fail for a character that the terminal lacks.
+    """Makes output appear at once in logs, and never fail for a character that a terminal lacks.
 
     A stream that was closed is replaced by one that discards.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (stays open)
-        elif isinstance(getattr(sys, name), io.TextIOWrapper):
-            getattr(sys, name).reconfigure(errors="replace", line_buffering=True)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace", line_buffering=True)
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Runs a command. Returns 0, or 2 after one line on stderr if its input is bad. Faults of ours raise (1).
+    """Runs a command. Returns 0, or 2 after one line on stderr if its input is bad.
 
-    130 is Ctrl-C. 141 is an output that was closed, as by `| head`.
+    Ctrl-C is 130. An output that was closed, as by `| head`, is 141. Faults of ours raise.
     """
     prepare_streams()
     try:
@@ -133,13 +141,15 @@ def exit_code(command: Callable[[], None]) -> int:
 
 
 def quiet_interrupts() -> None:
-    """Makes Ctrl-C end the command at once, in one line. As an exception it may be lost in a callback of a library."""
+    """Makes Ctrl-C end the command at once, in one line.
+
+    As an exception it may be lost in a callback of a library.
+    """
 
     def end(*_: Any) -> None:
         os.write(2, b"interrupted\n")
         os._exit(130)
 
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # else it is ignored, as in the background
+    # Otherwise it is ignored, as in the background.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end)

@@ -24,7 +24,7 @@ os.environ |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 CHECKED = ["clip", "lipsum", "data", "eval", "train", "support", "tools"]
 with install_import_hook(CHECKED, "beartype.beartype"):
     import train  # noqa: F401 (imports the others)
-    from support.run import setup as opening
+    from support.run import setup
     from tools import bench  # noqa: F401
 
 # The garbage collector took a fifteenth of the time. What was imported stays: it need not look.
@@ -61,18 +61,16 @@ def compiled_programs_do_not_pile_up() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def texts_of_a_model_are_embedded_once() -> Iterator[None]:
     """Many tests open the same model: its C2, over 10,000 texts, takes longer than their runs."""
-    computed, second_moment = {}, opening.second_moment
+    computed, second_moment = {}, setup.Model.second_moment
 
-    def remembered(setup: opening.Setup, length: int, guidance: Path | None = None) -> np.ndarray:
-        if guidance is not None:  # a file, which may change
-            return second_moment(setup, length, guidance)
-        key = setup.checksum, length
+    def remembered(model: setup.Model, length: int = 8) -> np.ndarray:
+        key = model.checksum, length
         if key not in computed:
-            computed[key] = second_moment(setup, length)
+            computed[key] = second_moment(model, length)
         return computed[key]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(opening, "second_moment", remembered)
+        patched.setattr(setup.Model, "second_moment", remembered)
         yield
 
 

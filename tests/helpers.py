@@ -21,6 +21,7 @@ from PIL import Image
 
 import clip
 import data
+import eval as evaluation
 from support import weights
 from support.errors import InputError
 from support.run import options
@@ -468,25 +469,27 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(command: options.Command, **changes: Any) -> options.Command:
-    """The command with other values of some options, in whichever box each stands."""
+    """The command with other values of some options, in whichever group each stands.
+
+    A tuple of several values of an option of `options.SWEPT` makes a sweep.
+    """
     for name, value in changes.items():
         if name in vars(command):
             command = dataclasses.replace(command, **{name: value})
             continue
-        box = next(
-            box
-            for box in ("sources", "settings", "execution", "cluster")
-            if name in vars(getattr(command, box))
-        )
-        command = dataclasses.replace(
-            command, **{box: dataclasses.replace(getattr(command, box), **{name: value})}
-        )
+        if name in options.SWEPT and isinstance(value, tuple):
+            command = dataclasses.replace(command, sweep=command.sweep | {name: value})
+            value = value[0]
+        groups = ("sources", "settings", "execution", "cluster")
+        group = next(group for group in groups if name in vars(getattr(command, group)))
+        values = dataclasses.replace(getattr(command, group), **{name: value})
+        command = dataclasses.replace(command, **{group: values})
     return command
 
 
-def given(*folders: Path) -> opening.Runs:
+def given(*folders: Path) -> evaluation.Runs:
     """The runs of a command of eval.py."""
-    return opening.Runs(folders)
+    return evaluation.Runs(folders)
 
 
 def tiny_command(model: Path, root: Path, out: Path) -> options.Command:
@@ -495,12 +498,12 @@ def tiny_command(model: Path, root: Path, out: Path) -> options.Command:
         model=str(model),
         data_root=root,
         templates="a photo of a {}.",
-        reference=("real",),
-        steps=(6,),
-        batch_size=(8,),
-        learning_rate=(1e-3,),
-        num_texts=(4,),
-        text_length=(3,),
+        reference="real",
+        steps=6,
+        batch_size=8,
+        learning_rate=1e-3,
+        num_texts=4,
+        text_length=3,
         eval_every=2,
         checkpoint_every=100,
         workers=1,

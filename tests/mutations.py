@@ -16,7 +16,9 @@ def with_mutations(
     check: Callable[[bytes], None],
     places: Sequence[int] | None = None,
 ) -> None:
-    """Calls `check` with up to three bytes of `content` changed, at any of the `places`, and sometimes truncated."""
+    """Calls `check` with up to three bytes of `content` changed, at any of the `places`, and
+    sometimes truncated.
+    """
     allowed = range(len(content)) if places is None else places
     changes = st.lists(st.tuples(st.integers(0, len(allowed) - 1), st.integers(0, 255)), max_size=3)
 

@@ -2,7 +2,8 @@
 
 tests/test_scaling.py also runs it as one of several processes, and reads the JSON that it prints:
 
-    python tests/scaling.py 127.0.0.1:1234 1 0 ft lipsum      # coordinator, number of processes, this one, methods
+    # Coordinator, number of processes, this one, methods
+    python tests/scaling.py 127.0.0.1:1234 1 0 ft lipsum
 """
 
 import functools
@@ -67,12 +68,12 @@ def inputs(weight: float = 1.0, **computation: Any) -> tuple[lipsum.Frozen, data
     frozen = lipsum.Frozen(
         lipsum.Classifier(model.vision, head),
         model.text,
-        context_head,
         jnp.float32(20),
         jax.tree.map(
             np.float32, lipsum.Settings(steps=20, learning_rate=1e-3, num_texts=9, weight=weight)
         ),
         lipsum.Computation(**computation),
+        context_head=context_head,
         second_moment=jnp.eye(8) / 8,
     )
     images = seeded.images(seeded.ARCHITECTURES["nano"], 1, BATCH)
@@ -87,9 +88,7 @@ def start(
     part = devices.own_part()
     rows = slice(part.index * BATCH // part.count, (part.index + 1) * BATCH // part.count)
     placed = devices.place(frozen, mesh, fsdp)
-    state = devices.place(
-        lipsum.initial_state(placed, averaged=lipsum.METHODS[method].averaged), mesh, fsdp
-    )
+    state = devices.place(lipsum.initial_state(lipsum.METHODS[method], placed), mesh, fsdp)
     return (
         state,
         placed,
@@ -100,7 +99,7 @@ def start(
 def losses(method: str, mesh: Mesh, fsdp: bool = False, **computation: Any) -> list[float]:
     """Returns the loss of each of six steps."""
     state, frozen, batch = start(method, mesh, fsdp, **computation)
-    step = lipsum.training_step(lipsum.METHODS[method].loss, devices.shardings(state, mesh, fsdp))
+    step = lipsum.training_step(lipsum.METHODS[method], devices.shardings(state, mesh, fsdp))
     found = []
     for _ in range(6):
         state, metrics = step(state, frozen, batch, jax.random.key(0))

@@ -92,13 +92,13 @@ class Case:
         frozen = lipsum.Frozen(
             lipsum.Classifier(model.vision, heads[0]),
             model.text,
-            heads[1],
             jnp.float32(100),
             lipsum.Settings(weight=method.weight),
             lipsum.Computation(self.precision, self.accumulate, self.remat),
+            context_head=heads[1],
             second_moment=jnp.eye(dim) / dim,
         )
-        return lipsum.initial_state(frozen, averaged=method.averaged), frozen
+        return lipsum.initial_state(method, frozen), frozen
 
     def shapes(self, config: clip.Config) -> tuple[lipsum.State, lipsum.Frozen]:
         """Returns the shapes of what `start` returns."""
@@ -147,7 +147,7 @@ def compiled_step(case: Case, config: clip.Config, mesh: Mesh) -> jax.stages.Com
     batch = case.batch_shapes(config, NamedSharding(mesh, PartitionSpec("data")))
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = key.update(sharding=NamedSharding(mesh, PartitionSpec()))
-    step: Any = lipsum.training_step(lipsum.METHODS[case.method].loss, shardings[0])
+    step: Any = lipsum.training_step(lipsum.METHODS[case.method], shardings[0])
     return step.lower(state, frozen, batch, key).compile()
 
 
@@ -260,7 +260,7 @@ def jax_step(case: Case, folder: Path) -> Advance:
     del start
     batch = devices.shard_batch(random_images(case, config), mesh)
     shardings = devices.shardings(state, mesh, case.fsdp)
-    step = lipsum.training_step(lipsum.METHODS[case.method].loss, shardings)
+    step = lipsum.training_step(lipsum.METHODS[case.method], shardings)
     key = jax.random.key(0)
 
     def advance() -> float:
@@ -397,7 +397,7 @@ def time_step(case: Case, steps: int = 10, vs_torch: bool = False) -> dict[str, 
             "first step, s": worker.first["seconds"],
         }
     ours = columns["this project"]
-    step = lipsum.training_step(lipsum.METHODS[case.method].loss)
+    step = lipsum.training_step(lipsum.METHODS[case.method])
     arguments = (*case.shapes(config), case.batch_shapes(config), jax.random.key(0))
     flops = matmul_flops(jax.make_jaxpr(step)(*arguments))
     ours["first step, warm cache, s"] = again.first["seconds"]

@@ -8,7 +8,7 @@ floats. It selects on centre crops of 224/256 of the shorter side.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ import data
 import eval as evaluation
 import lipsum
 from support.errors import exit_code
-from support.run import setup as opening
+from support.run import finished
+from support.run.options import Places
+from support.run.setup import Setup
 
 
 def as_tensorflow(image: Image.Image, resolution: int, share: float) -> jax.Array:
@@ -74,19 +76,20 @@ def show(name: str, values: list[float]) -> None:
     print(f"  {name:34}", *(f"{value:8.3f}" for value in values))
 
 
-def report(run: Any, setup: opening.Setup, evaluator: evaluation.Evaluator) -> None:
+def report(run: finished.FinishedRun, setup: Setup) -> None:
     """Prints the differences on one run."""
     reports = setup.data.reports
     print(f"{run.folder}: {', '.join(reports)}")
     print(" accuracy, %, by preparation of the images")
     for name, prepare in PREPARATIONS.items():
         splits = reports.values()
-        show(name, [accuracy(run.classifier, setup.tau, split, prepare) for split in splits])
-    predictions = [evaluator.predict([run.classifier], split) for split in reports.values()]
+        tau = setup.model.tau
+        show(name, [accuracy(run.classifier, tau, split, prepare) for split in splits])
+    predictions = list(evaluation.predict_reports(setup, [run.classifier]).values())
     print(" ECE, %, by number of bins")
     for bins in (10, 15, 20):
-        diagrams = [evaluation.reliability(x.confidence, x.correct, bins) for x in predictions]
-        show(str(bins), [100 * evaluation.expected_calibration_error(each) for each in diagrams])
+        ece = evaluation.expected_calibration_error
+        show(str(bins), [100 * ece(x.confidence, x.correct, bins) for x in predictions])
     print(" NLL, nats")
     for name, added in {"exact (this project)": 0.0, "of p + 1e-8": 1e-8}.items():
         logs = [each.label_log_probability for each in predictions]
@@ -104,16 +107,17 @@ def report(run: Any, setup: opening.Setup, evaluator: evaluation.Evaluator) -> N
         show("mean over classes", per_class)
 
 
-def report_ensemble(runs: list[Any], setup: opening.Setup, evaluator: evaluation.Evaluator) -> None:
+def report_ensemble(runs: Sequence[finished.FinishedRun], setup: Setup) -> None:
     """Prints what averaging logits in place of probabilities changes."""
     print("ensemble of all, accuracy, %, by what is averaged")
     members = [run.classifier for run in runs]
     probabilities = []
     logits = []
     for split in setup.data.reports.values():
-        probabilities.append(percent(evaluator.predict(members, split).correct))
+        probabilities.append(percent(evaluation.predict_split(setup, members, split).correct))
         u = sum(
-            evaluator.predict([each], split).features @ np.asarray(each.head) for each in members
+            evaluation.predict_split(setup, [each], split).features @ np.asarray(each.head)
+            for each in members
         )
         logits.append(percent(np.argmax(u, axis=1) == split.labels))
     show("probabilities (this project)", probabilities)
@@ -126,12 +130,11 @@ def main(folders: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     Args:
         folders: Folders of the runs.
     """
-    runs, setup = opening.open_runs(opening.Runs(folders))
-    evaluator = evaluation.Evaluator(setup)
+    runs, setup = finished.open_runs(folders, Places())
     for run in runs:
-        report(run, setup, evaluator)
+        report(run, setup)
     if len(runs) > 1:
-        report_ensemble(runs, setup, evaluator)
+        report_ensemble(runs, setup)
 
 
 if __name__ == "__main__":

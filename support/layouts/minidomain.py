@@ -1,70 +1,66 @@
-"""The embedded benchmark: images of 20 classes drawn in DomainNet's five domains, small enough for a CPU.
+"""The embedded benchmark: images of 20 classes drawn in DomainNet's five domains, for a CPU.
 
-Lipsum-FT (https://openreview.net/forum?id=2JF8mJRJ7M) fine-tunes on DomainNet's `real` and tests on all five domains.
-The split `web` is the captioned corpus that the embedded tiny CLIP was trained on. Nothing is downloaded: each image
-is drawn from (split, domain, index, seed), and drawn splits are kept in the cache folder.
-
-    python -m support.layouts.minidomain --export DIR     # PNG files in DomainNet's layout
+Lipsum-FT (https://openreview.net/forum?id=2JF8mJRJ7M) fine-tunes on DomainNet's `real` and tests on
+all five domains. Nothing is downloaded: each image is drawn from (split, domain, index, seed), and
+drawn splits are kept in the cache folder. `python train.py` uses it.
 """
 
 import functools
 import hashlib
-import io
-import itertools
 import math
-import os
-import subprocess
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL
-import tyro
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image, ImageDraw, ImageFilter
 
-from support.disk import cache_folder, locked, reported, write_whole
-from support.errors import InputError, exit_code
+from data import Data, Split
+from support.disk import cache_folder, write_whole
+from support.errors import InputError
+from support.layouts.common import add_selection, choose_shifts
 
 RESOLUTION = 36
-SCALE = 3  # images are drawn this many times larger, then reduced: Pillow does not anti-alias polygons and lines
+SCALE = 3  # images are drawn larger, then reduced: Pillow does not anti-alias polygons and lines
 CANVAS = SCALE * RESOLUTION
 SIZES = {"train": 4000, "val": 500, "test": 1000}  # images per domain
-WEB_SIZE = 24_000
-WEB_REAL_SHARE = (
-    0.15  # few enough that the pre-trained model improves when it is fine-tuned on `real`
+TEMPLATES = (
+    *("a photo of a {}.", "a picture of a {}.", "a {}.", "a painting of a {}."),
+    *("a clipart of a {}.", "an infographic of a {}.", "a sketch of a {}.", "a drawing of a {}."),
 )
 
-# Difficulty of `real`: chance that an object is partly hidden, sensor noise, largest blur in pixels.
-PRETRAINING = (0.35, 14, 0.9)
-BENCHMARK = (0.12, 8, 0.7)
-
 COLOURS = {
-    "red": (205, 45, 45), "orange": (235, 135, 35), "yellow": (235, 210, 55), "green": (60, 160, 70),
-    "blue": (55, 95, 200), "purple": (130, 65, 165), "pink": (240, 140, 180), "brown": (130, 85, 50),
-}  # fmt: skip
+    "red": (205, 45, 45),
+    "orange": (235, 135, 35),
+    "yellow": (235, 210, 55),
+    "green": (60, 160, 70),
+    "blue": (55, 95, 200),
+    "purple": (130, 65, 165),
+    "pink": (240, 140, 180),
+    "brown": (130, 85, 50),
+}
 BACKGROUNDS = {
-    "grass": (85, 130, 60), "sand": (200, 175, 125), "sky": (130, 175, 220), "wall": (165, 160, 155),
+    "grass": (85, 130, 60),
+    "sand": (200, 175, 125),
+    "sky": (130, 175, 220),
+    "wall": (165, 160, 155),
     "night": (40, 42, 62),
-}  # fmt: skip
-EXTENTS = {
-    "small": (0.60, 0.68),
-    "medium": (0.74, 0.82),
-    "large": (0.88, 0.96),
-}  # radius, in half canvases
+}
+# Radius, in half canvases.
+EXTENTS = {"small": (0.60, 0.68), "medium": (0.74, 0.82), "large": (0.88, 0.96)}
 POSITIONS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
 
 Random = np.random.Generator
 Real = int | float
 Points = Float[np.ndarray, "_ 2"]
 Colour = Float[np.ndarray, "3"]
-Arrays = dict[str, np.ndarray]
 
 
-# --------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 class Piece(NamedTuple):
@@ -107,17 +103,17 @@ def band(line: Points, half_width: float) -> Points:
 def union(
     x: Real, y: Real, ellipses: Sequence[tuple[Real, Real, float, float]], number: int = 48
 ) -> Points:
-    """Outline of overlapping ellipses (x, y, rx, ry) as seen from the point (x, y), which must lie in one of them."""
+    """Outline of overlapping ellipses (x, y, rx, ry), seen from a point (x, y) in one of them."""
     angles = 2 * math.pi * np.arange(number) / number
     rays = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     reach = np.zeros(number)
     for centre_x, centre_y, *radii in ellipses:
-        ray, offset = rays / radii, np.array([x - centre_x, y - centre_y]) / radii
-        a, b, c = (
-            (ray**2).sum(1),
-            ray @ offset,
-            offset @ offset - 1,
-        )  # a t^2 + 2 b t + c = 0 on the ellipse
+        ray = rays / radii
+        offset = np.array([x - centre_x, y - centre_y]) / radii
+        # On the ellipse, a t^2 + 2 b t + c = 0.
+        a = (ray**2).sum(1)
+        b = ray @ offset
+        c = offset @ offset - 1
         root = b**2 - a * c
         reach = np.maximum(reach, np.where(root > 0, (-b + np.sqrt(np.maximum(root, 0))) / a, 0))
     return [x, y] + reach[:, None] * rays
@@ -138,9 +134,8 @@ def star(rng: Random) -> Shape:
 def heart(rng: Random) -> Shape:
     t = np.linspace(0, 2 * math.pi, 30, endpoint=False)
     height = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    yield Piece(
-        np.stack([16 / 17 * np.sin(t) ** 3, -(height + 1) / 16 * rng.uniform(0.85, 1.05)], axis=1)
-    )
+    y = -(height + 1) / 16 * rng.uniform(0.85, 1.05)
+    yield Piece(np.stack([16 / 17 * np.sin(t) ** 3, y], axis=1))
 
 
 def house(rng: Random) -> Shape:
@@ -195,17 +190,15 @@ def key(rng: Random) -> Shape:
 
 
 def umbrella(rng: Random) -> Shape:
-    handle = np.concatenate(
-        [polygon(0, -0.1, 0, 0.3, 0, 0.7), ellipse(0.16, 0.75, 0.16, 0.2, 1, 0)]
-    )
-    yield accent(band(handle, 0.065), 0.4)
+    handle = [polygon(0, -0.1, 0, 0.3, 0, 0.7), ellipse(0.16, 0.75, 0.16, 0.2, 1, 0)]
+    yield accent(band(np.concatenate(handle), 0.065), 0.4)
     scallops = [ellipse(x, 0, 0.245, -0.16, 0, 1, number=7) for x in (0.735, 0.245, -0.245, -0.735)]
     yield Piece(np.concatenate([ellipse(0, 0, 0.98, 0.9, 1, 2), *scallops]))
     yield from sometimes(rng, 0.5, Piece(polygon(0, -0.9, 0.25, -0.02, -0.25, -0.02), 0.7))
 
 
 def moon(rng: Random) -> Shape:
-    # A disc minus a second disc: the tips lie at the angle `horn`, the inner edge crosses the axis at x = -inner.
+    # A disc minus a second one: the tips lie at the angle `horn`, the inner edge is at x = -inner.
     horn = rng.uniform(0.2, 0.32)
     inner = rng.uniform(0.0, 0.3)
     x, y = 0.95 * math.cos(horn * math.pi), 0.95 * math.sin(horn * math.pi)
@@ -216,12 +209,9 @@ def moon(rng: Random) -> Shape:
 
 
 def cloud(rng: Random) -> Shape:
-    puffs = [
-        (-0.58, 0.1, 0.36, 0.34),
-        (-0.14, -0.15, 0.32, rng.uniform(0.38, 0.5)),
-        (0.3, -0.05, 0.29, 0.38),
-    ]
-    outline = union(0, 0.15, [*puffs, (0.62, 0.16, 0.34, 0.29), (0, 0.2, 0.6, 0.3)])
+    puffs = [(-0.58, 0.1, 0.36, 0.34), (-0.14, -0.15, 0.32, rng.uniform(0.38, 0.5))]
+    puffs += [(0.3, -0.05, 0.29, 0.38), (0.62, 0.16, 0.34, 0.29), (0, 0.2, 0.6, 0.3)]
+    outline = union(0, 0.15, puffs)
     yield Piece(np.minimum(outline, [1, 0.45]))  # a flat bottom
 
 
@@ -237,17 +227,15 @@ def rocket(rng: Random) -> Shape:
     yield from sometimes(rng, 0.5, accent(polygon(-0.2, 0.7, 0, 1.1, 0.2, 0.7), 1.4))  # a flame
     yield accent(polygon(-0.3, 0.3, -0.78, 0.9, -0.3, 0.75), 0.7)
     yield accent(polygon(0.3, 0.3, 0.78, 0.9, 0.3, 0.75), 0.7)
-    yield Piece(
-        polygon(0, -1, 0.28, -0.55, 0.34, 0, 0.28, 0.75, -0.28, 0.75, -0.34, 0, -0.28, -0.55)
-    )
+    side = polygon(0.28, -0.55, 0.34, 0, 0.28, 0.75)
+    yield Piece(np.concatenate([polygon(0, -1), side, side[::-1] * [-1, 1]]))
     yield accent(ellipse(0, -0.25, 0.16, 0.16), 1.6)
 
 
 def crown(rng: Random) -> Shape:
     tip = rng.uniform(-0.75, -0.5)
-    yield Piece(
-        polygon(-0.85, 0.65, -0.95, tip, -0.45, 0, 0, tip - 0.15, 0.45, 0, 0.95, tip, 0.85, 0.65)
-    )
+    left = (-0.85, 0.65, -0.95, tip, -0.45, 0)
+    yield Piece(polygon(*left, 0, tip - 0.15, 0.45, 0, 0.95, tip, 0.85, 0.65))
     yield accent(box(-0.85, 0.45, 0.85, 0.7), 0.7)
     if rng.random() < 0.6:
         for x, y in ((-0.95, tip), (0, tip - 0.15), (0.95, tip)):
@@ -266,9 +254,8 @@ def boat(rng: Random) -> Shape:
     yield Piece(polygon(-0.95, 0.4, 0.95, 0.4, 0.6, 0.85, -0.6, 0.85))
     yield accent(box(-0.06, -0.95, 0.04, 0.4), 0.4)
     yield accent(polygon(0.1, -0.9, 0.75, 0.3, 0.1, 0.3), 1.5)
-    yield from sometimes(
-        rng, 0.6, accent(polygon(-0.12, -0.7, -0.6, 0.3, -0.12, 0.3), 1.3)
-    )  # a jib
+    jib = polygon(-0.12, -0.7, -0.6, 0.3, -0.12, 0.3)
+    yield from sometimes(rng, 0.6, accent(jib, 1.3))
 
 
 def flower(rng: Random) -> Shape:
@@ -312,7 +299,15 @@ SHAPES: dict[str, Callable[[Random], Shape]] = {shape.__name__: shape for shape 
 CLASSES = tuple(SHAPES)  # in label order
 
 
-# --------------------------------------------------------------------------------------------------------------- styles
+# ------------------------------------------------------------------------------------------- styles
+
+
+class Difficulty(NamedTuple):
+    """What makes images of `real` hard to recognise."""
+
+    occlusion: float  # the chance that an object is partly hidden
+    sensor_noise: float
+    blur: float  # the largest, in pixels
 
 
 class Subject(NamedTuple):
@@ -324,7 +319,7 @@ class Subject(NamedTuple):
     colour: Colour
     second: Colour
     background: str
-    difficulty: tuple[Real, ...]
+    difficulty: Difficulty
 
 
 def pick(rng: Random, options: Sequence[str]) -> str:
@@ -345,7 +340,7 @@ def shaded(colour: Colour, shade: Real) -> tuple[int, ...]:
 
 
 def flattened(points: Points) -> list[float]:
-    """Coordinates x0, y0, x1, y1, ... for Pillow, which reads them several times faster than pairs."""
+    """Coordinates x0, y0, x1, y1, ..., which Pillow reads several times faster than pairs."""
     return points.ravel().tolist()
 
 
@@ -375,8 +370,9 @@ def texture(rng: Random, colour: Colour, *octaves: tuple[int, Real]) -> Image.Im
 
 def real(subject: Subject, rng: Random) -> np.ndarray:
     """Paints a lit object that casts a shadow on a cluttered ground, seen through a poor camera."""
-    centre, radius = subject.centre, subject.radius
-    occlusion, sensor_noise, blur = subject.difficulty
+    centre = subject.centre
+    radius = subject.radius
+    difficulty = subject.difficulty
     ground = np.array(BACKGROUNDS[subject.background], float)
     scene = texture(rng, ground + rng.normal(0, 12, 3), (4, 14), (16, 14))
     pen = ImageDraw.Draw(scene)
@@ -392,24 +388,23 @@ def real(subject: Subject, rng: Random) -> np.ndarray:
 
     main = subject.colour + rng.normal(0, 18, 3)
     second = 0.5 * subject.colour + 0.2 * subject.second + 50 + rng.normal(0, 14, 3)
-    mask, shadow = Image.new("L", scene.size), Image.new("L", scene.size)
-    mask_pen, shadow_pen = ImageDraw.Draw(mask), ImageDraw.Draw(shadow)
+    mask = Image.new("L", scene.size)
+    shadow = Image.new("L", scene.size)
+    mask_pen = ImageDraw.Draw(mask)
+    shadow_pen = ImageDraw.Draw(shadow)
     for part in subject.parts:
-        pen.polygon(
-            flattened(part.outline),
-            fill=shaded(second if part.accent else main, 1 + 0.6 * (part.shade - 1)),
-        )
+        colour = shaded(second if part.accent else main, 1 + 0.6 * (part.shade - 1))
+        pen.polygon(flattened(part.outline), fill=colour)
         mask_pen.polygon(flattened(part.outline), fill=255)
         shadow_pen.polygon(flattened(part.outline + radius * np.array([0.1, 0.12])), fill=104)
-    if rng.random() < occlusion:
-        outline = flattened(
-            centre + rng.normal(0, 0.6 * radius, 2) + rng.normal(0, 0.28 * radius, (5, 2))
-        )
+    if rng.random() < difficulty.occlusion:
+        spot = centre + rng.normal(0, 0.6 * radius, 2)
+        outline = flattened(spot + rng.normal(0, 0.28 * radius, (5, 2)))
         pen.polygon(outline, fill=ink(0.8 * (ground + rng.normal(0, 20, 3))))
         mask_pen.polygon(outline, fill=0)
         shadow_pen.polygon(outline, fill=0)
 
-    # Shadow, light and grain are smooth, so they are computed on the reduced image, which has a ninth of the pixels.
+    # Shadow, light and grain are smooth, so they are computed on the reduced image.
     shade = np.asarray(shadow.reduce(SCALE).filter(ImageFilter.GaussianBlur(1.1)))[..., None] / 255
     x, y = (np.arange(RESOLUTION) - centre[:, None] / SCALE) / (radius / SCALE)
     angle = rng.uniform(0, 2 * math.pi)
@@ -417,60 +412,53 @@ def real(subject: Subject, rng: Random) -> np.ndarray:
     grain = 9 * noise(rng, RESOLUTION // 2).repeat(2, axis=0).repeat(2, axis=1)
     pixels = np.asarray(scene.reduce(SCALE))
     coverage = np.asarray(mask.reduce(SCALE))[..., None] / 255
-    pixels = to_image(
-        coverage * (pixels * (1 + light) + grain) + (1 - coverage) * pixels * (1 - shade)
-    )
-
-    pixels = np.asarray(pixels.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, blur))), np.float32)
+    lit = pixels * (1 + light) + grain
+    image = to_image(coverage * lit + (1 - coverage) * pixels * (1 - shade))
+    blur = ImageFilter.GaussianBlur(rng.uniform(0.3, difficulty.blur))
+    pixels = np.asarray(image.filter(blur), np.float32)
     pixels = (pixels - 128) * rng.uniform(0.55, 1.1) + 128 + rng.normal(0, 18)
-    return pixels + rng.normal(0, rng.uniform(0.3, 1) * sensor_noise, pixels.shape)
+    return pixels + rng.normal(0, rng.uniform(0.3, 1) * difficulty.sensor_noise, pixels.shape)
 
 
 def painting(subject: Subject, rng: Random) -> np.ndarray:
-    """Paints brush strokes along one main direction, finer on the object than around it, in few tones."""
-    # Chooses the ground that differs most from the object's colour: a brown object on brown is lost under the strokes.
-    grounds = [
-        0.5 * np.array(BACKGROUNDS[subject.background]) + 0.5 * palette(rng) for _ in range(3)
-    ]
-    ground = max(grounds, key=lambda colour: np.abs(colour - subject.colour).sum()) + rng.normal(
-        0, 15, 3
-    )
-    image = texture(rng, ground, (4, 22))
+    """Paints brush strokes along one direction, finer on the object than around, in few tones."""
+    backdrop = np.array(BACKGROUNDS[subject.background])
+    # A brown object on brown is lost under the strokes, so the ground differs from its colour.
+    grounds = [0.5 * backdrop + 0.5 * palette(rng) for _ in range(3)]
+    ground = max(grounds, key=lambda colour: np.abs(colour - subject.colour).sum())
+    image = texture(rng, ground + rng.normal(0, 15, 3), (4, 22))
     pen = ImageDraw.Draw(image)
     main = subject.colour + rng.normal(0, 15, 3)
     second = 0.7 * subject.second + 40 + rng.normal(0, 14, 3)
     for part in subject.parts:
-        pen.polygon(
-            flattened(part.outline), fill=shaded(second if part.accent else main, part.shade)
-        )
+        colour = shaded(second if part.accent else main, part.shade)
+        pen.polygon(flattened(part.outline), fill=colour)
     plan = np.asarray(image)
     direction = rng.uniform(0, math.pi)
     everywhere = rng.uniform(0, CANVAS, (300, 2))
     on_object = subject.centre + rng.normal(0, 0.5 * subject.radius, (200, 2))
-    length, width = rng.uniform(3.5, 7), rng.integers(3, 6)
-    for centres, reach, breadth in (
-        (everywhere, length, width),
-        (on_object, 0.6 * length, width - 1),
-    ):
+    length = rng.uniform(3.5, 7)
+    width = rng.integers(3, 6)
+    strokes = ((everywhere, length, width), (on_object, 0.6 * length, width - 1))
+    for centres, reach, breadth in strokes:
         centres = np.clip(centres, 0, CANVAS - 1).astype(int)
         angle = direction + rng.normal(0, 0.35, len(centres))
         step = reach * np.stack([np.cos(angle), np.sin(angle)], axis=1)
         tone = plan[centres[:, 1], centres[:, 0]]
         tone = tone + rng.normal(0, 13, (len(centres), 1)) + rng.normal(0, 7, (len(centres), 3))
-        strokes = np.concatenate([centres - step, centres + step], axis=1).tolist()
-        for stroke, fill in zip(strokes, np.clip(tone, 0, 255).astype(int).tolist(), strict=True):
-            pen.line(stroke, fill=tuple(fill), width=int(breadth))
+        lines = np.concatenate([centres - step, centres + step], axis=1).tolist()
+        colours = np.clip(tone, 0, 255).astype(int).tolist()
+        for line, colour in zip(lines, colours, strict=True):
+            pen.line(line, fill=tuple(colour), width=int(breadth))
     tone = (24, 32, 40)[rng.integers(3)]
     return np.round(np.asarray(image.reduce(SCALE)) / tone) * tone
 
 
 def clipart(subject: Subject, rng: Random) -> np.ndarray:
     """Paints flat colours inside a bold black outline."""
-    paper = (
-        np.full(3, 255.0)
-        if subject.background == "white"
-        else 0.3 * np.array(COLOURS[subject.background]) + 178
-    )
+    paper = np.full(3, 255.0)
+    if subject.background != "white":
+        paper = 0.3 * np.array(COLOURS[subject.background]) + 178
     image = Image.new("RGB", (CANVAS, CANVAS), ink(paper))
     pen = ImageDraw.Draw(image)
     black = (15, 15, 20)
@@ -478,14 +466,11 @@ def clipart(subject: Subject, rng: Random) -> np.ndarray:
     for part in subject.parts:
         pen.line(flattened(closed(part.outline)), fill=black, width=2 * width, joint="curve")
     for part in subject.parts:
-        pen.polygon(
-            flattened(part.outline),
-            fill=shaded(subject.second if part.accent else subject.colour, part.shade),
-        )
+        colour = shaded(subject.second if part.accent else subject.colour, part.shade)
+        pen.polygon(flattened(part.outline), fill=colour)
         if part.accent or part.shade != 1:
-            pen.line(
-                flattened(closed(part.outline)), fill=black, width=max(2, width - 1), joint="curve"
-            )
+            line = flattened(closed(part.outline))
+            pen.line(line, fill=black, width=max(2, width - 1), joint="curve")
     return np.asarray(image.reduce(SCALE))
 
 
@@ -519,12 +504,8 @@ def infograph(subject: Subject, rng: Random) -> np.ndarray:
         badge = np.full(3, 255.0)
         if rng.random() < 0.5:
             badge, icon = icon, badge
-        pen.ellipse(
-            flattened(subject.centre + extent),
-            fill=ink(badge),
-            outline=ink(subject.colour),
-            width=2,
-        )
+        corners = flattened(subject.centre + extent)
+        pen.ellipse(corners, fill=ink(badge), outline=ink(subject.colour), width=2)
     for part in subject.parts:
         tone = 1 if part.shade == 1 else 0.72 if part.shade < 1 else 0.86
         pen.polygon(flattened(part.outline), fill=ink(icon * tone))
@@ -532,60 +513,48 @@ def infograph(subject: Subject, rng: Random) -> np.ndarray:
 
 
 def sketch(subject: Subject, rng: Random) -> np.ndarray:
-    """Paints two or three unsteady pencil lines around each part, on rough paper; dark parts may be grey."""
+    """Paints unsteady pencil lines around each part, on rough paper. Dark parts may be grey."""
     image = to_image(rng.normal((238, 236, 228), 6) + rng.normal(0, 4, (CANVAS, CANVAS, 1)))
     pen = ImageDraw.Draw(image)
     grey = int(rng.integers(40, 105))
     filled = rng.random() < 0.5
     for part in subject.parts:
-        paper = ink(rng.normal((236, 234, 226), 3))
-        pen.polygon(
-            flattened(part.outline), fill=(185, 183, 178) if filled and part.shade < 0.7 else paper
-        )
+        colour = ink(rng.normal((236, 234, 226), 3))  # the paper's
+        if filled and part.shade < 0.7:
+            colour = (185, 183, 178)
+        pen.polygon(flattened(part.outline), fill=colour)
         line = closed(part.outline)
+        spread = 0.02 * subject.radius + 0.5
         for _ in range(rng.integers(2, 4)):
-            shaky = (
-                line
-                + rng.normal(0, 0.02 * subject.radius + 0.5, line.shape)
-                + rng.normal(0, 0.6, 2)
-            )
+            shaky = line + rng.normal(0, spread, line.shape) + rng.normal(0, 0.6, 2)
             tone = grey + int(rng.integers(30))
-            pen.line(
-                flattened(shaky),
-                fill=(tone, tone, tone),
-                width=int(rng.integers(2, 4)),
-                joint="curve",
-            )
+            width = int(rng.integers(2, 4))
+            pen.line(flattened(shaky), fill=(tone, tone, tone), width=width, joint="curve")
     for _ in range(rng.integers(4)):
         start = rng.uniform(0, CANVAS, 2)
         pen.line([*start, *(start + rng.normal(0, 16, 2))], fill=(grey + 60,) * 3, width=2)
     return np.asarray(image.reduce(SCALE)) + rng.normal(0, 4, (RESOLUTION, RESOLUTION, 1))
 
 
-STYLES = {
-    "real": real,
-    "painting": painting,
-    "clipart": clipart,
-    "infograph": infograph,
-    "sketch": sketch,
-}
+STYLES = {style.__name__: style for style in (real, painting, clipart, infograph, sketch)}
 DOMAINS = tuple(STYLES)
 
 
-# --------------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
-STREAMS = (*SIZES, "web", "captions")
 BACKDROPS = {
     "real": tuple(BACKGROUNDS),
     "painting": tuple(BACKGROUNDS),
+    "clipart": ("white",) * 24 + tuple(COLOURS),  # white in three of four images
     "infograph": ("page",),
     "sketch": ("paper",),
 }
-BACKDROPS["clipart"] = ("white",) * 24 + tuple(COLOURS)  # white in three of four images
+BENCHMARK = Difficulty(occlusion=0.12, sensor_noise=8, blur=0.7)
+STREAMS = (*SIZES, "web", "captions")  # the last two are those of tools/captions.py
 
 
 class Attributes(NamedTuple):
-    """The contents of an image, in the words that its captions use."""
+    """The contents of an image, in the words that captions use."""
 
     label: int
     domain: str
@@ -595,49 +564,33 @@ class Attributes(NamedTuple):
     background: str
 
 
-def stream(name: str, domain: str | None, index: int, seed: int) -> Random:
+def stream(name: str, domain: str, index: int, seed: int) -> Random:
     """Returns the random generator of one image. No two images share a stream."""
-    return np.random.default_rng(
-        [STREAMS.index(name), DOMAINS.index(domain) if domain else 0, index, seed]
-    )
-
-
-def check_arguments(split: str, domain: str | None, index: int, seed: int) -> None:
-    """Raises InputError if there is no such split or domain, or if a number is negative. `web` has the domain None."""
-    if split not in (*SIZES, "web"):
-        raise InputError(f"unknown split {split!r}: give {' or '.join(SIZES)} or web")
-    domains = (None,) if split == "web" else DOMAINS
-    if domain not in domains:
-        raise InputError(
-            f"split {split!r} has no domain {domain!r}: give {' or '.join(map(str, domains))}"
-        )
-    if min(index, seed) < 0:
-        raise InputError(f"index {index} and seed {seed} must not be negative")
+    return np.random.default_rng([STREAMS.index(name), DOMAINS.index(domain), index, seed])
 
 
 def draw(
-    split: str, domain: str | None, index: int, seed: int = 0
+    split: str, domain: str, index: int, seed: int = 0
 ) -> tuple[UInt8[np.ndarray, "36 36 3"], Attributes]:
-    """Draws an image, always the same one for the same arguments. Raises InputError as `check_arguments` does.
+    """Draws an image, always the same one for the same arguments. Its label is `index % 20`."""
+    return paint(domain, index % len(CLASSES), BENCHMARK, stream(split, domain, index, seed))
 
-    The label is `index % 20`. In `web`, `domain` is None, and the image's domain and label are random.
-    """
-    check_arguments(split, domain, index, seed)
-    rng = stream(split, domain, index, seed)
-    label = index % len(CLASSES)
-    if domain is None:
-        domain = "real" if rng.random() < WEB_REAL_SHARE else pick(rng, DOMAINS[1:])
-        label = int(rng.integers(len(CLASSES)))
+
+def paint(
+    domain: str, label: int, difficulty: Difficulty, rng: Random
+) -> tuple[UInt8[np.ndarray, "36 36 3"], Attributes]:
+    """Draws an image with random attributes. Returns it and them."""
     size, position, colour, background = (
         pick(rng, tuple(names)) for names in (EXTENTS, POSITIONS, COLOURS, BACKDROPS[domain])
     )
-
     radius = rng.uniform(*EXTENTS[size]) * CANVAS / 2
     if domain == "infograph":
         radius *= 0.74  # leaves room for the page around it
-        offset, spread = 0.13 * CANVAS, 0.02 * CANVAS
+        offset = 0.13 * CANVAS
+        spread = 0.02 * CANVAS
     else:
-        offset, spread = 0.75 * max(CANVAS / 2 - 0.95 * radius, 0.1 * CANVAS), 0.035 * CANVAS
+        offset = 0.75 * max(CANVAS / 2 - 0.95 * radius, 0.1 * CANVAS)
+        spread = 0.035 * CANVAS
     centre = CANVAS / 2 + offset * np.array(POSITIONS[position], float) + rng.normal(0, spread, 2)
     angle = math.radians(rng.normal(0, 7.7))
     stretch = math.exp(rng.normal(0, 0.12))
@@ -645,201 +598,79 @@ def draw(
     mirror = rng.choice((-1, 1))
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     pose = radius * turn @ np.array([[mirror * stretch, shear], [0, 1 / stretch]])
-    parts = [
-        part._replace(outline=part.outline @ pose.T + centre)
-        for part in SHAPES[CLASSES[label]](rng)
-    ]
-
+    shape = SHAPES[CLASSES[label]](rng)
+    parts = [part._replace(outline=part.outline @ pose.T + centre) for part in shape]
     main = np.array(COLOURS[colour], float)
-    difficulty = PRETRAINING if split == "web" else BENCHMARK
-    pixels = STYLES[domain](
-        Subject(parts, centre, radius, main, palette(rng), background, difficulty), rng
-    )
-    attributes = Attributes(
-        label, domain, None if domain == "sketch" else colour, size, position, background
-    )
-    return np.clip(pixels, 0, 255).astype(np.uint8), attributes
+    subject = Subject(parts, centre, radius, main, palette(rng), background, difficulty)
+    pixels = np.clip(STYLES[domain](subject, rng), 0, 255).astype(np.uint8)
+    named = None if domain == "sketch" else colour
+    return pixels, Attributes(label, domain, named, size, position, background)
 
 
-# ------------------------------------------------------------------------------------------------------------- captions
+# ------------------------------------------------------------------------------------------- splits
 
-TEMPLATES = (
-    *("a photo of a {}.", "a picture of a {}.", "a {}.", "a painting of a {}."),
-    *("a clipart of a {}.", "an infographic of a {}.", "a sketch of a {}.", "a drawing of a {}."),
-)
-STYLE_WORDS = {
-    "real": ("photo", "picture", "snapshot", "close up"),
-    "painting": ("painting", "artwork", "oil painting", "watercolor"),
-    "clipart": ("clipart", "cartoon", "graphic", "sticker"),
-    "infograph": ("infographic", "icon", "chart", "diagram"),
-    "sketch": ("sketch", "drawing", "doodle", "pencil drawing"),
-}
-PLACES = {"page": "on a page", "paper": "on paper", "top": "at the top", "bottom": "at the bottom"}
-PLACES |= {place: f"in the {place}" for place in ("center", "sky", "night")}
-PLACES |= {place: f"on the {place}" for place in ("left", "right", "grass", "sand", "wall")}
-
-
-def captions(attributes: Attributes, rng: Random, number: int = 4) -> list[str]:
-    """Returns captions as short as on the web. They often omit style, colour or place, and sometimes the class."""
-    return [caption(attributes, rng) for _ in range(number)]
-
-
-def caption(attributes: Attributes, rng: Random) -> str:
-    named = rng.random() < (0.85 if attributes.domain == "real" else 0.95)
-    noun = CLASSES[attributes.label] if named else pick(rng, ("object", "thing"))
-    if attributes.colour and rng.random() < 0.4:
-        noun = f"{attributes.colour} {noun}"
-    if rng.random() < 0.25:
-        noun = f"{attributes.size} {noun}"
-    text = with_article(noun)
-    if rng.random() < 0.8:
-        style = pick(rng, STYLE_WORDS[attributes.domain])
-        definite = rng.random()
-        opening = f"the {style}" if definite < 0.13 else with_article(style)
-        text = f"{opening} of " + (f"the {noun}" if 0.13 <= definite < 0.28 else text)
-    where = rng.random()
-    if where < 0.3:
-        place = attributes.position if where < 0.12 else attributes.background
-        text += " " + PLACES.get(
-            place, f"on {place} background"
-        )  # clipart's backgrounds are colours
-    return text + ("." if rng.random() < 0.5 else "")
-
-
-def with_article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-# --------------------------------------------------------------------------------------------------- loading and export
-
-# The name of a cached file contains a digest of all that determines its images, so changed code draws again.
+Images = UInt8[np.ndarray, "images 36 36 3"]
+Labels = Int32[np.ndarray, " images"]
+# The names of cached files contain a digest of all that determines the images.
 VERSIONS = f"numpy {np.__version__}, pillow {PIL.__version__}"
 FINGERPRINT = hashlib.sha256(Path(__file__).read_bytes() + VERSIONS.encode()).hexdigest()[:12]
 
 
-def load_domain(
-    domain: str, split: str, seed: int = 0
-) -> tuple[UInt8[np.ndarray, "n 36 36 3"], Int32[np.ndarray, " n"]]:
-    """Returns images and labels of a domain's `train`, `val` or `test`, drawn on the first call and then cached.
+def draw_all(split: str, domain: str, number: int, seed: int = 0) -> tuple[Images, Labels]:
+    """Returns the first `number` images and their labels."""
+    drawn = [draw(split, domain, index, seed) for index in range(number)]
+    labels = [attributes.label for _, attributes in drawn]
+    return np.stack([image for image, _ in drawn]), np.array(labels, np.int32)
 
-    Raises InputError for other names, a negative seed, and a cache folder that cannot be used.
+
+def load_domain(domain: str, split: str) -> tuple[Images, Labels]:
+    """Returns images and labels of a domain's `train`, `val` or `test`.
+
+    Draws them on the first call, or if the cached file is damaged. Raises InputError if the cache
+    folder cannot be used.
     """
-    if split == "web":
-        raise InputError(
-            "`web` mixes all domains and has captions instead of labels: load it with load_web"
-        )
-    check_arguments(split, domain, 0, seed)
-    arrays = cached(split, domain, SIZES[split], seed)
-    return arrays["images"], arrays["labels"]
-
-
-def load_web(seed: int = 0) -> tuple[UInt8[np.ndarray, "n 36 36 3"], list[list[str]]]:
-    """Returns the pre-training corpus, four captions per image, cached. Raises InputError as `load_domain` does."""
-    check_arguments("web", None, 0, seed)
-    arrays = cached("web", None, WEB_SIZE, seed)
-    return arrays["images"], arrays["captions"].tolist()
-
-
-def cache_path(split: str, domain: str | None, number: int, seed: int) -> Path:
-    name = "-".join(filter(None, (domain, split, str(number), f"seed{seed}")))
-    return cache_folder() / "minidomain" / f"{name}-{FINGERPRINT}.cache"
-
-
-@contextmanager
-def drawn_on_all_cores(wanted: Sequence[tuple[str, str]], seed: int = 0) -> Iterator[None]:
-    """While the caller loads splits (domain, split) in order, other processes draw those that the cache lacks.
-
-    They begin with the last. `cached` waits for a split that one of them draws.
-    """
-    splits = [(split, domain, SIZES[split], seed) for domain, split in wanted]
-    missing = [each for each in reversed(splits) if not cache_path(*each).exists()]
-    helpers = min(os.cpu_count() or 1, len(missing)) - 1
-    # Ctrl-C also reaches them: it ends them without a traceback each.
-    start = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-    start += f"sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from support.layouts.minidomain import cached"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"{start}\nfor each in {missing[first::helpers]}: cached(*each)"]
-        )
-        for first in range(helpers)
-    ]
+    number = SIZES[split]
+    name = f"{domain}-{split}-{number}"
+    path = cache_folder() / "minidomain" / f"{name}-{FINGERPRINT}.npz"
     try:
-        yield
-    finally:
-        for process in processes:
-            process.terminate()  # all is drawn, or the caller failed
-            process.wait()
+        with path.open("rb") as file, np.load(file) as arrays:
+            # `reshape` finds a damaged header. The CRC finds the rest, but only in whole arrays.
+            return arrays["images"].reshape(number, 36, 36, 3), arrays["labels"].reshape(number)
+    except FileNotFoundError:
+        message = f"drawing {name}, kept in {path}"
+    except Exception as error:  # a damaged file may raise anything
+        message = f"{path} cannot be read ({error}): drawing it again"
+    print("minidomain:", message, file=sys.stderr)
 
+    def write(new: Path) -> None:
+        with new.open("wb") as file:
+            np.savez(file, images=images, labels=labels)
 
-def cached(split: str, domain: str | None, number: int, seed: int) -> Arrays:
-    """Returns the arrays of `draw_all` from the cache folder. Draws and saves them if they are missing or damaged.
-
-    A cached file consists of the SHA-256 of an .npz archive and the archive.
-    """
-    path = cache_path(split, domain, number, seed)
-    name = path.name.removesuffix(f"-{FINGERPRINT}.cache")
     try:
-        lock = locked(path, waiting=f"minidomain: waiting for another process that draws {name}")
-        with (
-            nullcontext() if path.exists() else lock
-        ):  # a cache that is only read need not be writable
-            content = path.read_bytes() if path.exists() else b""
-            digest, archive = content[:32], content[32:]
-            if hashlib.sha256(archive).digest() != digest:
-                missing = f"drawing {name}, kept in {path}"
-                damaged = f"{path} was cut off or altered: drawing it again"
-                print("minidomain:", damaged if path.exists() else missing, file=sys.stderr)
-                buffer = io.BytesIO()
-                np.savez(buffer, **draw_all(split, domain, number, seed))  # pyrefly: ignore[bad-argument-type]
-                archive = buffer.getvalue()
-                write_whole(
-                    path, lambda new: new.write_bytes(hashlib.sha256(archive).digest() + archive)
-                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images, labels = draw_all(split, domain, number)
+        # Another process may write the same split at this moment, under another name.
+        own = path.with_suffix(f".{secrets.token_hex(4)}")
+        write_whole(own, write)
+        own.replace(path)
     except (OSError, InputError) as error:
-        raise InputError(
-            f"{path} cannot be used ({error}): set LIPSUM_CACHE to a writable folder"
-        ) from error
-    with np.load(io.BytesIO(archive)) as arrays:
-        return dict(arrays)
+        problem = f"{path} cannot be used ({error})"
+        raise InputError(f"{problem}: set LIPSUM_CACHE to a writable folder") from error
+    return images, labels
 
 
-def draw_all(split: str, domain: str | None, number: int, seed: int) -> Arrays:
-    """Returns the first `number` images and their labels, or in `web` their captions."""
-    images, attributes = zip(
-        *(draw(split, domain, index, seed) for index in range(number)), strict=True
-    )
-    if split == "web":
-        texts = [
-            captions(each, stream("captions", None, index, seed))
-            for index, each in enumerate(attributes)
-        ]
-        return {"images": np.stack(images), "captions": np.array(texts)}
-    return {
-        "images": np.stack(images),
-        "labels": np.array([each.label for each in attributes], np.int32),
-    }
+def read_minidomain(
+    root: Path | None, reference: str, shifts: tuple[str, ...], select_on: str
+) -> Data:
+    """Returns the embedded benchmark. Raises InputError if a domain is unknown or a root given."""
+    if root is not None:
+        problem = f"--data minidomain is drawn, not read from --data-root {root}"
+        raise InputError(f"{problem}: give --data domainnet")
+    shifts = choose_shifts(DOMAINS, reference, shifts)
 
+    def read(name: str, domain: str, split: str) -> Split:
+        return Split(name, CLASSES, *load_domain(domain, split))
 
-def main(export: Path, seed: int = 0) -> None:
-    """Write the embedded benchmark as PNG files in DomainNet's layout.
-
-    Args:
-        export: New or empty folder for DOMAIN/CLASS/FILE.png and DOMAIN_SPLIT.txt (a line `path label` per image).
-        seed: The benchmark is seed 0. Other seeds draw other images of the same kind.
-    """
-    if export.exists() and not (export.is_dir() and not any(export.iterdir())):
-        raise InputError(f"{export} is not an empty folder: give a new or empty one")
-    for domain, split in itertools.product(DOMAINS, SIZES):
-        images, labels = load_domain(domain, split, seed)
-        lines = []
-        with reported(export):
-            for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-                path = f"{domain}/{CLASSES[label]}/{split}_{index:06d}.png"
-                (export / path).parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(export / path)
-                lines.append(f"{path} {label}\n")
-            (export / f"{domain}_{split}.txt").write_text("".join(lines))
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(lambda: tyro.cli(main, prog="python -m support.layouts.minidomain")))
+    reports = {domain: read(domain, domain, "test") for domain in (reference, *shifts)}
+    train = read("train", reference, "train")
+    return add_selection(train, reports, select_on, lambda: read("val", reference, "val"))

@@ -2,14 +2,13 @@
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M.
 
-A checkpoint is a safetensors file, `step-N.safetensors`. It contains every array of the state by name; its metadata
-contains how far the run has come, and a digest of all.
+A checkpoint is a safetensors file, `step-N.safetensors`. It contains every array of the state by
+name. Its metadata contains how far the run has come, and a digest of all.
 """
 
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from clip import leaf_name, named_leaves
 from support.disk import reported, write_whole
-from support.errors import InputError
+from support.errors import InputError, warn
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
@@ -37,8 +36,8 @@ class Checkpoint(NamedTuple):
 class Checkpoints:
     """A run's two newest checkpoints, written by a thread while training goes on.
 
-    Methods raise the InputError of a write that failed. Leaving the block waits for the last write. Without `writes`,
-    `save` does nothing.
+    Methods raise the InputError of a write that failed. Leaving the block waits for the last write.
+    Without `writes`, `save` does nothing.
     """
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
@@ -57,32 +56,26 @@ class Checkpoints:
             self.wait()
 
     def newest(self) -> Checkpoint | None:
-        """Returns the newest intact checkpoint, or None if there is none at all. Names damaged ones on stderr.
+        """Returns the newest intact checkpoint, or None if there is none at all.
 
-        Raises InputError if all are damaged.
+        Warns of damaged ones. Raises InputError if all are damaged.
         """
-        steps = {
-            path: found for path in self.folder.glob("*") if (found := _NAME.fullmatch(path.name))
-        }
-        for path in sorted(steps, key=lambda path: int(steps[path][1]), reverse=True):
+        found = [path for path in self.folder.glob("*") if _NAME.fullmatch(path.name)]
+        for path in sorted(found, key=_step, reverse=True):
             try:
                 checkpoint = read_checkpoint(path)
             except Exception as error:  # a damaged file may raise anything
-                print(
-                    f"checkpoint {path} is damaged ({error}): looking for the one before",
-                    file=sys.stderr,
-                )
+                warn(f"checkpoint {path} is damaged ({error}): looking for the one before")
                 continue
             self._kept = [path]
             return checkpoint
-        if steps:
-            raise InputError(
-                f"no checkpoint in {self.folder} is whole: give --overwrite to start anew"
-            )
+        if found:
+            advice = "give --overwrite to start anew"
+            raise InputError(f"no checkpoint in {self.folder} is whole: {advice}")
         return None
 
     def save(self, progress: Mapping[str, Any], tree: Any) -> None:
-        """Writes host arrays, which must not change, after those before. `progress["step"]` names the file."""
+        """Writes host arrays, which must not change, as the checkpoint of `progress["step"]`."""
         self.wait()
         if self.writes:
             self._writing = self._writer.submit(self._write, dict(progress), by_name(tree))
@@ -110,8 +103,12 @@ class Checkpoints:
                 other.unlink()
 
 
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[1].split(".")[0])
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads one checkpoint. Raises whatever a damaged file causes, and ValueError if the digest differs."""
+    """Reads a checkpoint. Raises what a damaged file causes, and ValueError for another digest."""
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()
     arrays = load_file(path)
@@ -129,14 +126,14 @@ def _digest(text: str, arrays: dict[str, np.ndarray]) -> str:
 
 
 def by_name(tree: Any) -> dict[str, np.ndarray]:
-    """The leaves of a tree of host arrays by name."""
+    """Returns the leaves of a tree of host arrays by name."""
     return {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(tree).items()}
 
 
 def from_names(arrays: dict[str, np.ndarray], like: Any) -> Any:
-    """The tree that `by_name` flattened. `like` has its structure, and leaves of its shapes.
+    """Returns the tree that `by_name` flattened. `like` has its structure and its leaves' shapes.
 
-    Raises InputError that lists every array that is missing or has another shape.
+    Raises InputError that lists every array that is missing or has another shape or type.
     """
     wrong: list[str] = []
 
@@ -150,7 +147,6 @@ def from_names(arrays: dict[str, np.ndarray], like: Any) -> Any:
 
     tree = jax.tree_util.tree_map_with_path(find, like)
     if wrong:
-        raise InputError(
-            f"the checkpoint is of another model ({'; '.join(wrong)}): give --overwrite to start anew"
-        )
+        advice = "give --overwrite to start anew"
+        raise InputError(f"the checkpoint is of another model ({'; '.join(wrong)}): {advice}")
     return tree

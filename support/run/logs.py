@@ -1,4 +1,7 @@
-"""Progress of a training loop: its bar, metrics.jsonl, TensorBoard, a profile. `python train.py` uses it."""
+"""Progress of a training loop: its bar, metrics.jsonl, TensorBoard, a profile.
+
+`python train.py --tensorboard --profile` uses it all.
+"""
 
 import contextlib
 import json
@@ -15,40 +18,46 @@ from tqdm import tqdm
 
 from support import disk
 from support.errors import InputError
-from support.run.options import PROFILED
 
 LOG_EVERY = 10  # steps
 TELL_EVERY = 30.0  # seconds, where no bar is shown
+PROFILED = range(11, 21)  # steps from the start: the first ones wait for the compiler
 
 
 class Log:
-    """Shows each step of a loop, writes some to `folder`, and raises InputError if loss or gradient are not finite.
+    """Shows each step of a loop and writes some to `folder`.
 
-    Metrics are read one step late: waiting for the step just dispatched would leave the devices idle.
+    Metrics are read one step late: waiting for the step just dispatched would leave the devices
+    idle. Raises InputError if loss or gradient are not finite.
     """
 
     def __init__(
-        self, label: str, first: int, last: int, batch_size: int, folder: Path | None = None, shown: bool = True,
-        tensorboard: bool = False, profile: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        label: str,
+        first: int,
+        last: int,
+        batch_size: int,
+        folder: Path | None = None,
+        shown: bool = True,
+        tensorboard: bool = False,
+        profile: bool = False,
+    ) -> None:
         self.first = first
         self.batch_size = batch_size
         self.folder = folder
         self.profile = folder / "profile" if folder and profile else None
-        self.board = board(folder / "tensorboard", first) if tensorboard and folder else None
+        self.board = open_board(folder / "tensorboard", first) if tensorboard and folder else None
         # disable=None: a bar on a terminal alone. Elsewhere a line is printed now and then.
-        self.bar = tqdm(
-            total=last, initial=first, desc=label, unit="step", disable=None if shown else True
-        )
-        self.told = label if shown and self.bar.disable else ""
+        hidden = None if shown else True
+        self.bar = tqdm(total=last, initial=first, desc=label, unit="step", disable=hidden)
+        self.label = label if shown and self.bar.disable else ""
         self._told_at = time.perf_counter() - TELL_EVERY
-        self._pending: tuple[int, dict[str, Array], bool] | None = None
+        self._pending: tuple[int, dict[str, Array]] | None = None
         self._began = time.perf_counter()
         if folder:
             kept = "".join(lines_up_to(folder / "metrics.jsonl", first))
-            disk.write_whole(
-                folder / "metrics.jsonl", lambda new: new.write_text(kept, encoding="utf-8")
-            )
+            path = folder / "metrics.jsonl"
+            disk.write_whole(path, lambda new: new.write_text(kept, encoding="utf-8"))
         self.start_clock(first)
 
     def __enter__(self) -> "Log":
@@ -60,18 +69,18 @@ class Log:
             self.board.close()
 
     def seconds(self) -> float:
-        """The time since the loop began."""
+        """Returns the time since the loop began."""
         return time.perf_counter() - self._began
 
     def start_clock(self, step: int) -> None:
-        """Excludes what came before, such as an evaluation, from the time of the steps after `step`."""
+        """Excludes what came before, such as an evaluation, from the time of later steps."""
         self._timed_step = step
         self._timed_at = time.perf_counter()
 
-    def add(self, step: int, metrics: dict[str, Array], written: bool = False) -> None:
+    def add(self, step: int, metrics: dict[str, Array]) -> None:
         """Adds the metrics of a step just dispatched, and settles the step before."""
         self.settle()
-        self._pending = step, metrics, written or step == 1 or step % LOG_EVERY == 0
+        self._pending = step, metrics
         if self.profile and step - self.first == PROFILED[0] - 1:
             self.settle()
             jax.profiler.start_trace(self.profile, create_perfetto_trace=True)
@@ -79,43 +88,41 @@ class Log:
             self.settle()
             jax.profiler.stop_trace()
 
-    def settle(self) -> None:
-        """Waits for the last added step, and writes its metrics if `add` was called with `written`.
+    def settle(self, written: bool = False) -> None:
+        """Waits for the last added step, and writes its metrics at every tenth or if `written`.
 
-        Raises InputError naming the step if loss or gradient are not finite, or if the line cannot be written.
+        Raises InputError naming the step if loss or gradient are not finite, or if the line cannot
+        be written.
         """
         if self._pending is None:
             return
-        step, metrics, written = self._pending
+        step, metrics = self._pending
         self._pending = None
-        values = {"loss": 0.0} | {
-            name: float(value) for name, value in jax.device_get(metrics).items()
-        }  # loss first
+        fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = {"loss": 0.0} | fetched  # loss first
+        loss, norm = values["loss"], values["gradient_norm"]
+        is_finite = np.isfinite(loss) and np.isfinite(norm)
         self.bar.update()
-        finite = np.isfinite(values["loss"]) and np.isfinite(values["gradient_norm"])
-        if written or not finite:
+        if written or step == 1 or step % LOG_EVERY == 0 or not is_finite:
             seconds = (time.perf_counter() - self._timed_at) / max(step - self._timed_step, 1)
-            speed = {"images_per_second": self.batch_size / seconds, "seconds_per_step": seconds}
-            values |= {name: round(value, 4) for name, value in speed.items()}
-            state = f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s"
-            self.bar.set_postfix_str(state)
-            if self.told and (
-                step == self.bar.total or time.perf_counter() - self._told_at >= TELL_EVERY
-            ):
-                print(f"{self.told}: step {step} of {self.bar.total}, {state}", file=sys.stderr)
-                self._told_at = time.perf_counter()
+            speed = self.batch_size / seconds
+            values |= {"images_per_second": round(speed, 4), "seconds_per_step": round(seconds, 4)}
+            self._tell(step, f"loss {loss:.3f}, {speed:.0f} images/s")
             self._write(step, values)
             self.start_clock(step)
-        if not finite:
-            kept = (
-                f" and another --out; {self.folder} keeps what was saved before"
-                if self.folder
-                else ""
-            )
+        if not is_finite:
+            kept = f"; {self.folder} keeps what was saved before" if self.folder else ""
             raise InputError(
-                f"at step {step} the loss is {values['loss']}, the gradient's norm {values['gradient_norm']}: give a "
-                f"lower --learning-rate{kept}"
+                f"at step {step} the loss is {loss}, the gradient's norm {norm}: give a lower "
+                f"--learning-rate and another --out{kept}"
             )
+
+    def _tell(self, step: int, state: str) -> None:
+        self.bar.set_postfix_str(state)
+        is_due = step == self.bar.total or time.perf_counter() - self._told_at >= TELL_EVERY
+        if self.label and is_due:
+            print(f"{self.label}: step {step} of {self.bar.total}, {state}", file=sys.stderr)
+            self._told_at = time.perf_counter()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self.folder:
@@ -132,19 +139,18 @@ class Log:
             self.board.flush()
 
 
-def board(folder: Path, first: int) -> Any:
-    """A writer of TensorBoard's event files. It drops earlier events of steps after `first`."""
+def open_board(folder: Path, first: int) -> Any:
+    """Opens a writer of TensorBoard's event files. It drops events of steps after `first`."""
     from tensorboardX import SummaryWriter  # needs the extra; everything else does without
 
     return SummaryWriter(str(folder), purge_step=first + 1)
 
 
 def lines_up_to(path: Path, last: int) -> list[str]:
-    """The whole lines of a metrics.jsonl, if there is one, of steps up to `last`."""
+    """Returns the whole lines of a metrics.jsonl, if there is one, of steps up to `last`."""
     kept = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    ):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):  # a killed run may leave half a line
             if json.loads(line)["step"] <= last:
                 kept.append(line + "\n")
@@ -152,7 +158,10 @@ def lines_up_to(path: Path, last: int) -> list[str]:
 
 
 def seconds_per_step(path: Path) -> float | None:
-    """The median over the lines of a metrics.jsonl, without the first ten steps, which waited for the compiler."""
+    """Returns the median over the lines of a metrics.jsonl.
+
+    It ignores the first ten steps, which waited for the compiler.
+    """
     lines = [json.loads(line) for line in lines_up_to(path, sys.maxsize)]
     seconds = [line["seconds_per_step"] for line in lines if line["step"] > LOG_EVERY]
     return statistics.median(seconds) if seconds else None

@@ -1,36 +1,36 @@
-"""The options of `python train.py` in boxes, their defaults and checks, and the runs that a command makes.
+"""The options of `python train.py` in groups, their defaults, and the runs that a command makes.
 
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --help` shows them.
 
-A run has `Sources` (what is read), `lipsum.Settings` (how to train) and `Execution` (how it is computed). The first two
-determine its numbers: `--resume` refuses to change them. The third may change.
+The group of an option decides what it may change: a run's `Sources` (what is read) and
+`lipsum.Settings` (how to train) determine its numbers, so `--resume` refuses to change them. Its
+`Execution` (how it is computed) may change.
 """
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import json
 import os
 import re
 import shlex
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import equinox as eqx
 import jax
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 import clip
 import lipsum
 from support.errors import InputError, expanded, flag, read_lines, unknown
 
 
-def shown(metavar: str, default: str) -> Any:
-    """How --help shows an option."""
+def help_for(metavar: str, default: str) -> Any:
+    """Specifies how --help shows an option."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
@@ -39,222 +39,275 @@ SelectOn = Literal["val", "test"]
 
 @dataclass(frozen=True)
 class Sources:
-    """What is read: the model, the data, the prompts."""
+    """What a run reads: the model, the data, the prompts."""
 
-    model: Annotated[str | Path, shown("NAME|PATH", "tiny")] = "tiny"
-    """A preset (ViT-B/16 ..., downloaded), a file or folder of OpenAI, Hugging Face or open_clip, a name on the Hugging
-    Face hub, a run's best/ folder, or tiny."""
+    # A preset (ViT-B/16 ..., downloaded), a file or folder of OpenAI, Hugging Face or open_clip, a
+    # name on the Hugging Face hub, a run's best/ folder, or tiny.
+    model: Annotated[str, help_for("NAME|PATH", "tiny")] = "tiny"
+    # minidomain (drawn), domainnet, imagenet (with V2, R, A, Sketch), cub or folder: see
+    # docs/data.md.
     data: str = "minidomain"
-    """minidomain (drawn), domainnet, imagenet (with V2, R, A, Sketch), cub or folder: see docs/data.md."""
+    # Split to train and select on, and the first column of the table; several: a run each.
+    reference: Annotated[
+        str, help_for("SPLIT ...", "real; imagenet, cub, val; domainnet: none")
+    ] = ""
+    # Splits that are only evaluated. With several references, a run leaves its own out.
     shifts: Annotated[
-        tuple[str, ...], shown("SPLIT ...", "all others, but quickdraw of domainnet")
+        tuple[str, ...], help_for("SPLIT ...", "all others, but quickdraw of domainnet")
     ] = ()
-    """Splits that are only evaluated. With several references, a run leaves its own out."""
+    # openai (its 80 for ImageNet), a file with one prompt per line, or one prompt; {} stands for
+    # the class.
     templates: Annotated[
-        str | Path | None, shown("FILE|PROMPT", "eight on minidomain, one on folder, else openai")
+        str | None, help_for("FILE|PROMPT", "eight on minidomain, one on folder, else openai")
     ] = None
-    """openai (its 80 for ImageNet), a file with one prompt per line, or one prompt; {} stands for the class."""
-    class_names: Annotated[Path | None, shown("FILE", "the folders' names")] = None
-    """Names of classes whose folders are numbers or WordNet ids: one 'FOLDER NAME' per line."""
+    # Names of classes whose folders are numbers or WordNet ids: one 'FOLDER NAME' per line.
+    class_names: Annotated[Path | None, help_for("FILE", "the folders' names")] = None
+    # Keep underscores in class names, as the authors' script did, instead of turning them into
+    # spaces.
     keep_underscores: bool = False
-    """Keep underscores in class names, as the authors' script did, instead of turning them into spaces."""
-    unseen: Annotated[tuple[str, ...], shown("CLASS ...", "none")] = ()
-    """Generalised zero-shot: classes that are reported but not trained on. The head is the fixed zero-shot one."""
+    # Generalised zero-shot: classes that are reported but not trained on. The head is the fixed
+    # zero-shot one.
+    unseen: Annotated[tuple[str, ...], help_for("CLASS ...", "none")] = ()
+    # val: validation images, or a tenth of the training images, held out; test: the reported ones,
+    # as in the paper.
     select_on: SelectOn = "val"
-    """val: validation images, or a tenth of the training images, held out; test: the reported ones, as in the paper."""
-    reference: tyro.conf.Fixed[str] = ""  # one of the command's
-
-
-class Sweep(lipsum.Settings):
-    """How to train. Each option that takes several values makes a run per combination."""
-
-    steps: tuple[int, ...] = eqx.field(default=(lipsum.Settings.steps,), static=True)
-    batch_size: tuple[int, ...] = eqx.field(default=(lipsum.Settings.batch_size,), static=True)
-    learning_rate: tuple[float, ...] = (float(lipsum.Settings.learning_rate),)
-    weight: Annotated[tuple[float, ...], shown("FLOAT ...", "1; l2sp 0.1, car-ft 3")] = ()
-    num_texts: tuple[int, ...] = eqx.field(default=(lipsum.Settings.num_texts,), static=True)
-    text_length: tuple[int, ...] = eqx.field(default=(lipsum.Settings.text_length,), static=True)
-    guidance: Annotated[Path | None, shown("FILE", "random texts")] = eqx.field(
-        default=None, static=True
-    )
-    temperature: tuple[float, ...] = (float(lipsum.Settings.temperature),)
-    decay: Annotated[tuple[float, ...], shown("FLOAT ...", "1 - 1.25 / steps")] = ()
 
 
 @dataclass(frozen=True)
 class Places:
     """Where the data lie."""
 
-    data_root: Annotated[Path | None, shown("DIR", "none")] = None
-    """Folder with the data. minidomain has none."""
-    split_roots: Annotated[tuple[str, ...], shown("NAME=DIR ...", "none")] = ()
-    """Folders of splits that lie elsewhere (imagenet)."""
+    # Folder with the data. minidomain has none.
+    data_root: Annotated[Path | None, help_for("DIR", "none")] = None
+    # Folders of splits that lie elsewhere (imagenet).
+    split_roots: Annotated[tuple[str, ...], help_for("NAME=DIR ...", "none")] = ()
 
 
 @dataclass(frozen=True)
 class Execution(lipsum.Computation, Places):
-    """Where and how it is executed. The results are the same up to rounding, and --resume may change these options."""
+    """Where and how a run is executed. The results agree up to rounding."""
 
+    # Type that the towers compute in; auto: bfloat16 on TPU and GPU, else float32. All else is
+    # float32.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type that the towers compute in; auto: bfloat16 on TPU and GPU, else float32. All else is float32."""
+    # Spread weights, optimizer and frozen weights over the devices instead of copying them to each.
     fsdp: bool = False
-    """Spread weights, optimizer and frozen weights over the devices instead of copying them to each."""
+    # Threads that decode images.
     workers: int = os.cpu_count() or 1
-    """Threads that decode images."""
+    # Steps between checkpoints, of which the two newest are kept. Every evaluation also saves one.
     checkpoint_every: int = 1_000
-    """Steps between checkpoints, of which the two newest are kept. Every evaluation also saves one."""
+    # Also write the metrics for TensorBoard (needs pip install '.[tensorboard]').
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard (needs pip install '.[tensorboard]')."""
+    # Write a trace of steps 11 to 20, for https://ui.perfetto.dev or XProf, to the run's profile/.
     profile: bool = False
-    """Write a trace of steps 11 to 20, for https://ui.perfetto.dev or XProf, to the run's profile/."""
 
 
 @dataclass(frozen=True)
 class Cluster:
     """Several processes that share one run. All get the same command except for --process."""
 
+    # Address at which process 0 listens.
     coordinator: Annotated[
-        str | None, shown("HOST:PORT", "none; TPU pods and Slurm are found without")
+        str | None, help_for("HOST:PORT", "none; TPU pods and Slurm are found without")
     ] = None
-    """Address at which process 0 listens."""
-    processes: Annotated[int | None, shown("INT", "none")] = None
-    """Number of processes."""
-    process: Annotated[int | None, shown("INT", "none")] = None
-    """Number of this process, from 0. Process 0 writes the files."""
+    # Number of processes.
+    processes: Annotated[int | None, help_for("INT", "none")] = None
+    # Number of this process, from 0. Process 0 writes the files.
+    process: Annotated[int | None, help_for("INT", "none")] = None
 
 
 @dataclass(frozen=True)
 class Command:
     """Fine-tune a zero-shot CLIP on one domain and show what that does to the others.
 
-    Without --model and --data: the tiny CLIP and the benchmark that come with this project. Defaults depend on --data,
-    and are the paper's where it gives them: --data imagenet --help shows those of ImageNet.
+    Without --model and --data: the tiny CLIP and the benchmark that come with this project.
+    Defaults depend on --data, and are the paper's where it gives them: --data imagenet --help shows
+    those of ImageNet.
     """
 
+    # A run each: ft scratch-ft lp lp-ft ema l2sp kd car-ft lipsum lipsum-exact kld-random mse-fixed
+    # feat-kd; all.
     method: tuple[str, ...] = ("lipsum",)
-    """A run each: ft scratch-ft lp lp-ft ema l2sp kd car-ft lipsum lipsum-exact kld-random mse-fixed feat-kd; all."""
+    # Seeds of the images' order, augmentation and random texts, a run each.
     seed: tuple[int, ...] = (0,)
-    """Seeds of the images' order, augmentation and random texts, a run each."""
-    reference: Annotated[
-        tuple[str, ...], shown("SPLIT ...", "real, imagenet, cub, val; domainnet needs one")
-    ] = ()
-    """Split to train and select on, and the first column of the table; several: a run each."""
-    unseen_file: Annotated[Path | None, shown("FILE", "none")] = None
-    """--unseen from a file with one class per line."""
-    protocol: Annotated[Literal["paper"] | None, shown("{paper}", "none")] = None
-    """paper: every setting of the paper for --data domainnet, imagenet or cub. Options beside it prevail."""
+    # --unseen from a file with one class per line.
+    unseen_file: Annotated[Path | None, help_for("FILE", "none")] = None
+    # paper: every setting of the paper for --data domainnet, imagenet or cub. Options beside it
+    # prevail.
+    protocol: Annotated[Literal["paper"] | None, help_for("{paper}", "none")] = None
+    # Folder for the runs' folders, METHOD/seed-SEED.
     out: Path = Path("runs")
-    """Folder for the runs' folders, METHOD/seed-SEED."""
+    # Keep finished runs under --out, and continue unfinished ones from their checkpoints, on
+    # whatever devices.
     resume: bool = False
-    """Keep finished runs under --out, and continue unfinished ones from their checkpoints, on whatever devices."""
+    # Replace runs that are under --out.
     overwrite: bool = False
-    """Replace runs that are under --out."""
+    # What a run reads: the model, the data, the prompts. --resume refuses other values.
     sources: Sources = Sources()
-    settings: Sweep = field(default_factory=Sweep)
+    # How to train. Give an option several values to make a run per combination. --resume refuses
+    # other values.
+    settings: lipsum.Settings = dataclasses.field(default_factory=lipsum.Settings)
+    # Where and how a run is executed. The results agree up to rounding, and --resume may change it.
     execution: Execution = Execution()
+    # Several processes that share one run. All get the same command except for --process.
     cluster: Cluster = Cluster()
+    # The values of options of `sources` and `settings` that have several, by name.
+    sweep: tyro.conf.Suppress[dict[str, tuple]] = dataclasses.field(default_factory=dict)
 
 
 DEFAULTS = {
     "minidomain": Command(
-        reference=("real",),
-        settings=Sweep(steps=(250,), batch_size=(64,), learning_rate=(1e-3,), augmentation="off"),
+        sources=Sources(reference="real"),
+        settings=lipsum.Settings(steps=250, batch_size=64, learning_rate=1e-3, augmentation="off"),
     ),
     "domainnet": Command(sources=Sources(data="domainnet", templates="openai")),
     "imagenet": Command(
-        reference=("imagenet",),
-        sources=Sources(data="imagenet", templates="openai"),
-        settings=Sweep(steps=(50_000,)),
+        sources=Sources(data="imagenet", reference="imagenet", templates="openai"),
+        settings=lipsum.Settings(steps=50_000),
     ),
-    # The paper names no prompts for CUB (B.3). It describes one way to make a zero-shot head (B.1), OpenAI's.
-    "cub": Command(reference=("cub",), sources=Sources(data="cub", templates="openai")),
+    # The paper names no prompts for CUB (B.3). It describes one way to make a zero-shot head (B.1),
+    # OpenAI's.
+    "cub": Command(sources=Sources(data="cub", reference="cub", templates="openai")),
     "folder": Command(
-        reference=("val",), sources=Sources(data="folder", templates="a photo of a {}.")
+        sources=Sources(data="folder", reference="val", templates="a photo of a {}.")
     ),
 }
-# What --protocol paper changes in these (section 5, appendix B and the authors' script, which has no CUB).
+# What --protocol paper changes in these (section 5, appendix B and the authors' script, which has
+# no CUB).
 PAPER: dict[str, dict[str, Any]] = {
     "domainnet": {
+        "reference": "real",
         "shifts": ("painting", "clipart", "infograph", "sketch"),
         "keep_underscores": True,
     },
     "imagenet": {"shifts": ("imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch")},
     "cub": {},
 }
+PAPER_BATCH_SIZES = {"ViT-B/32": 256, "ViT-B/16": 256, "ViT-L/14": 128}
 
 
 def defaults(data: str, protocol: str | None, model: str) -> Command:
-    """The defaults of a data set. Raises InputError if it is unknown or has no such protocol."""
+    """Returns the defaults of a data set.
+
+    Raises InputError if it is unknown or has no such protocol.
+    """
     if data not in DEFAULTS:
         raise unknown("data set", data, DEFAULTS)
     command = DEFAULTS[data]
     if protocol != "paper":
         return command
     if data not in PAPER:
-        raise InputError(
-            f"--protocol paper is for --data {', '.join(PAPER)}, not {data}: give one of these"
-        )
-    own = model if model in ("ViT-B/32", "ViT-B/16", "ViT-L/14") else "ViT-B/16"
-    sources = dataclasses.replace(command.sources, model=own, select_on="test", **PAPER[data])
-    batch_size = 128 if model.startswith("ViT-L/14") else 256
-    settings = dataclasses.replace(command.settings, batch_size=(batch_size,))
-    reference = command.reference or ("real",)
-    return dataclasses.replace(
-        command, protocol=protocol, reference=reference, sources=sources, settings=settings
+        known = ", ".join(PAPER)
+        raise InputError(f"--protocol paper is for --data {known}, not {data}: give one of these")
+    own = model if model in PAPER_BATCH_SIZES else "ViT-B/16"
+    batch_size = 128 if model.startswith("ViT-L/14") else PAPER_BATCH_SIZES[own]
+    return replace(
+        command,
+        protocol=protocol,
+        sources=replace(command.sources, model=own, select_on="test", **PAPER[data]),
+        settings=replace(command.settings, batch_size=batch_size),
     )
 
 
 def defaults_of(command: Command) -> Command:
-    """The defaults that the command was parsed with."""
-    return defaults(command.sources.data, command.protocol, str(command.sources.model))
+    """Returns the defaults that the command was parsed with."""
+    return defaults(command.sources.data, command.protocol, command.sources.model)
 
 
-def parse(arguments: Sequence[str]) -> Command:
-    """The command line, with the defaults of its data set. Raises InputError for an unknown data set or no value."""
-    arguments = expanded(arguments)
-    boxes = (*dataclasses.fields(Sources), *dataclasses.fields(Places))
-    lists = [flag(field.name) for field in boxes if field.default == ()]
-    for word, following in itertools.pairwise([*arguments, "--"]):
-        if word in lists and following.startswith("--"):
-            raise InputError(
-                f"{word} has no value: give one or more, or leave it out"
-            )  # () would mean the default
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in {"data": "minidomain", "protocol": None, "model": ""}.items():
-        finder.add_argument(flag(name), default=default)
-    first_look = vars(finder.parse_known_args(arguments)[0])
-    return tyro.cli(
-        Command, prog="python train.py", args=arguments, default=defaults(**first_look),
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes, tyro.conf.SuppressFixed),
-    )  # fmt: skip
+# -------------------------------------------------------------------------------------- parsing
+
+SWEPT = [field.name for field in dataclasses.fields(lipsum.Settings)] + ["reference"]
+LISTS = {
+    flag(name) for group in (Sources(), Places()) for name, v in vars(group).items() if v == ()
+}
+_registry = ConstructorRegistry()
 
 
-def words(value: Any) -> str:
-    """A value as a command line has it."""
-    return shlex.join(map(str, value if isinstance(value, tuple) else (value,)))
-
-
-def protocol_lines(command: Command) -> str:
-    """The options that --protocol paper set and, in a second line, those that were given instead."""
-
-    def options(command: Command) -> dict[str, Any]:
-        return vars(command.sources) | vars(command.settings) | {"reference": command.reference}
-
-    given = options(command)
-    kept, instead = [], []
-    for name, value in options(defaults_of(command)).items():
-        if given[name] == value:
-            kept += (
-                [flag(name) if value is True else f"{flag(name)} {words(value)}"] if value else []
-            )
-        else:
-            instead.append(f"{flag(name)} {words(given[name])} instead of {words(value) or 'none'}")
-    return f"protocol paper: {' '.join(kept)}" + (
-        f"\nnot the paper's: {', '.join(instead)}" if instead else ""
+@_registry.primitive_rule
+def _number(info: tyro.constructors.PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Reads `lipsum.Number` as a float: arrays come from compiled steps alone."""
+    if lipsum.Scalar not in typing.get_args(info.type):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=lambda words: float(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, float),
+        str_from_instance=lambda value: [str(value)],
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
+def parse(arguments: Sequence[str]) -> Command:
+    """Returns the command of a command line, with the defaults of its data set.
+
+    Raises InputError for an unknown data set, and for a list without a value.
+    """
+    arguments = expanded(arguments)
+    for word, following in itertools.pairwise([*arguments, "--"]):
+        if word in LISTS and following.startswith("--"):  # () would mean the default
+            raise InputError(f"{word} has no value: give one or more, or leave it out")
+    single, several = separate_sweep(arguments)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, default in {"data": "minidomain", "protocol": None, "model": ""}.items():
+        finder.add_argument(flag(name), default=default)
+    default = defaults(**vars(finder.parse_known_args(single)[0]))
+
+    def parsed(words: Sequence[str]) -> Command:
+        config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+        with _registry:
+            return tyro.cli(
+                Command, prog="python train.py", args=words, default=default, config=config
+            )
+
+    def value_of(name: str, value: str) -> Any:
+        command = parsed([*single, flag(name), value])
+        return (vars(command.sources) | vars(command.settings))[name]
+
+    sweep = {name: tuple(value_of(name, each) for each in words) for name, words in several.items()}
+    return replace(parsed(single), sweep=sweep)
+
+
+def separate_sweep(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Separates options with several values, which tyro does not know.
+
+    Returns the arguments with the first value of each option of `SWEPT`, and all values of those
+    that have several.
+    """
+    single: list[str] = []
+    values: dict[str, list[str]] = {}
+    name = ""
+    for word in arguments:
+        if word.startswith("--"):
+            name = word[2:].replace("-", "_")
+            values[name] = []
+        else:
+            values.setdefault(name, []).append(word)
+        if name not in SWEPT or len(values[name]) <= 1:
+            single.append(word)
+    return single, {name: values[name] for name in SWEPT if len(values.get(name, [])) > 1}
+
+
+def as_arguments(value: Any) -> str:
+    """Returns a value as a command line has it."""
+    return shlex.join(map(str, value if isinstance(value, tuple) else (value,)))
+
+
+def describe_protocol(command: Command) -> str:
+    """Returns the options that --protocol paper set and, in a second line, those given instead."""
+    default = defaults_of(command)
+    given = vars(command.sources) | vars(command.settings) | command.sweep
+    kept, instead = [], []
+    for name, value in (vars(default.sources) | vars(default.settings)).items():
+        if given[name] != value:
+            words = f"{as_arguments(given[name])} instead of {as_arguments(value) or 'none'}"
+            instead.append(f"{flag(name)} {words}")
+        elif value:
+            kept.append(flag(name) if value is True else f"{flag(name)} {as_arguments(value)}")
+    lines = [f"protocol paper: {' '.join(kept)}"]
+    return "\n".join(lines + [f"not the paper's: {', '.join(instead)}"] * bool(instead))
+
+
+# ----------------------------------------------------------------------------------------- runs
 
 
 @dataclass(frozen=True)
@@ -268,121 +321,83 @@ class Run:
     settings: lipsum.Settings
     execution: Execution
 
-
-def flat(*boxes: Any) -> dict[str, Any]:
-    """The options of the boxes by name, as JSON has them."""
-    return json.loads(
-        json.dumps({name: value for box in boxes for name, value in vars(box).items()}, default=str)
-    )
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has its last file."""
+        return (self.folder / "results.json").exists()
 
 
-def restored(box: type, saved: dict[str, Any]) -> Any:
-    """A box from what `flat` made of it. Options that the file lacks have their defaults."""
-    hints = typing.get_type_hints(box)
+def to_json(*groups: Any) -> dict[str, Any]:
+    """Returns the options of the groups by name, with values as JSON has them."""
+    options = {name: value for group in groups for name, value in vars(group).items()}
+    return json.loads(json.dumps(options, default=str))
+
+
+def from_json(group: type, saved: dict[str, Any]) -> Any:
+    """Returns the group whose options `to_json` returned; others are ignored."""
+    hints = typing.get_type_hints(group)
 
     def value(name: str) -> Any:
         if isinstance(saved[name], list):
             return tuple(saved[name])
-        is_path = {Path, str} & set(typing.get_args(hints[name])) == {Path}
-        return Path(saved[name]) if saved[name] and is_path else saved[name]
+        return Path(saved[name]) if saved[name] and hints[name] == Path | None else saved[name]
 
-    return box(
-        **{
-            field.name: value(field.name)
-            for field in dataclasses.fields(box)
-            if field.name in saved
-        }
-    )
+    names = [field.name for field in dataclasses.fields(group) if field.name in saved]
+    return group(**{name: value(name) for name in names})
 
 
-def absolute(box: Any) -> Any:
-    """The box with its paths absolute, so that a run is opened from any working folder.
+def absolute(group: Any) -> Any:
+    """Returns the group with absolute paths, so that a run is opened from any working folder.
 
-    `openai` and the names of models mean the same whatever lies in that folder.
+    `openai` and the names of models mean the same whatever lies in the working folder.
     """
-    hints = typing.get_type_hints(type(box))
+    names = ("tiny", "openai", *clip.PRESETS)
 
-    def value(name: str, given: Any) -> Any:
+    def resolved(name: str, value: Any) -> Any:
         if name == "split_roots":
-            return tuple(
-                re.sub("=(.+)", lambda root: f"={os.path.abspath(root[1])}", each) for each in given
-            )
-        is_name = isinstance(given, str) and (
-            given in ("tiny", "openai", *clip.PRESETS) or not os.path.exists(given)
-        )
-        if given is None or is_name or Path not in typing.get_args(hints[name]):
-            return given
-        return type(given)(os.path.abspath(given))
+            return tuple(re.sub("=(.+)", lambda r: f"={os.path.abspath(r[1])}", x) for x in value)
+        is_file = name in ("model", "templates") and value not in names and value is not None
+        if isinstance(value, Path) or (is_file and os.path.exists(value)):
+            return type(value)(os.path.abspath(value))
+        return value
 
-    return dataclasses.replace(
-        box, **{name: value(name, given) for name, given in vars(box).items()}
-    )
-
-
-def check_unchanged(run: Run, path: Path, config: dict[str, Any]) -> None:
-    """Raises InputError if the settings of a config.json, by which `path` was made, are not those of `run`."""
-    before = flat(
-        restored(Sources, config["settings"]), restored(lipsum.Settings, config["settings"])
-    )
-    now = read_settings(run)
-    for name, value in now.items():  # a file may have moved
-        if isinstance(value, str) and os.path.isabs(value) and before[name]:
-            before[name], now[name] = os.path.basename(before[name]), os.path.basename(value)
-    if changed := [
-        f"{flag(name)} {before[name]}, now {now[name]}" for name in now if before[name] != now[name]
-    ]:
-        problem = f"{path} was made with other settings ({', '.join(changed)})"
-        raise InputError(f"{problem}: give the same ones, --overwrite or another --out")
-
-
-def check_read(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises InputError if the files by which `path` was made have other content now, under the same names.
-
-    Both are contents of a config.json. Earlier ones have no checksum.
-    """
-    for name, what in (("classes", "classes"), ("checksum", "weights or prompts")):
-        if before.get(name, now[name]) != now[name]:
-            raise InputError(
-                f"{path} was made with other {what}: restore them, or train again with another --out"
-            )
+    return replace(group, **{name: resolved(name, value) for name, value in vars(group).items()})
 
 
 def resolved(command: Command) -> Command:
-    """The command with `all`, --unseen-file and the precision spelt out. Raises InputError for an unreadable file."""
+    """Returns the command with `all`, --unseen-file, the precision and paths spelt out.
+
+    Raises InputError for an unreadable file.
+    """
     methods = [
         name for given in command.method for name in (lipsum.METHODS if given == "all" else [given])
     ]
     unseen = command.sources.unseen
-    if command.unseen_file:
-        lines = read_lines(
-            command.unseen_file, f"--unseen-file {command.unseen_file}", "give one class per line"
-        )
+    if path := command.unseen_file:
+        lines = read_lines(path, f"--unseen-file {path}", "give one class per line")
         unseen += tuple(line for line in map(str.strip, lines) if line)
-    precision = command.execution.precision
-    if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return dataclasses.replace(
+    execution = command.execution
+    if execution.precision == "auto":
+        on_cpu = jax.default_backend() == "cpu"
+        execution = replace(execution, precision="float32" if on_cpu else "bfloat16")
+    fixed_head = command.settings.fixed_head or bool(unseen)
+    return replace(
         command,
         method=tuple(dict.fromkeys(methods)),
         unseen_file=None,
-        sources=dataclasses.replace(absolute(command.sources), unseen=unseen),
-        settings=dataclasses.replace(
-            absolute(command.settings), fixed_head=command.settings.fixed_head or bool(unseen)
-        ),
-        execution=dataclasses.replace(absolute(command.execution), precision=precision),
+        sources=replace(absolute(command.sources), unseen=unseen),
+        settings=replace(absolute(command.settings), fixed_head=fixed_head),
+        execution=absolute(execution),
     )
 
 
 def unread_settings(method: lipsum.Method, guidance: Path | None) -> set[str]:
-    """The settings that the method does not read."""
-    reads_texts = method.texts in ("drawn", "averaged")
-    reads = {
-        **dict.fromkeys(
-            ("steps", "batch_size", "learning_rate", "warmup", "fixed_head"), method.trained
-        ),
-        **dict.fromkeys(("augmentation", "eval_every"), method.trained),
+    """Returns the names of the settings that the method does not read."""
+    reads_texts = method.guidance in ("random", "averaged")
+    trained = ("steps", "batch_size", "learning_rate", "warmup", "fixed_head", "augmentation")
+    reads = dict.fromkeys((*trained, "eval_every"), method.trained) | {
         "weight": method.loss is not None,
-        "num_texts": method.texts == "drawn",
+        "num_texts": method.guidance == "random",
         "text_length": reads_texts and guidance is None,
         "guidance": reads_texts,
         "temperature": method.tempered,
@@ -392,152 +407,40 @@ def unread_settings(method: lipsum.Method, guidance: Path | None) -> set[str]:
 
 
 def read_settings(run: Run) -> dict[str, Any]:
-    """The options of a run that determine its numbers."""
+    """Returns the options of a run that determine its numbers."""
     unread = unread_settings(lipsum.METHODS[run.method], run.settings.guidance)
-    return {
-        name: value for name, value in flat(run.sources, run.settings).items() if name not in unread
-    }
+    options = to_json(run.sources, run.settings)
+    return {name: value for name, value in options.items() if name not in unread}
 
 
-# Fraction of the steps that EMA averages over unless --decay is given, so that runs of any length weight theirs alike.
-AVERAGED = 0.8
+def runs(command: Command) -> list[Run]:
+    """Returns every run of the command. Raises InputError for an unknown method.
 
-
-def runs(command: Command) -> Iterator[Run]:
-    """Every run of the command. A method is not repeated for values of a setting that it does not read."""
-    swept = {
-        name: value for name, value in vars(command.settings).items() if isinstance(value, tuple)
-    }
-    references = dict.fromkeys(command.reference or ("",))
-    shifts = command.sources.shifts
-    for reference, method in itertools.product(references, command.method):
-        own_shifts = (
-            tuple(shift for shift in shifts if shift != reference)
-            if len(references) > 1
-            else shifts
-        )
-        sources = dataclasses.replace(command.sources, reference=reference, shifts=own_shifts)
-        unread = unread_settings(lipsum.METHODS[method], command.settings.guidance)
-        values = {name: list(dict.fromkeys(given)) for name, given in swept.items()}
-        values["weight"] = values["weight"] or [lipsum.METHODS[method].weight]
-        for chosen in itertools.product(
-            *(values[name][: 1 if name in unread else None] or [None] for name in swept)
-        ):
-            own = dict(zip(swept, chosen, strict=True))
-            if own["decay"] is None:
-                own["decay"] = max(0.0, 1 - 1 / (AVERAGED * own["steps"]))
-            settings = lipsum.Settings(**vars(command.settings) | own)
-            varied = {
-                name: own[name] for name in swept if name not in unread and len(values[name]) > 1
-            }
+    A method is not repeated for values of a setting, or for seeds, that it does not read.
+    """
+    found = []
+    distinct = {name: tuple(dict.fromkeys(values)) for name, values in command.sweep.items()}
+    sweep = {name: values for name, values in distinct.items() if len(values) > 1}
+    references = sweep.pop("reference", (command.sources.reference,))
+    for reference, name in itertools.product(references, command.method):
+        if name not in lipsum.METHODS:
+            raise unknown("method", name, [*lipsum.METHODS, "all"])
+        method = lipsum.METHODS[name]
+        shifts = command.sources.shifts
+        if len(references) > 1:
+            shifts = tuple(shift for shift in shifts if shift != reference)
+        sources = replace(command.sources, reference=reference, shifts=shifts)
+        unread = unread_settings(method, command.settings.guidance)
+        swept = {name: values for name, values in sweep.items() if name not in unread}
+        seeds = command.seed if method.trained else command.seed[:1]
+        for values in itertools.product(*swept.values()):
+            varied = dict(zip(swept, values, strict=True))
+            settings = replace(command.settings, **varied)
+            weight = lipsum.loss_weight(method, settings)
+            settings = replace(settings, weight=weight, decay=lipsum.average_decay(settings))
             varied |= {"reference": reference} if len(references) > 1 else {}
             suffix = "".join(f"{flag(name)[1:]}-{value}" for name, value in varied.items())
-            for seed in dict.fromkeys(command.seed):
-                folder = command.out / method / f"seed-{seed}{suffix}"
-                yield Run(method, seed, folder, sources, settings, command.execution)
-
-
-# -------------------------------------------------------------------------------------------------------------- checks
-
-PROFILED = range(11, 21)  # steps from the start: the first ones wait for the compiler
-COUNTS = [
-    "steps",
-    "batch_size",
-    "num_texts",
-    "text_length",
-    "eval_every",
-    "accumulate",
-    "workers",
-    "checkpoint_every",
-]
-VALID = {
-    **dict.fromkeys(COUNTS, (lambda value: value >= 1, "give at least 1")),
-    **dict.fromkeys(
-        ("learning_rate", "weight"), (lambda value: 0 <= value < float("inf"), "give at least 0")
-    ),
-    "warmup": (lambda value: 0 <= value <= 1, "give a fraction of the steps, from 0 to 1"),
-    "temperature": (lambda value: 0 < value < float("inf"), "give a number above 0"),
-    "decay": (lambda value: 0 <= value < 1, "give a number from 0 up to, but not including, 1"),
-}
-
-
-def check(command: Command) -> None:
-    """Raises InputError for a value that makes no sense."""
-    for method in command.method:
-        if method not in lipsum.METHODS:
-            raise unknown("method", method, [*lipsum.METHODS, "all"])
-        of_method = lipsum.METHODS[method]
-        if command.sources.unseen and of_method.start != "zero-shot":
-            raise InputError(
-                f"--unseen keeps the zero-shot head, {method} starts from another: leave {method} out"
-            )
-        if command.settings.fixed_head and of_method.start == "zeros":
-            raise InputError(
-                f"--fixed-head keeps the head of {method} at zeros, so nothing is learnt: leave one out"
-            )
-        if of_method.tempered and of_method.texts == "drawn" and 1 in command.settings.num_texts:
-            raise InputError(
-                f"{method} compares texts with each other, --num-texts is 1: give at least 2"
-            )
-    if command.sources.data not in DEFAULTS:
-        raise unknown("data set", command.sources.data, DEFAULTS)
-    if (
-        not command.method
-        or not command.seed
-        or min(command.seed) < 0
-        or max(command.seed) >= 2**32
-    ):
-        raise InputError("--method and --seed need at least one value, seeds from 0 to 2**32 - 1")
-    for name, value in vars(command.settings).items():
-        if value == () and name not in ("weight", "decay"):
-            raise InputError(f"{flag(name)} has no value: give one or more")
-    options = vars(command.settings) | vars(command.execution)
-    for name, (is_valid, advice) in VALID.items():
-        for value in options[name] if isinstance(options[name], tuple) else (options[name],):
-            if not is_valid(value):
-                raise InputError(f"{flag(name)} is {value}: {advice}")
-    steps = min(command.settings.steps)
-    if command.execution.profile and steps < max(PROFILED):
-        raise InputError(
-            f"--profile traces up to step {max(PROFILED)}, --steps is {steps}: give more"
-        )
-    if command.execution.tensorboard and not importlib.util.find_spec("tensorboardX"):
-        raise InputError("--tensorboard needs tensorboardX: pip install '.[tensorboard]'")
-    if command.resume and command.overwrite:
-        raise InputError("--resume keeps what --overwrite deletes: give one of them")
-
-
-def doubts(command: Command) -> list[str]:
-    """A line for every option that has no effect, and for every method that its settings make another one."""
-    methods = [lipsum.METHODS[name] for name in command.method]
-    unread = set.intersection(
-        *(unread_settings(method, command.settings.guidance) for method in methods)
-    )
-    unread -= {
-        "batch_size",
-        "fixed_head" if command.sources.unseen else "",
-    }  # the evaluation and --unseen set these
-    default = vars(defaults_of(command).settings)
-    given = [
-        (name, value) for name, value in vars(command.settings).items() if value != default[name]
-    ]
-    lines = [
-        f"{flag(name)} {words(value)} has no effect on {' '.join(command.method)}"
-        for name, value in given
-        if name in unread
-    ]
-    for run in runs(command):
-        method = lipsum.METHODS[run.method]
-        settings = run.settings
-        if method.loss and settings.weight == 0:
-            lines.append(f"{run.method} with --weight 0 is ft")
-        if method.trained and settings.learning_rate == 0:
-            lines.append(f"{run.method} with --learning-rate 0 stays as it starts")
-        if method.averaged and settings.decay == 0:
-            lines.append(f"{run.method} with --decay 0 is ft")
-        if method.averaged and (kept := settings.decay**settings.steps) > 0.9:
-            of_run = f"{run.method} with --decay {settings.decay} and --steps {settings.steps}"
-            lines.append(
-                f"{of_run} averages {100 * kept:.0f}% of the zero-shot model: give a smaller decay"
-            )
-    return list(dict.fromkeys(lines))
+            for seed in dict.fromkeys(seeds):
+                folder = command.out / name / f"seed-{seed}{suffix}"
+                found.append(Run(name, seed, folder, sources, settings, command.execution))
+    return found

@@ -1,14 +1,14 @@
-"""The processes that share one run: how they connect, what they exchange, and the signals that stop them.
+"""The processes that share one run: how they meet, what they exchange, the signals that stop them.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --coordinator HOST:PORT --processes 2 --process 0`
-uses it.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M.
+`python train.py --coordinator HOST:PORT --processes 2 --process 0` uses it.
 """
 
 import contextlib
 import ctypes
-import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -23,51 +23,43 @@ from jaxtyping import Array, Int
 
 from support import errors
 from support.devices import all_devices, is_main_process, shard_batch
-from support.errors import InputError, flag
-from support.run.options import Cluster, Command
+from support.errors import InputError
+from support.run.options import Cluster
 
 
 def connect(cluster: Cluster) -> None:
-    """Connects the processes given by the flags, else those that a scheduler or a TPU pod started together.
+    """Connects the processes given by the flags, else those that a scheduler or a TPU pod started.
 
-    Must come before anything else uses the devices. Only process 0 prints. Raises InputError for wrong flags.
+    Must come before anything else uses the devices. Only process 0 prints. Raises InputError for
+    wrong flags.
     """
-    given = [name for name, value in vars(cluster).items() if value is not None]
-    if given:
-        for name in vars(cluster):
-            if name not in given:
-                raise InputError(
-                    f"{flag(given[0])} needs {flag(name)}: give --coordinator, --processes and --process"
-                )
-        assert (
-            cluster.coordinator is not None
-            and cluster.processes is not None
-            and cluster.process is not None
-        )
-        if cluster.processes < 1 or not 0 <= cluster.process < cluster.processes:
-            raise InputError(
-                f"--process is {cluster.process} of --processes {cluster.processes}: number them from 0 to "
-                f"{max(cluster.processes, 1) - 1}"
-            )
-        host, _, port = cluster.coordinator.rpartition(":")
-        if not host or not port.isdecimal():
-            raise InputError(
-                f"--coordinator is {cluster.coordinator!r}: give HOST:PORT, such as 10.0.0.1:1234"
-            )
-        name = f"process {cluster.process} of {cluster.processes}"
-        print(
-            f"{name}: waits up to five minutes for all to meet at {cluster.coordinator}", flush=True
-        )
-        jax.distributed.initialize(cluster.coordinator, cluster.processes, cluster.process)
-    else:
+    address, count, number = cluster.coordinator, cluster.processes, cluster.process
+    if address is None and count is None and number is None:
         join_cluster()
+    else:
+        if address is None or count is None or number is None:
+            raise InputError("--coordinator, --processes and --process go together: give all three")
+        if not 0 <= number < count:
+            advice = f"number them from 0 to {max(count, 1) - 1}"
+            raise InputError(f"--process is {number} of --processes {count}: {advice}")
+        if not re.fullmatch(r".+:\d+", address):
+            advice = "give HOST:PORT, such as 10.0.0.1:1234"
+            raise InputError(f"--coordinator is {address!r}: {advice}")
+        meet(f"process {number} of {count} at {address}", address, count, number)
     all_devices()  # raises, if there are none, what the user can read
     errors.shows_warnings = is_main_process()
     if not is_main_process():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # silences libraries, too
 
 
-# Per scheduler that JAX knows, the variables that it sets for each process it starts: their number, this one's number.
+def meet(name: str, *arguments: Any, **options: Any) -> None:
+    """Waits for the other processes."""
+    print(f"{name}: waits up to five minutes for the others", flush=True)
+    jax.distributed.initialize(*arguments, **options)
+
+
+# Per scheduler that JAX knows, the variables that it sets for each process that it starts: the
+# number of processes, and the number of this one.
 SCHEDULERS = {
     "slurm": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     "ompi": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
@@ -75,30 +67,20 @@ SCHEDULERS = {
 
 
 def join_cluster() -> None:
-    """Joins the processes that a scheduler started beside this one, or those of a TPU pod; else it stays alone.
+    """Joins the processes that a scheduler started beside this one, or those of a TPU pod.
 
-    A shell inside a job, or a Kubernetes pod, has some variables of a cluster, but nobody to wait for.
+    Otherwise it stays alone. A shell in a job, or a Kubernetes pod, has variables of a cluster,
+    but nobody to wait for.
     """
     for scheduler, (count, number) in SCHEDULERS.items():
         if os.environ.get(count, "1") != "1":
-            name = f"process {os.environ.get(number)} of the {os.environ[count]} that {scheduler} started"
-            print(f"{name}: waits up to five minutes for the others", flush=True)
-            jax.distributed.initialize(cluster_detection_method=scheduler)
+            name = f"process {os.environ.get(number)} of {os.environ[count]} started by {scheduler}"
+            meet(name, cluster_detection_method=scheduler)
             return
     in_job = "SLURM_JOB_ID" in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ
     if not in_job or "TPU_WORKER_HOSTNAMES" in os.environ:
         with contextlib.suppress(ValueError):  # no TPU pod: one process
             jax.distributed.initialize()
-
-
-def check_processes(command: Command) -> None:
-    """Raises InputError if the processes of one run were given different options."""
-    execution = dataclasses.replace(command.execution, workers=0)
-    own = repr(dataclasses.replace(command, execution=execution, cluster=Cluster()))
-    if any(other != own for other in gathered(own)):
-        raise InputError(
-            "the processes have different options: give each the same command except for --process"
-        )
 
 
 def gathered(content: Any) -> list[Any]:
@@ -109,8 +91,11 @@ def gathered(content: Any) -> list[Any]:
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
-def from_writer(make: Callable[[], Any]) -> Any:
-    """Calls `make` in process 0 and returns its value, as JSON, in every process. Also passes on its InputError."""
+def from_main_process(make: Callable[[], Any]) -> Any:
+    """Calls `make` in process 0 and returns its value, as JSON, in every process.
+
+    Raises the InputError of process 0 in every process.
+    """
     if jax.process_count() == 1:
         return make()
     answer: dict[str, Any] = {}
@@ -126,27 +111,22 @@ def from_writer(make: Callable[[], Any]) -> Any:
 
 
 def broadcast(tree: Any) -> Any:
-    """Returns the host arrays of process 0, bit by bit, in every process. The others give arrays of the same shapes."""
+    """Returns the host arrays of process 0, bit by bit, in every process.
+
+    The others give arrays of the same shapes.
+    """
 
     def send(leaf: np.ndarray) -> np.ndarray:
-        content = (
-            np.asarray(leaf, order="C").reshape(-1).view(np.uint8)
-        )  # floats would lose the sign of zeros
+        # As floats they would lose the sign of zeros.
+        content = np.asarray(leaf, order="C").reshape(-1).view(np.uint8)
         return broadcast_one_to_all(content).view(leaf.dtype).reshape(leaf.shape)
 
     return jax.tree.map(send, tree) if jax.process_count() > 1 else tree
 
 
+# -------------------------------------------------------------------------------------- signals
+
 _largest = jax.jit(jnp.max)
-
-
-def largest_anywhere(number: int, mesh: Mesh) -> Int[Array, ""]:
-    """The largest number that any process gives. Does not wait for the devices; reading the value does."""
-    numbers = np.full(jax.local_device_count(), number, np.int32)
-    return _largest(shard_batch({"number": numbers}, mesh)["number"])
-
-
-# ------------------------------------------------------------------------------------------------------------- signals
 
 
 class Stopped(Exception):
@@ -158,7 +138,10 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Handles SIGTERM, SIGINT and SIGHUP: they raise `Stopped`, in a `deferred` block only at the second signal."""
+    """Handles SIGTERM, SIGINT and SIGHUP, which raise `Stopped`.
+
+    In a `deferred` block, only the second signal raises.
+    """
 
     def __init__(self) -> None:
         self._received = 0
@@ -169,9 +152,8 @@ class Signals:
     def heard(self) -> Iterator[None]:
         """Handles the signals within the block."""
         handled = [signal.SIGTERM, signal.SIGINT]
-        if (
-            hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-        ):  # as nohup sets it
+        # nohup makes processes ignore SIGHUP.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             handled.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._receive) for number in handled}
         try:
@@ -187,7 +169,7 @@ class Signals:
 
     @contextlib.contextmanager
     def deferred(self, deferred: bool = True) -> Iterator[None]:
-        """Within the block, a signal waits for `received` to be called; with False it raises again."""
+        """Makes a signal in the block wait for a call of `received`; with False it raises again."""
         before = self._deferred
         self._deferred = deferred
         try:
@@ -198,20 +180,26 @@ class Signals:
             self._deferred = before
 
     def received(self, mesh: Mesh, waits: bool) -> int:
-        """The signal that came to any process, or 0. All processes must call it after each step, and get one answer.
+        """Returns the signal that came to any process, or 0.
 
-        With several processes, the answer is a step old unless it `waits` for the devices.
+        All processes must call it after each step, and get the same answer. With several processes,
+        it is a step old unless the call `waits` for the devices. JAX's own
+        `reached_preemption_sync_point` knows SIGTERM alone, and asks for it once a second.
         """
         if jax.process_count() == 1:
             return self._received
         before = self._largest
-        self._largest = largest_anywhere(self._received, mesh)
+        numbers = np.full(jax.local_device_count(), self._received, np.int32)
+        self._largest = _largest(shard_batch({"number": numbers}, mesh)["number"])
         answer = self._largest if waits else before
         return 0 if answer is None else int(answer)
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep the memory that XLA frees: on CPU, mapping the pages anew takes a quarter of a step."""
+    """Makes glibc keep the memory that XLA frees.
+
+    On CPU, mapping the pages anew takes a quarter of a step.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8

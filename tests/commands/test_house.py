@@ -1,4 +1,4 @@
-"""The rules of the house: what may import what, how long a file may be, and documents that say what the code does."""
+"""The rules of the house: what may import what, and documents that say what the code does."""
 
 import ast
 import re
@@ -19,11 +19,35 @@ from support.run import options
 
 ROOT = Path(__file__).parents[2]
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("support/**/*.py"), *ROOT.glob("tools/*.py")]
-MODULES = {
-    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in PATHS
-}
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-MOST_LINES = {"lipsum": 560, "clip": 520, "data": 430, "eval": 470, "train": 380}
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+
+
+MODULES = {module_of(path).removesuffix(".__init__"): path for path in PATHS}
+# From the ground up: a module imports from its own floor and from those below.
+FLOORS = [
+    {"support.errors"},
+    {"support.devices", "support.disk"},
+    {"clip", "data"},
+    {"lipsum"},
+    {"support.weights", "support.layouts"},
+    {"support.run"},
+    {"support.report"},
+    {"eval"},
+    {"train"},
+    {"tools"},
+]
+
+
+def floor(module: str) -> int:
+    """The floor of a module: its own, or that of the folder that it lies in."""
+    for number, rooms in enumerate(FLOORS):
+        if module in rooms or module.rpartition(".")[0] in rooms:
+            return number
+    raise AssertionError(f"{module} has no floor")
 
 
 def imports(path: Path) -> set[str]:
@@ -34,28 +58,22 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found & MODULES.keys()
+    return found & MODULES.keys() - {"support"}
 
 
-IMPORTS = {name: imports(path) for name, path in MODULES.items()}
+IMPORTS = {name: imports(path) for name, path in MODULES.items() if name != "support"}
 
 
 def test_five_files_at_the_top() -> None:
-    assert {name for name in MODULES if "." not in name} == MOST_LINES.keys()
-    for name, most in MOST_LINES.items():
-        assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= most, name
+    top = {name for name in MODULES if "." not in name and MODULES[name].parent == ROOT}
+    assert top == {"lipsum", "clip", "data", "eval", "train"}
 
 
-def test_who_may_import_what() -> None:
-    """The paper's files import nothing of support but its errors; support imports neither eval nor train."""
-    for name in ("clip", "lipsum", "data"):
-        assert {other for other in IMPORTS[name] if other.startswith("support.")} <= {
-            "support.errors"
-        }, name
-        assert not IMPORTS[name] & {"eval", "train"}, name
-    for name in (name for name in MODULES if name.startswith("support.")):
-        allowed = {"eval"} if name in () else set()
-        assert IMPORTS[name] & {"eval", "train"} <= allowed, name
+def test_imports_go_down() -> None:
+    """From errors, devices and disk up to tools, which nothing imports."""
+    for name, others in IMPORTS.items():
+        for other in others:
+            assert floor(other) <= floor(name), f"{name} imports {other}"
 
 
 def test_no_circles() -> None:
@@ -67,14 +85,7 @@ def test_no_circles() -> None:
     assert not left
 
 
-def test_no_function_is_longer_than_a_screen() -> None:
-    for path in PATHS:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
-
-
-# ----------------------------------------------------------------------------------------------------------- documents
+# ----------------------------------------------------------------------------------- documents
 
 
 def code_after(mark: str) -> str:
@@ -88,18 +99,23 @@ def test_the_readme_shows_the_code_of_the_idea() -> None:
 
 
 def test_the_readmes_new_method_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its loss is one minus the cosine, which is 0 between equal features and 2 between opposite ones."""
+    """Its loss is one minus the cosine, which is 0 between equal features and 2 between opposite
+    ones.
+    """
     monkeypatch.setattr(lipsum, "METHODS", dict(lipsum.METHODS))
     exec(code_after("new method"), vars(lipsum).copy() | {"METHODS": lipsum.METHODS})
     features = clip.normalize(jax.random.normal(jax.random.key(0), (3, 4)))
     loss = lipsum.METHODS["cosine"].loss
-    assert float(loss(None, features, features, None, None)) == pytest.approx(0, abs=1e-6)
-    assert float(loss(None, features, -features, None, None)) == pytest.approx(2, abs=1e-6)
-    assert jnp.shape(loss(None, features, features, None, None)) == ()
+    given = lipsum.Given(None, features, features, None, None)
+    assert float(loss(given)) == pytest.approx(0, abs=1e-6)
+    assert float(loss(given._replace(zero_shot_features=-features))) == pytest.approx(2, abs=1e-6)
+    assert jnp.shape(loss(given)) == ()
 
 
 def understand(line: str) -> None:
-    """Raises unless every `python train.py` and `python eval.py` command in a line has options that exist."""
+    """Raises unless every `python train.py` and `python eval.py` command in a line has options that
+    exist.
+    """
     for program, text in re.findall(r"python (train|eval)\.py ([^`#&]*)", line):
         if "..." in text or "--help" in text:
             continue
@@ -122,7 +138,7 @@ def test_commands_in_documents_are_understood(
 ) -> None:
     """Every command has options that exist; documents name nothing outside the repository."""
     text = path.read_text(encoding="utf-8")
-    assert "../shared" not in text and len(text.splitlines()) <= 140
+    assert "../shared" not in text
     for link in re.findall(r"\]\((?!http)([^)]+)\)|src=\"([^\"]+)\"", text):
         assert (path.parent / (link[0] or link[1])).exists(), link
     monkeypatch.chdir(tmp_path)
@@ -131,7 +147,10 @@ def test_commands_in_documents_are_understood(
 
 
 def test_the_map_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has every equation, table and figure of the paper. The functions and options that it names exist."""
+    """It has every equation, table and figure of the paper.
+
+    The functions and options that it names exist.
+    """
     monkeypatch.chdir(tmp_path)
     found: dict[str, list[int]] = {}
     for line in (ROOT / "docs/paper.md").read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Contrastive pre-training: loss, step, tokenizer, captions, batches, the command, and the stored tiny model."""
+"""Contrastive pre-training: loss, step, corpus, tokenizer, batches, the command, the tiny model."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import equinox as eqx
@@ -14,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REFERENCE
-from PIL import Image
+from helpers import raises
 
 import clip
 from clip import END_TEXT, START_TEXT
 from support import weights
-from support.errors import InputError
 from support.layouts import minidomain
-from tools import pretrain
+from tools import captions, pretrain
 
 TINY_CLIP = REFERENCE.parents[1] / "assets" / "tiny-clip"
 SMALL = clip.Config(
@@ -37,11 +37,11 @@ SMALL = clip.Config(
 )
 RECIPE = pretrain.Recipe(steps=20, batch_size=8)
 
-# ----------------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def loss_by_loops(images: np.ndarray, texts: np.ndarray, ids: np.ndarray, scale: float) -> float:
-    """The contrastive loss from its definition: -log of each pair's softmax among its negatives, both directions."""
+    """The definition: -log of each pair's softmax among its negatives, in both directions."""
     total = 0.0
     number = len(ids)
     for i in range(number):
@@ -77,7 +77,7 @@ def test_loss(captions: list[int]) -> None:
     np.testing.assert_allclose(gradients[2], by_scale, rtol=1e-4, atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------- step
+# --------------------------------------------------------------------------------------------- step
 
 
 @functools.cache
@@ -85,9 +85,9 @@ def small_model() -> clip.CLIP:
     return jax.jit(clip.CLIP, static_argnums=0)(SMALL, jax.random.key(0))
 
 
-def small_state(log_scale: float = math.log(14.0)) -> pretrain.PretrainingState:
+def small_state(log_scale: float = math.log(14.0)) -> pretrain.State:
     model = eqx.tree_at(lambda model: model.logit_scale, small_model(), jnp.float32(log_scale))
-    return pretrain.pretraining_state(model, RECIPE)
+    return pretrain.initial_state(model, RECIPE)
 
 
 def small_batch(seed: int) -> dict[str, np.ndarray]:
@@ -103,59 +103,49 @@ def test_step_is_pure_donates_its_state_and_compiles_once() -> None:
         state = small_state()
         for t in range(3):
             before = state
-            state, metrics = pretrain.clip_step(state, small_batch(t))
+            state, metrics = pretrain.clip_step(state, small_batch(t), RECIPE)
             assert before.model.vision.patch_embedding.is_deleted()
         ends.append(jax.tree.leaves(state.model))
-        assert int(state.step) == 3
         assert set(metrics) == {"loss", "scale", "gradient_norm"}
         assert all(value.shape == () and np.isfinite(value) for value in metrics.values())
     for one, other in zip(*ends, strict=True):
         np.testing.assert_array_equal(one, other)
     size = pretrain.clip_step._cache_size()
-    pretrain.clip_step(state, small_batch(3))
+    pretrain.clip_step(state, small_batch(3), RECIPE)
     assert pretrain.clip_step._cache_size() == size
 
 
 def test_scale_is_trained_and_capped() -> None:
     state = small_state()
     for t in range(2):  # the learning rate is 0 in the first step of the warm-up
-        state, metrics = pretrain.clip_step(state, small_batch(t))
+        state, metrics = pretrain.clip_step(state, small_batch(t), RECIPE)
     assert float(state.model.logit_scale) != pytest.approx(math.log(14.0), abs=1e-6)
-    _, metrics = pretrain.clip_step(small_state(math.log(130.0)), small_batch(0))
+    _, metrics = pretrain.clip_step(small_state(math.log(130.0)), small_batch(0), RECIPE)
     assert float(metrics["scale"]) == pytest.approx(100, rel=1e-5)
 
 
 def test_kind_of_every_parameter() -> None:
     kinds = pretrain.parameter_kinds(small_model())
     for tower in (kinds.vision, kinds.text):
-        for layer in (
-            tower.blocks.query,
-            tower.blocks.key,
-            tower.blocks.value,
-            tower.blocks.out,
-            tower.blocks.fc1,
-        ):
+        blocks = tower.blocks
+        for layer in (blocks.query, blocks.key, blocks.value, blocks.out, blocks.fc1):
             assert (layer.weight, layer.bias) == ("matrix", "vector")
-        assert {tower.blocks.layer_norm1.weight, tower.blocks.layer_norm2.bias} == {"vector"}
+        assert {blocks.layer_norm1.weight, blocks.layer_norm2.bias} == {"vector"}
         assert {tower.projection.weight, tower.position_embedding} == {"embedding"}
     assert {kinds.vision.patch_embedding, kinds.text.token_embedding} == {"embedding"}
-    assert {
-        kinds.logit_scale,
-        kinds.vision.class_embedding,
-        kinds.vision.layer_norm_pre.weight,
-    } == {"vector"}
+    norm = kinds.vision.layer_norm_pre.weight
+    assert {kinds.logit_scale, kinds.vision.class_embedding, norm} == {"vector"}
 
 
 @jax.numpy_dtype_promotion("standard")
 def test_muon_updates_each_layer_separately() -> None:
-    """Each layer's update is nearly orthogonal. That of a tall matrix is scaled by the root of its aspect ratio."""
+    """Each layer's update is nearly orthogonal, and scaled by the root of the aspect ratio."""
     recipe = dataclasses.replace(RECIPE, warmup=0.0, matrix_weight_decay=0.0, learning_rate=0.1)
     model, optimizer = small_model(), pretrain.muon_and_adamw(recipe)
     rng = np.random.default_rng(0)
     gradient = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), model)
-    updates, _ = jax.jit(optimizer.update)(
-        gradient, pretrain.pretraining_state(model, recipe).optimizer, model
-    )
+    state = pretrain.initial_state(model, recipe)
+    updates, _ = jax.jit(optimizer.update)(gradient, state.optimizer, model)
     update = np.asarray(updates.vision.blocks.query.weight)
     assert update.shape == (2, 16, 16)
     for layer in update:
@@ -165,152 +155,111 @@ def test_muon_updates_each_layer_separately() -> None:
     assert 0.6 < np.linalg.svd(tall, compute_uv=False).mean() / math.sqrt(2) < 1.2
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizer
+# ----------------------------------------------------------------------------- corpus and tokenizer
 
 
-def minidomain_captions(number: int = 3000) -> list[str]:
+@functools.cache
+def corpus(number: int) -> tuple[np.ndarray, list[list[str]]]:
+    return captions.draw_corpus(number)
+
+
+def test_corpus_contains_few_real_images() -> None:
+    attributes = [captions.draw(index)[1] for index in range(600)]
+    domains = Counter(each.domain for each in attributes)
+    assert 0.10 < domains["real"] / 600 < 0.20
+    assert all(0.16 < domains[domain] / 600 < 0.27 for domain in minidomain.DOMAINS[1:])
+    assert {each.label for each in attributes} == set(range(20))
+
+
+def test_corpus_is_that_of_draw_and_no_part_of_the_benchmark() -> None:
+    images, texts = corpus(300)
+    assert np.array_equal(images, np.stack([captions.draw(index)[0] for index in range(300)]))
+    assert {len(per_image) for per_image in texts} == {captions.CAPTIONS} == {4}
+    rng = minidomain.stream("captions", "real", 7, 0)
+    attributes = captions.draw(7)[1]
+    assert texts[7] == [captions.write_caption(attributes, rng) for _ in range(4)]
+    drawn = {image.tobytes() for image in images}
+    assert len(drawn) == 300
+    for split in minidomain.SIZES:
+        for domain in minidomain.DOMAINS:
+            benchmark, _ = minidomain.draw_all(split, domain, 20)
+            assert not drawn & {image.tobytes() for image in benchmark}
+
+
+def test_captions_match_the_attributes() -> None:
     rng = np.random.default_rng(0)
-    texts = []
-    for index in range(number):
-        domain = minidomain.DOMAINS[index % 5]
-        colour = None if domain == "sketch" else minidomain.pick(rng, tuple(minidomain.COLOURS))
-        size = minidomain.pick(rng, tuple(minidomain.EXTENTS))
-        position = minidomain.pick(rng, tuple(minidomain.POSITIONS))
-        background = minidomain.pick(rng, minidomain.BACKDROPS[domain])
-        seen = minidomain.Attributes(index % 20, domain, colour, size, position, background)
-        texts += minidomain.captions(seen, rng)
-    return texts
+    for index in range(600):
+        _, attributes = captions.draw(index)
+        colour, background = attributes.colour, attributes.background
+        places = [None, attributes.position, background, f"{background} background"]
+        for caption in [captions.write_caption(attributes, rng) for _ in range(6)]:
+            noun, _, place = re.match(r"(.*?)( (?:in|on|at) (.*?))?\.?$", caption).groups()
+            words = set(noun.split())
+            assert words & set(minidomain.CLASSES) <= {minidomain.CLASSES[attributes.label]}
+            assert words & set(minidomain.COLOURS) <= {colour}
+            assert words & set(minidomain.EXTENTS) <= {attributes.size}
+            assert (place and place.removeprefix("the ").removeprefix("a ")) in places, caption
+            if " of " in noun:
+                style = re.fullmatch(r"(?:an?|the) (.*?) of (?:an?|the) .*", noun)[1]
+                assert style in captions.STYLE_WORDS[attributes.domain]
+            assert not re.search(r"[{}]|  |\ba [aeiou]|\ban [^aeiou]", caption), caption
+            assert len(caption.replace(".", " .").split()) + 2 <= 16, "over the context's length"
+
+
+def test_share_of_captions_with_class_style_and_colour() -> None:
+    for domain, share in (("real", 0.85), ("sketch", 0.95)):
+        _, attributes = minidomain.draw("test", domain, 0)
+        rng = np.random.default_rng(1)
+        texts = [captions.write_caption(attributes, rng) for _ in range(4000)]
+        words = [set(text.replace(".", "").split()) for text in texts]
+        assert np.mean(["star" in each for each in words]) == pytest.approx(share, abs=0.02)
+        assert np.mean(["of" in each for each in words]) == pytest.approx(0.8, abs=0.02)
+        coloured = np.mean([bool(each & set(minidomain.COLOURS)) for each in words])
+        assert coloured == (pytest.approx(0.4, abs=0.03) if domain == "real" else 0)
 
 
 def test_tokenizer_of_the_embedded_corpus() -> None:
-    texts = minidomain_captions()
-    tokenizer = pretrain.train_tokenizer(texts)
+    texts = [text for per_image in corpus(300)[1] for text in per_image]
+    tokenizer = captions.train_tokenizer(texts)
     vocabulary = tokenizer.get_vocab()
     size = len(vocabulary)
-    assert (
-        sorted(vocabulary.values()) == list(range(size))
-        and tokenizer.get_vocab_size() == size < 400
-    )
+    assert sorted(vocabulary.values()) == list(range(size)) and size < 400
     assert (vocabulary[START_TEXT], vocabulary[END_TEXT]) == (size - 2, size - 1)
-    config = dataclasses.replace(
-        pretrain.TINY_SIZES, vocabulary_size=size, start_token=size - 2, end_token=size - 1
-    )
-    ids = clip.tokenize(tokenizer, texts, config)  # raises if a caption exceeds the context
     for text in texts[:200]:
-        words = re.findall(r"\w+|\.", text)
-        assert tokenizer.encode(text).tokens == [
-            START_TEXT,
-            *(f"{word}</w>" for word in words),
-            END_TEXT,
-        ]
-    assert ids.max() == size - 1
-
+        words = [f"{word}</w>" for word in re.findall(r"\w+|\.", text)]
+        assert tokenizer.encode(text).tokens == [START_TEXT, *words, END_TEXT]
     # The one-character tokens are the symbols that occur in words, with `</w>` if they end one.
     words = {word for text in texts for word in re.findall(r"\w+|\.", text)}
     symbols = {symbol for word in words for symbol in [*word[:-1], f"{word[-1]}</w>"]}
-    assert {token for token in vocabulary if len(token.removesuffix("</w>")) == 1} == symbols | {
-        "a</w>",
-        ".</w>",
-    }
-    for word in minidomain.CLASSES:
-        assert tokenizer.decode(tokenizer.encode(word).ids).removesuffix("</w>") == word
+    assert {token for token in vocabulary if len(token.removesuffix("</w>")) == 1} == symbols
+    assert captions.train_tokenizer(texts).to_str() == tokenizer.to_str()
 
 
-def test_tokenizer_is_deterministic() -> None:
-    texts = minidomain_captions(1000)
-    one, other = (pretrain.train_tokenizer(texts).to_str() for _ in range(2))
-    assert one == other
-
-
-def test_tokenizer_of_other_languages_and_vocabulary_size() -> None:
+def test_tokenizer_of_other_languages() -> None:
     texts = ["Grüße aus Köln!", "une fenêtre ouverte &amp; un café", "猫の写真", "it's 1999"] * 3
-    tokenizer = pretrain.train_tokenizer(texts, vocabulary_size=60)
-    assert tokenizer.get_vocab_size() <= 60
-    tokens = tokenizer.encode("it's a cat").tokens
-    assert tokens[0] == START_TEXT and tokens[-1] == END_TEXT
-    whole = pretrain.train_tokenizer(texts)
-    assert "fenêtre" in whole.decode(whole.encode("fenêtre").ids)
-    assert "1</w>" in whole.get_vocab() and "'s</w>" in whole.get_vocab()
+    tokenizer = captions.train_tokenizer(texts)
+    assert "fenêtre" in tokenizer.decode(tokenizer.encode("fenêtre").ids)
+    assert "1</w>" in tokenizer.get_vocab() and "'s</w>" in tokenizer.get_vocab()
 
 
-# ------------------------------------------------------------------------------------------------- captions and batches
-
-
-def captions_folder(folder: Path, number: int = 24, header: str = "filepath\ttitle\n") -> Path:
-    """Writes red and blue images with two captions each. Returns `folder`."""
-    rng = np.random.default_rng(0)
-    lines = []
-    for index in range(number):
-        name = f"{index}.png"
-        colour = ("red", "blue")[index % 2]
-        pixels = rng.integers(0, 60, (20, 30, 3), np.uint8)
-        pixels[..., 0 if colour == "red" else 2] += 180
-        Image.fromarray(pixels).save(folder / name)
-        lines += [f"{name}\ta {colour} image, {index // 2}\n", f"{name}\t{colour}\n"]
-    (folder / "captions.tsv").write_text(header + "".join(lines))
-    return folder
-
-
-@pytest.mark.parametrize("header", ["", "filepath\ttitle\n", "\ufefffilepath\ttitle\r\n"])
-def test_read_captions(tmp_path: Path, header: str) -> None:
-    files, captions = pretrain.read_captions(captions_folder(tmp_path, 3, header))
-    assert [file.path.name for file in files] == ["0.png", "1.png", "2.png"]
-    assert captions[2] == ["a red image, 1", "red"]
-    assert files[2].place.endswith(f"line {5 + bool(header)}")
-    assert pretrain.load_images(files, 12).shape == (3, 12, 12, 3)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (
-            "7.png\ta cat",
-            r"captions.tsv line 3: .*7.png does not exist: restore it or delete the line",
-        ),
-        ("0.png\t", r"captions.tsv line 3: the caption of 0.png is empty"),
-        ("0.png\t &nbsp; ", r"captions.tsv line 3: the caption of 0.png is empty"),
-        ("0.png a cat", r"captions.tsv line 3: '0.png a cat' is not 'path<TAB>text'"),
-        ("", r"captions.tsv line 3: '' is not 'path<TAB>text'"),
-        ("\ta cat", r"captions.tsv line 3: .* is not 'path<TAB>text'"),
-    ],
-)
-def test_wrong_line_of_captions(tmp_path: Path, line: str, message: str) -> None:
-    lines = (captions_folder(tmp_path, 1) / "captions.tsv").read_text().splitlines()
-    (tmp_path / "captions.tsv").write_text("\n".join([*lines[:2], line, lines[2]]) + "\n")
-    with pytest.raises(InputError, match=message):
-        pretrain.read_captions(tmp_path)
-
-
-def test_unusable_captions_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"captions .*captions.tsv cannot be read"):
-        pretrain.read_captions(tmp_path)
-    (tmp_path / "captions.tsv").write_text("filepath\ttitle\n")
-    with pytest.raises(InputError, match=r"captions.tsv lists no image"):
-        pretrain.read_captions(tmp_path)
-    files, _ = pretrain.read_captions(captions_folder(tmp_path, 2))
-    (tmp_path / "1.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"captions.tsv line 4: .*1.png is no readable image"):
-        pretrain.load_images(files, 12)
+# ----------------------------------------------------------------------------- batches and training
 
 
 def test_batch_is_a_pure_function_of_its_number() -> None:
     """Images and captions match, each epoch has every image at most once, and seeds differ."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, 12, 12, 3), np.uint8)
-    images[:, 2:10, 2:10] = np.arange(20, dtype=np.uint8)[
-        :, None, None, None
-    ]  # the middle identifies the image
-    first = np.array([0, *np.cumsum(1 + np.arange(20) % 3)])
-    ids = np.repeat(np.arange(20), np.diff(first)).astype(np.int32)[:, None]
-    corpus = pretrain.Corpus(images, ids, first)
+    images[:, 2:10, 2:10] = np.arange(20)[:, None, None, None]  # the middle identifies the image
+    ids = np.stack([np.repeat(np.arange(20), 4), np.tile(np.arange(4), 20)], 1).astype(np.int32)
+    corpus = pretrain.Corpus(images, ids)
     forward = [pretrain.draw_batch(corpus, t, RECIPE, 5) for t in range(6)]
     for t in (5, 2, 4, 0):
-        pretrain.epoch_order.cache_clear()
         again = pretrain.draw_batch(corpus, t, RECIPE, 5)
         assert all(np.array_equal(again[name], forward[t][name]) for name in again)
     for batch in forward:
         np.testing.assert_array_equal(batch["ids"][:, 0], batch["image"][:, 6, 6, 0])
         assert batch["image"].dtype == np.uint8
+    assert {*np.concatenate([batch["ids"][:, 1] for batch in forward])} == {0, 1, 2, 3}
     for epoch in range(3):  # two batches of 8 from 20 images
         assert len({*forward[2 * epoch]["ids"][:, 0], *forward[2 * epoch + 1]["ids"][:, 0]}) == 16
     assert not np.array_equal(forward[0]["ids"], pretrain.draw_batch(corpus, 0, RECIPE, 6)["ids"])
@@ -318,7 +267,7 @@ def test_batch_is_a_pure_function_of_its_number() -> None:
 
 def test_shifts_repeat_the_edges() -> None:
     images = np.random.default_rng(0).integers(0, 256, (8, 12, 12, 3), np.uint8)
-    corpus = pretrain.Corpus(images, np.arange(8, dtype=np.int32)[:, None], np.arange(9))
+    corpus = pretrain.Corpus(images, np.repeat(np.arange(8, dtype=np.int32), 4)[:, None])
     seen = set()
     for t in range(20):
         batch = pretrain.draw_batch(corpus, t, RECIPE, 0)
@@ -335,76 +284,49 @@ def test_shifts_repeat_the_edges() -> None:
     assert len(seen) == 25
 
 
-# --------------------------------------------------------------------------------------------------------- pre-training
-
-
-def test_command_on_a_folder_lowers_the_loss(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_command_lowers_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """20 steps, with the loss of every step recorded."""
-    monkeypatch.setattr(pretrain, "TINY_SIZES", SMALL)
+    """20 steps on 24 images, with the loss of every step recorded."""
+    small = dataclasses.replace(pretrain.TINY_SIZES, vision=SMALL.vision, text=SMALL.text)
+    monkeypatch.setattr(pretrain, "TINY_SIZES", small)
+    monkeypatch.setattr(pretrain, "draw_corpus", lambda: captions.draw_corpus(24))
+    accuracies = {domain: index / 8 for index, domain in enumerate(minidomain.DOMAINS)}
+    monkeypatch.setattr(pretrain, "zero_shot_accuracies", lambda *_: accuracies)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--the", "options"])
     losses = []
     clip_step = pretrain.clip_step
 
-    def recording_step(
-        state: pretrain.PretrainingState, batch: dict
-    ) -> tuple[pretrain.PretrainingState, dict]:
-        state, metrics = clip_step(state, batch)
+    def recording_step(*arguments: object) -> tuple[pretrain.State, dict]:
+        state, metrics = clip_step(*arguments)
         losses.append(float(metrics["loss"]))
         return state, metrics
 
     monkeypatch.setattr(pretrain, "clip_step", recording_step)
-    (tmp_path / "in").mkdir()
-    options = {
-        "out": tmp_path / "out",
-        "data_root": captions_folder(tmp_path / "in"),
-        "recipe": dataclasses.replace(RECIPE, learning_rate=4e-3),
-    }
-    pretrain.main(**options)
-    assert len(losses) == 20 and np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
-    model, tokenizer = weights.load(str(tmp_path / "out"))
-    assert (
-        model.config.image_size == 12 and tokenizer.get_vocab_size() == model.config.vocabulary_size
-    )
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "`python -m tools.pretrain --the options`" in card
-        and "seed 0" in card
-        and "steps 20" in card
-        and "accurac" not in card
-    )
-    with pytest.raises(InputError, match="is not empty: give --overwrite"):
-        pretrain.main(**options)
+    out = tmp_path / "out"
+    recipe = dataclasses.replace(RECIPE, learning_rate=4e-3)
+    pretrain.main(out, recipe=recipe)
+    assert len(losses) == 20 and np.mean(losses[-4:]) < 0.95 * np.mean(losses[:4])
+    model, tokenizer = weights.load(str(out))
+    assert model.config.vision == SMALL.vision
+    assert tokenizer.get_vocab_size() == model.config.vocabulary_size
+    card = (out / "README.md").read_text()
+    assert capsys.readouterr().out == card + "\n"
+    assert "`python -m tools.pretrain --the options`" in card
+    assert "seed 0" in card and "steps 20" in card
+    table = "|---|---|---|---|---|---|\n| val | {0} |\n| test | {0} |\n"
+    assert card.endswith(table.format("0.0 | 12.5 | 25.0 | 37.5 | 50.0"))
+    with raises("out exists: give a new folder"):
+        pretrain.main(out)
+    with raises("does not divide among 8 devices"):
+        pretrain.main(tmp_path / "new", recipe=dataclasses.replace(RECIPE, batch_size=4))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": 0}, "--steps is 0"),
-        ({"batch_size": 0}, "--batch-size is 0"),
-        ({"batch_size": 4}, "does not divide among 8 devices"),
-        ({"batch_size": 32}, "24 images are fewer than a batch"),
-        ({"learning_rate": -1.0}, "--learning-rate is -1"),
-        ({"seed": -1}, "--seed is -1"),
-    ],
-)
-def test_bad_options(tmp_path: Path, changes: dict, message: str) -> None:
-    seed = changes.pop("seed", 0)
-    recipe = (
-        dataclasses.replace(RECIPE, steps=2, **changes)
-        if "steps" not in changes
-        else pretrain.Recipe(**changes)
-    )
-    with pytest.raises(InputError, match=message):
-        pretrain.main(tmp_path / "out", captions_folder(tmp_path), seed, recipe=recipe)
-
-
-# ------------------------------------------------------------------------------------------------------ the tiny model
+# ----------------------------------------------------------------------------------- the tiny model
 
 
 def test_stored_model_agrees_with_its_card() -> None:
-    """Sizes, tokenizer, and zero-shot accuracies on `val`, with a tolerance for rounding on other CPUs."""
+    """Sizes, tokenizer, and zero-shot accuracies on `val`, up to rounding on other CPUs."""
     assert sum(path.stat().st_size for path in TINY_CLIP.iterdir()) < 2e6
     model, tokenizer = weights.load(str(TINY_CLIP))
     size = model.config.vocabulary_size

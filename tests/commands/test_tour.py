@@ -1,4 +1,5 @@
-"""The notebook tour.ipynb, executed: it prints what it is stored with, and the answers to its exercises hold.
+"""The notebook tour.ipynb, executed: it prints what it is stored with, and the answers to its
+exercises hold.
 
 `python tests/test_tour.py` stores the outputs again.
 """
@@ -55,8 +56,9 @@ def printed(cell: NotebookNode) -> str:
 def assert_equal_numbers(stored: str, found: str) -> None:
     """Integers are equal; decimals differ by at most 1 %, or by one in the last place.
 
-    Training amplifies the rounding of other CPUs. With weights changed by 1e-6, ten times float32's rounding, decimals
-    differ by at most 0.2 %, and no accuracy does. 1 % of an accuracy is up to two images of 300.
+    Training amplifies the rounding of other CPUs. With weights changed by 1e-6, ten times float32's
+    rounding, decimals differ by at most 0.2 %, and no accuracy does. 1 % of an accuracy is up to
+    two images of 300.
     """
     for old, new in zip(NUMBER.findall(stored), NUMBER.findall(found), strict=True):
         if "." not in old:

@@ -22,9 +22,11 @@ import train
 from support import devices, errors, layouts, weights
 from support.layouts import minidomain
 from support.report import tables
-from support.run import options
-from support.run import setup as opening
+from support.run import checks, options
+from support.run import finished as finished_runs
 from support.run.options import Command
+from support.run.setup import open_setups
+from tools import export_minidomain
 
 
 def test_run_from_start_to_table(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +77,8 @@ def test_run_from_start_to_table(command: Command, capsys: pytest.CaptureFixture
         and config["versions"]["jax"] == jax.__version__
     )
 
-    # The selected model is a model: loaded again, with its head, it has the results that were written.
+    # The selected model is a model: loaded again, with its head, it has the results that were
+    # written.
     best, _ = weights.load(str(folder / "best"))
     head = load_file(folder / "best" / "head.safetensors")["head"]
     assert json.loads((folder / "best" / "classes.json").read_text()) == config["classes"]
@@ -105,7 +108,7 @@ def test_same_seed_same_bits(command: Command) -> None:
 
 
 def test_the_most_accurate_model_is_kept(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Selection accuracies are 0.2, 0.6, 0.6 after steps 2, 4 and 6: the first of the best is kept."""
+    """Accuracies are 0.2, 0.6, 0.6 after steps 2, 4 and 6: the first of the best is kept."""
     kept = []
     selection = iter([1, 3, 3])
     predict = evaluation.predict
@@ -128,8 +131,8 @@ def test_the_most_accurate_model_is_kept(command: Command, monkeypatch: pytest.M
 
 def test_steps_that_are_due() -> None:
     """Every third, and the last one: of a method without steps, that is step 0."""
-    assert [step for step in range(9) if train._is_due(step, 3, 8)] == [3, 6, 8]
-    assert train._is_due(0, 3, 0)
+    assert [step for step in range(9) if train.is_due(step, 3, 8)] == [3, 6, 8]
+    assert train.is_due(0, 3, 0)
 
 
 def test_exported_benchmark_gives_the_same_numbers(
@@ -138,7 +141,7 @@ def test_exported_benchmark_gives_the_same_numbers(
     """`--data minidomain`, and `--data domainnet` on the exported PNG files."""
     monkeypatch.setenv("LIPSUM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(minidomain, "SIZES", {"train": 40, "val": 20, "test": 20})
-    minidomain.main(export=tmp_path / "export")
+    export_minidomain.main(tmp_path / "export")
     drawn = changed(
         command,
         data="minidomain",
@@ -184,7 +187,8 @@ def test_exact_lipsum_averages_over_the_users_texts(command: Command, tmp_path: 
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     command = changed(command, method=("lipsum-exact",), guidance=tmp_path / "texts.txt")
     (run,) = options.runs(command)
-    frozen = train.freeze(run, opening.prepare(run.sources, command.execution, 8))
+    (setup,) = open_setups([run.sources], options.resolved(command).execution, 8)
+    frozen = train.freeze(run, setup)
     model, tokenizer = weights.load(command.sources.model)
     features = [
         model.text(jnp.asarray(ids)) for ids in clip.tokenize(tokenizer, texts, model.config)
@@ -193,7 +197,7 @@ def test_exact_lipsum_averages_over_the_users_texts(command: Command, tmp_path: 
     np.testing.assert_allclose(frozen.second_moment, expected, atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -204,7 +208,7 @@ def test_exact_lipsum_averages_over_the_users_texts(command: Command, tmp_path: 
         ({"model": "ViT-B16"}, "unknown model preset 'ViT-B16': did you mean ViT-B/16"),
         ({"model": "missing.pt"}, "missing.pt do not exist"),
         ({"reference": ("reel",)}, "unknown split 'reel': did you mean real"),
-        ({"reference": ()}, "--reference is needed with --data domainnet: one of real, sketch"),
+        ({"reference": ""}, "--reference is needed with --data domainnet: one of real, sketch"),
         ({"shifts": ("sketsh",)}, "unknown split 'sketsh': did you mean sketch"),
         ({"shifts": ("real",)}, "'real' is the reference and a shift at once"),
         ({"data_root": None}, "--data-root is needed with --data domainnet"),
@@ -220,12 +224,11 @@ def test_exact_lipsum_averages_over_the_users_texts(command: Command, tmp_path: 
         ),
         (
             {"templates": "a photo"},
-            "--templates 'a photo' is neither openai nor a prompt with {}, and as a file it cannot be read",
+            "--templates 'a photo' is neither openai nor a prompt with {}, and as a file it cannot",
         ),
         ({"templates": "a {} " + "x" * 60}, "tokens, the model takes 38: shorten it"),
         ({"seed": (-1,)}, "--seed"),
         ({"method": ("clip",)}, "unknown method 'clip'"),
-        ({"steps": ()}, "--steps has no value: give one or more"),
         ({"data": "captions"}, "unknown data set 'captions'"),
         (
             {"method": ("ft", "car-ft")},
@@ -257,14 +260,17 @@ def test_bad_input_is_one_line_and_makes_nothing(
 
 
 def test_what_the_prompts_cannot_tell_apart_is_said(command: Command, tmp_path: Path) -> None:
-    """Texts that are equal after OpenAI's cleaning, and unseen classes that a split lacks, get a warning each."""
+    """Texts that are equal after OpenAI's cleaning, and unseen classes that a split lacks, get a
+    warning each.
+    """
     (tmp_path / "prompts.txt").write_text("a {}.\nA  {}.\n")
     command = changed(command, method=("mse-fixed",), templates=str(tmp_path / "prompts.txt"))
     runs = list(options.runs(command))
-    setup = opening.prepare(runs[0].sources, command.execution, 8)
-    assert list(opening.doubts(setup, runs)) == [
+    (setup,) = open_setups([runs[0].sources], options.resolved(command).execution, 8)
+    assert list(checks.warnings_for_setup(setup, runs)) == [
         f"--templates {tmp_path / 'prompts.txt'} repeats prompts, which count as often: A  {{}}.",
-        "mse-fixed with one prompt holds one direction of the features: give --templates openai or several",
+        "mse-fixed with one prompt holds one direction of the features: "
+        "give --templates openai or several",
     ]
     sketch = data.take(
         setup.data.reports["sketch"], np.flatnonzero(setup.data.reports["sketch"].labels), "sketch"
@@ -272,12 +278,12 @@ def test_what_the_prompts_cannot_tell_apart_is_said(command: Command, tmp_path: 
     reports = setup.data.reports | {"sketch": sketch}
     setup = dataclasses.replace(
         setup,
-        templates=("a {}.",),
+        model=dataclasses.replace(setup.model, templates=("a {}.",)),
         classes=("dog", "ice cream", "Dog"),
         seen=np.array([1, 2]),
         data=dataclasses.replace(setup.data, reports=reports),
     )
-    assert list(opening.doubts(setup, [])) == [
+    assert list(checks.warnings_for_setup(setup, [])) == [
         "classes with the prompts of an earlier class are never predicted zero-shot: Dog",
         "sketch lacks all 1 unseen classes: its unseen accuracy is over those that it has",
     ]
@@ -335,9 +341,9 @@ def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
     shown = run("train.py", "--help")
     assert shown.returncode == 0
     assert shown.stderr == "" and "(default: )" not in shown.stdout
-    boxes = (options.Command, options.Sources, options.Sweep, options.Execution, options.Cluster)
+    boxes = (options.Command, options.Sources, lipsum.Settings, options.Execution, options.Cluster)
     named = {field.name for box in boxes for field in dataclasses.fields(box)}
-    for name in named - {"sources", "settings", "execution", "cluster"}:
+    for name in named - {"sources", "settings", "execution", "cluster", "sweep"}:
         assert errors.flag(name) in shown.stdout
     for title in ("sources", "settings", "execution", "cluster"):
         assert f"─ {title} options ─" in shown.stdout
@@ -370,13 +376,16 @@ def test_command_line(model: Path, root: Path, tmp_path: Path) -> None:
     assert failed.stderr.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------------------------------- sweeps
+# ------------------------------------------------------------------------------------------- sweeps
 
 
 def test_sweep_over_references_and_rates(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each reference has its own data and table. Finished runs are kept if their settings are unchanged."""
+    """Each reference has its own data and table.
+
+    Finished runs are kept if their settings are unchanged.
+    """
     sweep = changed(
         command, method=("ft",), reference=("real", "sketch"), learning_rate=(1e-3, 1e-2)
     )
@@ -399,7 +408,7 @@ def test_sweep_over_references_and_rates(
     assert "was made with other settings (--warmup 0.1, now 0.5)" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ generalised zero-shot
+# ---------------------------------------------------------------------------- generalised zero-shot
 
 
 def test_unseen_classes_are_reported_and_not_trained(
@@ -415,7 +424,7 @@ def test_unseen_classes_are_reported_and_not_trained(
     assert results["settings"]["fixed_head"] and results["settings"]["unseen"] == ["guitar"]
 
     # Against brute force: the saved model over all three classes, image by image.
-    (run,), setup = opening.open_runs(given(folder))
+    (run,), setup = finished_runs.open_runs([folder], options.Places())
     assert setup.data.train.classes == ("ice cream", "dog") and set(setup.data.train.labels) == {
         0,
         1,
@@ -456,11 +465,13 @@ def test_bad_unseen_classes(changes: dict[str, object], message: str, command: C
         train.main(changed(command, **changes))
 
 
-# ----------------------------------------------------------------------------------------------- all methods, post-hoc
+# ---------------------------------------------------------------------------- all methods, post-hoc
 
 
 def test_methods_that_start_elsewhere(command: Command, tmp_path: Path) -> None:
-    """LP trains only the head, LP-FT starts there, Scratch-FT at zeros; a fixed head stays; guidance is read."""
+    """LP trains only the head, LP-FT starts there, Scratch-FT at zeros; a fixed head stays;
+    guidance is read.
+    """
     (tmp_path / "texts.txt").write_text("red\nblue paint\na dog\nthe guitar\n")
     fixed = changed(
         command,
@@ -472,7 +483,7 @@ def test_methods_that_start_elsewhere(command: Command, tmp_path: Path) -> None:
     # At a rate of zero, Scratch-FT stays where it starts.
     train.main(changed(command, method=("scratch-ft",), learning_rate=(0.0,)))
     runs = {
-        name: opening.read_run(command.out / name / "seed-0")
+        name: finished_runs.read_run(command.out / name / "seed-0")
         for name in (*fixed.method, "scratch-ft")
     }
     zero_shot, _ = weights.load(command.sources.model)
@@ -485,7 +496,8 @@ def test_methods_that_start_elsewhere(command: Command, tmp_path: Path) -> None:
     ):
         np.testing.assert_array_equal(old, new)
     assert runs["lp"].results["steps"] == 0 and runs["lp-ft"].results["steps"] == 6
-    # Three colours are three classes: a linear probe of a random tower classifies them better than chance.
+    # Three colours are three classes: a linear probe of a random tower classifies them better than
+    # chance.
     assert runs["lp"].results["splits"]["real"]["accuracy"] > 0.5
 
 
@@ -504,7 +516,7 @@ def test_bad_guidance(command: Command, tmp_path: Path, text: str, message: str)
         train.main(changed(command, guidance=tmp_path / "texts.txt"))
 
 
-# ------------------------------------------------------------------------------------------- analysis of finished runs
+# ------------------------------------------------------------------------ analysis of finished runs
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def save(checkpoints: Checkpoints, step: int, value: float = 0.0) -> None:
     checkpoints.wait()
 
 
-# -------------------------------------------------------------------------------------------------- files and folders
+# -------------------------------------------------------------------------------- files and folders
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
@@ -68,7 +68,8 @@ def test_a_folder_is_locked_to_other_processes(tmp_path: Path) -> None:
     """Until the holder ends, even if it is killed. No lock file remains."""
     folder = tmp_path / "runs" / "ft" / "seed-0"
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from support import disk; from pathlib import Path\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from support import disk; from pathlib import Path\n"
         "with disk.locked(Path(sys.argv[2])): print('locked', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(Path(disk.__file__).parents[1]), str(folder)]
@@ -98,7 +99,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pass
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def test_the_two_newest_are_kept(tmp_path: Path) -> None:
@@ -171,7 +172,9 @@ def test_a_failed_write_raises(tmp_path: Path) -> None:
 
 @EXAMPLES
 def test_any_damage_to_a_checkpoint_is_noticed(examples: int, tmp_path: Path) -> None:
-    """With some bytes changed or an end missing, a checkpoint is read as it was written, or refused."""
+    """With some bytes changed or an end missing, a checkpoint is read as it was written, or
+    refused.
+    """
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save({"step": 3, "best": 0.5}, ARRAYS)
     path = tmp_path / "step-3.safetensors"

@@ -40,8 +40,11 @@ INTERRUPT = "signal.raise_signal(signal.SIGINT)"
     ],
 )
 def test_ctrl_c_at_any_time_is_one_line(code: str) -> None:
-    """Also where a library turns it into an error of its own, or where Python ignores what a callback raises."""
-    handled = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # it may be ignored here
+    """Also where a library turns it into an error of its own, or where Python ignores what a
+    callback raises.
+    """
+    # It may be ignored here
+    handled = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = python(f"{handled}; quiet_interrupts(); {code}")
     assert (process.communicate(timeout=60)[1], process.returncode) == (b"interrupted\n", 130)
 

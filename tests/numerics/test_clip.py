@@ -1,4 +1,6 @@
-"""Compares the towers, heads and tokenizer of clip.py with PyTorch `transformers` and OpenAI's tokenizer."""
+"""Compares the towers, heads and tokenizer of clip.py with PyTorch `transformers` and OpenAI's
+tokenizer.
+"""
 
 import dataclasses
 import gzip
@@ -95,7 +97,7 @@ def test_towers_stage_by_stage(file: str) -> None:
 
 
 def test_shorter_texts_give_the_same_features() -> None:
-    """`prompt_features` cuts padding, so tokens after the end token must not change the features."""
+    """`prompt_features` cuts padding: tokens after the end token must not change features."""
     model = seeded_model("tiny")
     ids = np.zeros((2, model.config.context_length), np.int32)
     ids[:, :4] = [[98, 5, 99, 0], [98, 7, 8, 99]]
@@ -173,7 +175,9 @@ def test_random_initialisation_has_the_scales_of_openai() -> None:
 
 
 def test_standardize() -> None:
-    """Bytes and floats in [0, 1] give the same values, computed here per channel, with the tower's own statistics."""
+    """Bytes and floats in [0, 1] give the same values, computed here per channel, with the tower's
+    own statistics.
+    """
     image = np.array([[[0, 128, 255]]], np.uint8)
     config = clip.Config(
         8, 4, clip.Transformer(8, 1, 1, 8), clip.Transformer(8, 1, 1, 8), embedding_size=4
@@ -220,7 +224,7 @@ def test_prompt_features_do_not_depend_on_batches() -> None:
             close(actual, text_features(model.text, jnp.asarray(ids))[0], 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +238,8 @@ def test_tokenizer_matches_openai(tokenizer, monkeypatch: pytest.MonkeyPatch) ->
     recorded = json.loads(gzip.decompress((REFERENCE / "tokenizer.json.gz").read_bytes()))[
         "strings"
     ]
-    # Here, the text of a special token is always a special token; in OpenAI's code, only where a word may begin.
+    # Here, the text of a special token is always a special token; in OpenAI's code, only where a
+    # word may begin.
     strings = [(text, ids) for text, ids in recorded if "oftext" not in clip.clean_text(text)]
     assert len(strings) > 2_700
     for text, ids in strings:
@@ -268,7 +273,9 @@ def test_tokenize_adds_start_end_and_padding(tokenizer) -> None:
 
 
 def test_words_of_a_vocabulary_of_bytes() -> None:
-    """Ids by hand: each word's last byte ends it, digits are words of their own, and only "dog" is one token."""
+    """Ids by hand: each word's last byte ends it, digits are words of their own, and only "dog" is
+    one token.
+    """
     pieces = ["i", "t</w>", "'", "s</w>", "4</w>", "2</w>", "dog</w>", "!", "?</w>"]
     ids = TOKENIZER.encode(clip.clean_text("It's 42 DOG !?"), add_special_tokens=False).ids
     assert ids == [TOKENIZER.token_to_id(piece) for piece in pieces]

@@ -1,4 +1,6 @@
-"""The equations of lipsum.py against computations by hand, its steps against the authors' own script."""
+"""The equations of lipsum.py against computations by hand, its steps against the authors' own
+script.
+"""
 
 import dataclasses
 import functools
@@ -20,7 +22,7 @@ import lipsum
 from support import devices
 from tools import seeded
 
-# ------------------------------------------------------------------------------------------------- equations by hand
+# -------------------------------------------------------------------------------- equations by hand
 
 
 def unit_rows(rows: int, dim: int, seed: int) -> jax.Array:
@@ -60,7 +62,10 @@ def test_equations_4_and_5() -> None:
 
 
 def test_equations_6_to_8() -> None:
-    """The energy gap by loops. Lipsum-FT's loss by loops, which is tau^2 / 2 times the gap over the same texts."""
+    """The energy gap by loops.
+
+    Lipsum-FT's loss by loops, which is tau^2 / 2 times the gap over the same texts.
+    """
     gaps = [
         (sum(t * x) - sum(t * y)) ** 2 for x, y in zip(IMAGES, OTHER, strict=True) for t in TEXTS
     ]
@@ -73,25 +78,28 @@ def test_equations_6_to_8() -> None:
     frozen = lipsum.Frozen(
         lipsum.Classifier(model.vision, jnp.zeros((40, 2))),
         model.text,
-        jnp.zeros((40, 2)),
         TAU,
         lipsum.Settings(num_texts=4),
-        guidance=ids,
+        guidance_ids=ids,
     )
     pairs = zip(np.asarray(images), np.asarray(other), strict=True)
     terms = [(20 * sum(t * x) - 20 * sum(t * y)) ** 2 for x, y in pairs for t in np.asarray(texts)]
     # It draws all four texts.
-    loss = jax.jit(lipsum.lipsum_loss)(frozen.zero_shot, images, other, frozen, jax.random.key(0))
+    given = lipsum.Given(frozen.zero_shot, images, other, frozen, jax.random.key(0))
+    loss = jax.jit(lipsum.lipsum_loss)(given)
     np.testing.assert_allclose(loss, sum(terms) / (3 * 2 * 4), rtol=1e-5)
     np.testing.assert_allclose(loss, 20**2 / 2 * lipsum.energy_gap(images, other, texts), rtol=1e-5)
 
 
 def test_equation_13_by_hand() -> None:
-    """The teacher comes first and has its own head. At a small tau: if both are sure of one class, nothing is seen."""
+    """The teacher comes first and has its own head.
+
+    At a small tau: if both are sure of one class, nothing is seen.
+    """
     model, tau = seeded_model("tiny"), jnp.float32(2)
     heads = unit_rows(5, 6, 3), unit_rows(5, 6, 4)
     student, teacher = (lipsum.Classifier(model.vision, head) for head in heads)
-    frozen = lipsum.Frozen(teacher, model.text, jnp.zeros((5, 2)), tau)
+    frozen = lipsum.Frozen(teacher, model.text, tau)
     divergences = []
     for image, other in zip(np.asarray(IMAGES), np.asarray(OTHER), strict=True):
         p, zero_shot_p = (
@@ -100,16 +108,19 @@ def test_equation_13_by_hand() -> None:
         )
         divergences.append(sum(zero_shot_p * np.log(zero_shot_p / p)))
     assert np.mean(divergences) > 0.1
-    loss = lipsum.kd_loss(student, IMAGES, OTHER, frozen, jax.random.key(0))
+    loss = lipsum.kd_loss(lipsum.Given(student, IMAGES, OTHER, frozen, jax.random.key(0)))
     np.testing.assert_allclose(loss, np.mean(divergences), rtol=1e-5)
 
 
 def test_energy_gap_by_one_matrix_and_by_every_pair() -> None:
-    """Equation 6 over 10,000 random texts: `d^T C2 d` against all images times all texts, to 1e-5 relative."""
+    """Equation 6 over 10,000 random texts:
+
+    `d^T C2 d` against all images times all texts, to 1e-5 relative.
+    """
     text = seeded_model("tiny").text
     images, zero_shot = clip.normalize(jax.random.normal(jax.random.key(0), (2, 12, 40)))
     ids = lipsum.random_texts(text, 10_000, 8, jax.random.key(0))
-    texts = lipsum.features_of_many(text, ids)
+    texts = lipsum.embed_many_texts(text, ids)
     second_moment = lipsum.text_second_moment(text, None, 8)
     expected = np.mean(
         ((np.asarray(images - zero_shot, np.float64)) @ np.asarray(texts, np.float64).T) ** 2
@@ -147,7 +158,9 @@ def test_random_texts_are_uniform_over_the_other_tokens(special: tuple[int, int]
 
 @jax.numpy_dtype_promotion("standard")
 def test_learning_rate_schedule() -> None:
-    """Linear from 0 over the first tenth, then half a cosine to 0; without a warm-up, the peak at once."""
+    """Linear from 0 over the first tenth, then half a cosine to 0; without a warm-up, the peak at
+    once.
+    """
     rate = lipsum.learning_rate(lipsum.Settings(steps=100, learning_rate=2.0))
     steps = np.arange(101)
     expected = np.where(steps < 10, steps / 10 * 2.0, 1 + np.cos(np.pi * (steps - 10) / 90))
@@ -160,7 +173,7 @@ def test_learning_rate_schedule() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ the authors' script
+# ------------------------------------------------------------------------------ the authors' script
 
 SIZES = seeded.ARCHITECTURES["tiny"] | {
     "vision_layers": 2,
@@ -194,7 +207,9 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 @functools.cache
 def original_weights() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Zero-shot weights, and the same with a perturbed vision tower, as the recording of `original.npz` drew them."""
+    """Zero-shot weights, and the same with a perturbed vision tower, as the recording of
+    `original.npz` drew them.
+    """
     skeleton = eqx.filter_eval_shape(clip.CLIP, config_of(SIZES), jax.random.key(0))
     zero_shot = {"logit_scale": np.array(np.log(100.0), np.float32)}
     for name, leaf in eqx.filter_eval_shape(clip.to_state_dict, skeleton, "hugging_face").items():
@@ -235,7 +250,9 @@ def test_original_weights_are_those_recorded() -> None:
 
 
 def original_models() -> tuple[clip.CLIP, lipsum.Frozen, lipsum.Classifier]:
-    """The zero-shot model, what is frozen, and the perturbed classifier that the script's step starts from."""
+    """The zero-shot model, what is frozen, and the perturbed classifier that the script's step
+    starts from.
+    """
     values = original()
     zero_shot, trained = (
         clip.from_state_dict(weights, config_of(SIZES), "hugging_face", "original")
@@ -244,7 +261,6 @@ def original_models() -> tuple[clip.CLIP, lipsum.Frozen, lipsum.Classifier]:
     frozen = lipsum.Frozen(
         zero_shot=lipsum.Classifier(zero_shot.vision, jnp.asarray(values["cls0"])),
         text=zero_shot.text,
-        context_head=jnp.zeros((32, 1)),
         tau=jnp.exp(zero_shot.logit_scale),
         settings=lipsum.Settings(steps=20),
     )
@@ -267,7 +283,7 @@ def with_texts(frozen: lipsum.Frozen, step: int) -> lipsum.Frozen:
     """`frozen` with the script's texts of the given step as guidance: all of them are drawn."""
     texts = jnp.asarray(original()["token_ids"][step])
     return eqx.tree_at(
-        lambda frozen: frozen.guidance, frozen, texts, is_leaf=lambda leaf: leaf is None
+        lambda frozen: frozen.guidance_ids, frozen, texts, is_leaf=lambda leaf: leaf is None
     )
 
 
@@ -290,12 +306,14 @@ def test_original_stages() -> None:
         )
 
 
-@pytest.mark.parametrize(("loss", "prefix"), [(None, "ft/"), (lipsum.lipsum_loss, "")])
-def test_original_losses_and_gradients(loss: lipsum.MethodLoss | None, prefix: str) -> None:
+@pytest.mark.parametrize(("method", "prefix"), [("ft", "ft/"), ("lipsum", "")])
+def test_original_losses_and_gradients(method: str, prefix: str) -> None:
     zero_shot, frozen, classifier = original_models()
     values = original()
     gradient_of = jax.jit(
-        jax.value_and_grad(functools.partial(lipsum.objective, loss), has_aux=True)
+        jax.value_and_grad(
+            functools.partial(lipsum.objective, lipsum.METHODS[method]), has_aux=True
+        )
     )
     (value, terms), gradient = gradient_of(
         classifier, with_texts(frozen, 0), original_batch(), jax.random.key(0)
@@ -308,7 +326,8 @@ def test_original_losses_and_gradients(loss: lipsum.MethodLoss | None, prefix: s
         np.testing.assert_allclose(terms["regularizer"], values["feat_regularization"], rtol=1e-5)
     leaves, compared = named(zero_shot, gradient), 0
     for name, expected in entries(f"{prefix}grad/").items():
-        # A constant added to every key changes no attention: this gradient is zero, and noise in practice.
+        # A constant added to every key changes no attention: this gradient is zero, and noise in
+        # practice.
         if name != "logit_scale" and not name.endswith("k_proj.bias"):
             np.testing.assert_allclose(
                 leaves[name], expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=name
@@ -326,7 +345,7 @@ def test_original_three_steps() -> None:
     )
     for step in range(3):
         placed = with_texts(frozen, step)
-        state, metrics = lipsum.training_step(lipsum.lipsum_loss)(
+        state, metrics = lipsum.training_step(lipsum.METHODS["lipsum"])(
             state, placed, original_batch(), jax.random.key(0)
         )
         expected = entries(f"steps/{step}/")
@@ -348,7 +367,7 @@ def test_original_three_steps() -> None:
                 assert np.abs(expected - start[name]).max() > 5e-6
 
 
-# ------------------------------------------------------------------------------------------ every method, in PyTorch
+# ------------------------------------------------------------------------- every method, in PyTorch
 
 TRAINED = [name for name, method in lipsum.METHODS.items() if method.trained]
 
@@ -383,7 +402,7 @@ def nano_setup(
         settings=lipsum.Settings(
             steps=20, learning_rate=1e-3, weight=0.7, num_texts=9, temperature=2.0
         ),
-        guidance=jnp.asarray(inputs["texts"]),
+        guidance_ids=jnp.asarray(inputs["texts"]),
         second_moment=texts.T @ texts / len(texts),
     )
     classifier = lipsum.Classifier(
@@ -407,9 +426,10 @@ def test_losses_and_gradients_equal_pytorch(method: str) -> None:
         classifier = lipsum.Classifier(classifier.vision, 0 * classifier.head)
     expected = methods_reference()
     frozen = dataclasses.replace(frozen, tau=jnp.asarray(expected[f"{method}/tau"]))
-    loss = lipsum.METHODS[method].loss
     (value, _), gradient = jax.jit(
-        jax.value_and_grad(functools.partial(lipsum.objective, loss), has_aux=True)
+        jax.value_and_grad(
+            functools.partial(lipsum.objective, lipsum.METHODS[method]), has_aux=True
+        )
     )(classifier, frozen, batch, jax.random.key(0))
     np.testing.assert_allclose(value, expected[f"{method}/loss"], rtol=1e-5)
     model = eqx.tree_at(lambda model: model.vision, zero_shot, gradient.vision)
@@ -429,7 +449,9 @@ def test_losses_and_gradients_equal_pytorch(method: str) -> None:
 
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch):
-    """JAX in float64 throughout: its own attention takes the softmax in float32 whatever it is given."""
+    """JAX in float64 throughout: its own attention takes the softmax in float32 whatever it is
+    given.
+    """
 
     def attention(query, key, value, is_causal):
         scores = jnp.einsum("thd,shd->hts", query, key) / math.sqrt(query.shape[-1])
@@ -456,10 +478,11 @@ def test_gradients_are_those_of_finite_differences() -> None:
         features = lipsum.embed_images(moved.vision, frozen, batch)
         zero_shot_features = lipsum.embed_images(frozen.zero_shot.vision, frozen, batch)
         fit = lipsum.cross_entropy(lipsum.logits(features, moved.head, frozen.tau), batch["label"])
-        arguments = moved, features, zero_shot_features, frozen, jax.random.key(0)
-        return jnp.stack([fit, *(loss(*arguments) for loss in losses.values())])
+        given = lipsum.Given(moved, features, zero_shot_features, frozen, jax.random.key(0))
+        return jnp.stack([fit, *(loss(given) for loss in losses.values())])
 
-    # One compilation gives both: values beside the point and the slopes in it, by the backward pass.
+    # One compilation gives both: values beside the point and the slopes in it, by the backward
+    # pass.
     values, slopes = jax.jit(lambda t: (jax.vmap(along)(t), jax.jacrev(along)(t[1])))(
         jnp.array([-1e-6, 0.0, 1e-6])
     )
@@ -482,9 +505,7 @@ def test_kld_tends_to_equation_21() -> None:
             jnp.asarray(np.asarray(v), jnp.float64),
             jnp.asarray(np.asarray(zero_shot_v), jnp.float64),
         )
-        np.testing.assert_allclose(
-            lipsum.kld_with_temperature(v, zero_shot_v, 1e4), limit, rtol=1e-3
-        )
+        np.testing.assert_allclose(lipsum.kld(v, zero_shot_v, 1e4), limit, rtol=1e-3)
 
 
 def test_exact_lipsum_is_the_average_over_all_texts() -> None:
@@ -497,14 +518,15 @@ def test_exact_lipsum_is_the_average_over_all_texts() -> None:
         for each in (classifier, frozen.zero_shot)
     )
     frozen = eqx.tree_at(lambda frozen: frozen.second_moment, frozen, second_moment)
-    exact = lipsum.lipsum_exact_loss(classifier, features, zero_shot, frozen, jax.random.key(0))
+    given = lipsum.Given(classifier, features, zero_shot, frozen, jax.random.key(0))
+    exact = lipsum.lipsum_exact_loss(given)
     texts = jax.jit(clip.text_features)(frozen.text, ids)
     object.__setattr__(frozen, "settings", lipsum.Settings(num_texts=80))
 
     @jax.jit
-    def loss(guidance: jax.Array) -> jax.Array:  # draws all of the texts given
-        guided = eqx.tree_at(lambda frozen: frozen.guidance, frozen, guidance)
-        return lipsum.lipsum_loss(classifier, features, zero_shot, guided, jax.random.key(0))
+    def loss(guidance_ids: jax.Array) -> jax.Array:  # draws all of the texts given
+        guided = eqx.tree_at(lambda frozen: frozen.guidance_ids, frozen, guidance_ids)
+        return lipsum.lipsum_loss(given._replace(frozen=guided))
 
     sampled = [loss(ids[start : start + 80]) for start in range(0, 10_000, 80)]
     np.testing.assert_allclose(exact, np.mean(sampled), rtol=1e-5)
@@ -542,10 +564,12 @@ def test_average_is_equation_16_and_fixed_head_keeps_its_bits() -> None:
         "settings",
         lipsum.Settings(steps=20, learning_rate=1e-2, warmup=0.0, decay=0.75, fixed_head=True),
     )
-    state = lipsum.initial_state(frozen, classifier, averaged=True)
-    average = jax.tree.map(lambda leaf: np.array(leaf, np.float64), frozen.zero_shot)
+    state = lipsum.initial_state(lipsum.METHODS["ema"], frozen, classifier)
+    average = jax.tree.map(lambda leaf: np.array(leaf, np.float64), classifier)
     for _ in range(3):
-        state, _ = lipsum.training_step(None)(state, frozen, batch, jax.random.key(0))
+        state, _ = lipsum.training_step(lipsum.METHODS["ema"])(
+            state, frozen, batch, jax.random.key(0)
+        )
         average = jax.tree.map(
             lambda old, new: 0.75 * old + 0.25 * np.asarray(new, np.float64),
             average,
@@ -564,7 +588,7 @@ def test_average_is_equation_16_and_fixed_head_keeps_its_bits() -> None:
 def test_guidance_draws_different_texts_of_the_users() -> None:
     _, frozen, _, _ = nano_setup()
     object.__setattr__(frozen, "settings", lipsum.Settings(num_texts=4))
-    rows = {tuple(row) for row in np.asarray(frozen.guidance).tolist()}
+    rows = {tuple(row) for row in np.asarray(frozen.guidance_ids).tolist()}
     seen = set()
     for number in range(20):
         drawn = [
@@ -576,7 +600,7 @@ def test_guidance_draws_different_texts_of_the_users() -> None:
     assert seen == rows
 
 
-# ----------------------------------------------------------------------------------------------------------- post-hoc
+# ----------------------------------------------------------------------------------------- post-hoc
 
 
 def equal_leaves(one: lipsum.Classifier, other: lipsum.Classifier) -> bool:
@@ -594,102 +618,94 @@ def test_wise_with_alpha_0_and_1_returns_the_models() -> None:
     )
 
 
+def tuned_setup(
+    norm: lipsum.Norm = "frobenius", penalty: float = 0.0, dtype: type = np.float32
+) -> tuple[lipsum.Tuned, lipsum.Batch]:
+    _, frozen, classifier, batch = nano_setup(dtype)
+    return lipsum.Tuned(frozen.zero_shot, classifier, frozen.tau, penalty, norm), batch
+
+
+def bounds(tuned: lipsum.Tuned) -> lipsum.Radii:
+    return lipsum.over_rows(jnp.max, lipsum.distances(tuned))
+
+
 @pytest.mark.parametrize("norm", ["frobenius", "mars"])
 def test_tpgm_projection(norm: lipsum.Norm) -> None:
-    """Ends, the radius reached per layer and tensor (by NumPy), gamma's start and bounds, its gradient."""
-    _, frozen, classifier, batch = nano_setup()
-    gamma, bound, optimizer = lipsum.tpgm_start(frozen.zero_shot, classifier, norm)
-    projection = jax.jit(functools.partial(lipsum.tpgm_projection, norm=norm))
+    """Ends, the radius reached per layer and tensor (by NumPy), gamma's start and bounds."""
+    tuned, batch = tuned_setup(norm)
+    gamma, optimizer = lipsum.tpgm_start(tuned)
+    bound = bounds(tuned)
+    projection = jax.jit(lipsum.tpgm_projection)
 
     def projected(scale: float) -> lipsum.Classifier:
-        radii = jax.tree.map(lambda radius: scale * radius, bound)
-        return projection(frozen.zero_shot, classifier, radii)
+        return projection(tuned, jax.tree.map(lambda radius: scale * radius, bound))
 
-    assert equal_leaves(projected(1e6), classifier)
-    assert equal_leaves(projected(0.0), frozen.zero_shot)
+    assert equal_leaves(projected(1e6), tuned.fine_tuned)
+    assert equal_leaves(projected(0.0), tuned.zero_shot)
 
-    moved = np.asarray(classifier.vision.blocks.fc1.weight) - np.asarray(
-        frozen.zero_shot.vision.blocks.fc1.weight
-    )
-    shrunk = projection(frozen.zero_shot, classifier, gamma)
-    shift = np.asarray(shrunk.vision.blocks.fc1.weight) - np.asarray(
-        frozen.zero_shot.vision.blocks.fc1.weight
-    )
-    radii = gamma.vision.blocks.fc1.weight
+    def weight(classifier: lipsum.Classifier) -> np.ndarray:
+        return np.asarray(classifier.vision.blocks.fc1.weight)
+
+    moved = weight(tuned.fine_tuned) - weight(tuned.zero_shot)
+    shift = weight(projection(tuned, gamma)) - weight(tuned.zero_shot)
+    radii = weight(gamma)
     assert radii.shape == (2, 1, 1) and gamma.head.shape == (1, 1)
     for layer in range(2):
+        radius = radii[layer, 0, 0]
         if norm == "frobenius":
-            np.testing.assert_allclose(
-                radii[layer, 0, 0], np.linalg.norm(moved[layer]) / 2, rtol=1e-5
-            )
+            np.testing.assert_allclose(radius, np.linalg.norm(moved[layer]) / 2, rtol=1e-5)
             np.testing.assert_allclose(shift[layer], moved[layer] / 2, atol=1e-6)
         else:
             rows = np.abs(moved[layer]).sum(axis=1)
-            np.testing.assert_allclose(radii[layer, 0, 0], rows.min() / 2, rtol=1e-5)
+            np.testing.assert_allclose(radius, rows.min() / 2, rtol=1e-5)
             np.testing.assert_allclose(np.abs(shift[layer]).sum(axis=1), rows.min() / 2, rtol=1e-3)
-            np.testing.assert_allclose(
-                bound.vision.blocks.fc1.weight[layer, 0, 0], rows.max(), rtol=1e-5
-            )
+            np.testing.assert_allclose(weight(bound)[layer, 0, 0], rows.max(), rtol=1e-5)
 
     for _ in range(5):
-        gamma, optimizer, _ = lipsum.tpgm_step(
-            gamma, bound, optimizer, frozen.zero_shot, classifier, frozen.tau, batch, norm, 0.0
-        )
+        gamma, optimizer, _ = lipsum.tpgm_step(gamma, optimizer, tuned, batch)
     for radius, most in zip(jax.tree.leaves(gamma), jax.tree.leaves(bound), strict=True):
         assert np.all(radius >= 1e-8) and np.all(radius <= np.maximum(most, 1e-8))
 
 
 @pytest.mark.parametrize("norm", ["frobenius", "mars"])
 def test_tpgm_equals_its_authors_class(norm: lipsum.Norm) -> None:
-    """Losses of 200 steps, in which radii reach their bounds and stay there, and the radii after them."""
-    _, frozen, classifier, batch = nano_setup()
+    """Losses of 200 steps, in which radii reach their bounds and stay there, and the last radii."""
+    tuned, batch = tuned_setup(norm)
     with np.load(REFERENCE / "tpgm.npz") as file:
         expected = dict(file)
-    gamma, bound, optimizer = lipsum.tpgm_start(frozen.zero_shot, classifier, norm)
+    gamma, optimizer = lipsum.tpgm_start(tuned)
     losses = []
     for _ in range(200):
-        gamma, optimizer, loss = lipsum.tpgm_step(
-            gamma, bound, optimizer, frozen.zero_shot, classifier, frozen.tau, batch, norm, 0.0
-        )
+        gamma, optimizer, loss = lipsum.tpgm_step(gamma, optimizer, tuned, batch)
         losses.append(float(loss))
     np.testing.assert_allclose(losses, expected[f"{norm}/losses"], rtol=1e-5)
-    at_bound = [
-        np.isclose(radius, most)
-        for radius, most in zip(*map(jax.tree.leaves, (gamma, bound)), strict=True)
-    ]
-    assert 0 < np.mean(np.concatenate([each.ravel() for each in at_bound])) < 1
-    np.testing.assert_allclose(gamma.head[0, 0], expected[f"{norm}/radii/head"], rtol=1e-4)
-    np.testing.assert_allclose(
-        gamma.vision.projection.weight[0, 0],
-        expected[f"{norm}/radii/visual_projection.weight"],
-        rtol=1e-4,
-    )
+    pairs = zip(*map(jax.tree.leaves, (gamma, bounds(tuned))), strict=True)
+    at_bound = [np.isclose(radius, most).ravel() for radius, most in pairs]
+    assert 0 < np.mean(np.concatenate(at_bound)) < 1
+    radii = {"head": gamma.head, "visual_projection.weight": gamma.vision.projection.weight}
+    for name, radius in radii.items():
+        np.testing.assert_allclose(radius[0, 0], expected[f"{norm}/radii/{name}"], rtol=1e-4)
 
 
 def test_tpgm_c_adds_the_squares_of_the_radii() -> None:
-    _, frozen, classifier, batch = nano_setup()
-    gamma, _, _ = lipsum.tpgm_start(frozen.zero_shot, classifier, "frobenius")
-    loss = jax.jit(functools.partial(lipsum.tpgm_loss, norm="frobenius"))
-    with_penalty, without = (
-        loss(gamma, frozen.zero_shot, classifier, frozen.tau, batch, penalty=penalty)
-        for penalty in (0.5, 0.0)
-    )
+    tuned, batch = tuned_setup()
+    gamma, _ = lipsum.tpgm_start(tuned)
+    loss = jax.jit(lipsum.tpgm_loss)
+    with_penalty = loss(gamma, dataclasses.replace(tuned, penalty=0.5), batch)
     squares = sum(np.sum(np.square(radius, dtype=np.float64)) for radius in jax.tree.leaves(gamma))
-    np.testing.assert_allclose(with_penalty - without, 0.5 * squares, rtol=1e-4)
+    np.testing.assert_allclose(with_penalty - loss(gamma, tuned, batch), 0.5 * squares, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("float64")
 def test_tpgm_gradient_is_that_of_finite_differences() -> None:
-    _, frozen, classifier, batch = nano_setup(np.float64)
-    gamma, _, _ = lipsum.tpgm_start(frozen.zero_shot, classifier, "frobenius")
+    tuned, batch = tuned_setup(penalty=0.3, dtype=np.float64)
+    gamma, _ = lipsum.tpgm_start(tuned)
     random = np.random.default_rng(0)
     direction = jax.tree.map(lambda leaf: leaf * jnp.asarray(random.normal(size=leaf.shape)), gamma)
 
     def along(t):
         moved = jax.tree.map(lambda leaf, way: leaf + t * way, gamma, direction)
-        return lipsum.tpgm_loss(
-            moved, frozen.zero_shot, classifier, frozen.tau, batch, "frobenius", 0.3
-        )
+        return lipsum.tpgm_loss(moved, tuned, batch)
 
     values, slopes = jax.jit(jax.vmap(jax.value_and_grad(along)))(jnp.array([-1e-5, 0.0, 1e-5]))
     np.testing.assert_allclose(slopes[1], (values[2] - values[0]) / 2e-5, rtol=1e-6)
@@ -709,7 +725,9 @@ def test_soup_is_the_mean() -> None:
 
 
 def test_greedy_members() -> None:
-    """Best first, ties in the given order, kept only if strictly better, at most as many as asked for."""
+    """Best first, ties in the given order, kept only if strictly better, at most as many as asked
+    for.
+    """
     alone = [0.5, 0.8, 0.8, 0.7]
     asked = []
 
@@ -723,7 +741,7 @@ def test_greedy_members() -> None:
     assert lipsum.greedy_members(alone, lambda members: 0.1, 4) == [1]
 
 
-# --------------------------------------------------------------------------------------------------------------- steps
+# -------------------------------------------------------------------------------------------- steps
 
 
 def tiny_setup() -> tuple[lipsum.Frozen, lipsum.Batch]:
@@ -745,18 +763,19 @@ def tiny_setup() -> tuple[lipsum.Frozen, lipsum.Batch]:
 
 @pytest.mark.parametrize("method", ["ft", "lipsum"])
 def test_steps_are_pure_and_compile_once(method: str) -> None:
-    """Equal inputs give equal bits. The given state is donated, and the returned one has its shardings."""
+    """Equal inputs give equal bits.
+
+    The given state is donated, and the returned one has its shardings.
+    """
     frozen, batch = tiny_setup()
     batch = {name: np.asarray(array) for name, array in batch.items()}
     mesh = scaling.mesh_of(8)
-    state = devices.place(lipsum.initial_state(frozen), mesh, fsdp=True)
-    step = lipsum.training_step(
-        lipsum.METHODS[method].loss, devices.shardings(state, mesh, fsdp=True)
-    )
+    state = devices.place(lipsum.initial_state(lipsum.METHODS[method], frozen), mesh, fsdp=True)
+    step = lipsum.training_step(lipsum.METHODS[method], devices.shardings(state, mesh, fsdp=True))
     losses = []
     for _ in range(2):
         placed, compiled = devices.place(frozen, mesh, fsdp=True), step._cache_size()
-        state = devices.place(lipsum.initial_state(frozen), mesh, fsdp=True)
+        state = devices.place(lipsum.initial_state(lipsum.METHODS[method], frozen), mesh, fsdp=True)
         for _ in range(10):
             given = state
             state, metrics = step(
@@ -774,14 +793,14 @@ def test_texts_are_fresh_at_every_step_and_the_zero_shot_model_stays() -> None:
     """At rate 0 only the texts can change the regulariser; frozen weights keep their bits."""
     frozen, batch = tiny_setup()
     before = [np.array(leaf) for leaf in jax.tree.leaves(frozen)]
-    state = lipsum.initial_state(frozen)
+    state = lipsum.initial_state(lipsum.METHODS["lipsum"], frozen)
     moved = jax.tree.map(lambda leaf: leaf * jnp.float32(1.1), state.classifier)
     still = eqx.tree_at(lambda frozen: frozen.tau, frozen, jnp.float32(10))
     object.__setattr__(still, "settings", lipsum.Settings(steps=20, learning_rate=0.0))
     state = lipsum.State(moved, state.optimizer, state.step)
     seen = []
     for _ in range(3):
-        state, metrics = lipsum.training_step(lipsum.lipsum_loss)(
+        state, metrics = lipsum.training_step(lipsum.METHODS["lipsum"])(
             state, still, batch, jax.random.key(0)
         )
         seen.append(float(metrics["regularizer"]))
@@ -792,19 +811,21 @@ def test_texts_are_fresh_at_every_step_and_the_zero_shot_model_stays() -> None:
 
 def test_regulariser_is_zero_at_the_start() -> None:
     frozen, batch = tiny_setup()
-    _, terms = lipsum.objective(
-        lipsum.lipsum_loss, frozen.zero_shot, frozen, batch, jax.random.key(0)
-    )
+    method = lipsum.METHODS["lipsum"]
+    _, terms = lipsum.objective(method, frozen.zero_shot, frozen, batch, jax.random.key(0))
     assert terms["regularizer"] == 0
 
 
 @pytest.mark.parametrize("method", ["lipsum", "car-ft", "ema"])
 def test_a_sweep_compiles_once(method: str) -> None:
-    """Rate, lambda, temperature and decay are data: one program computes different results for different values."""
+    """Rate, lambda, temperature and decay are data: one program computes different results for
+    different values.
+    """
     frozen, batch = tiny_setup()
-    step = lipsum.training_step(lipsum.METHODS[method].loss)
+    step = lipsum.training_step(lipsum.METHODS[method])
     compiled = step._cache_size()
     ends = set()
+    start = lipsum.Settings(steps=21, warmup=0.0, weight=1.0, decay=0.9)
     for changes in (
         {},
         {"learning_rate": 1e-3},
@@ -812,12 +833,8 @@ def test_a_sweep_compiles_once(method: str) -> None:
         {"temperature": 2.0},
         {"decay": 0.5},
     ):
-        object.__setattr__(
-            frozen,
-            "settings",
-            dataclasses.replace(lipsum.Settings(steps=21, warmup=0.0), **changes),
-        )
-        state = lipsum.initial_state(frozen, averaged=lipsum.METHODS[method].averaged)
+        object.__setattr__(frozen, "settings", dataclasses.replace(start, **changes))
+        state = lipsum.initial_state(lipsum.METHODS[method], frozen)
         for _ in range(2):
             state, metrics = step(state, frozen, batch, jax.random.key(0))
         ends.add((float(metrics["loss"]), float(jnp.sum(jnp.abs(state.evaluated.head)))))

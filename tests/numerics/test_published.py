@@ -1,4 +1,7 @@
-"""OpenAI's published weights give what OpenAI published. `pytest -m weights` runs these where the cache holds them."""
+"""OpenAI's published weights give what OpenAI published.
+
+`pytest -m weights` runs these where the cache holds them.
+"""
 
 import huggingface_hub
 import numpy as np
@@ -11,7 +14,7 @@ import data
 import eval as evaluation
 from support import layouts, weights
 from support.run import options
-from support.run import setup as opening
+from support.run.setup import open_setups
 from support.weights import hub
 
 pytestmark = pytest.mark.weights
@@ -53,15 +56,17 @@ ZERO_SHOT = {
 
 @pytest.mark.parametrize("name", ZERO_SHOT)
 def test_zero_shot_accuracies_on_imagenet(name: str) -> None:
-    """Half a point is left for what published figures differ by among themselves (B/32: 63.2 to 63.4)."""
+    """Half a point is left for what published figures differ by among themselves (B/32: 63.2 to
+    63.4).
+    """
     needs(name)
     root = shared("data/imagenet")
-    sources = options.Sources(
-        name, "imagenet", root, templates="openai", select_on="test", reference="imagenet"
-    )
-    setup = opening.prepare(sources, options.Execution(), batch_size=256)
-    found = evaluation.Evaluator(setup).zero_shot_results
+    sources = options.Sources(name, "imagenet", "imagenet", templates="openai", select_on="test")
+    execution = options.Execution(precision="float32", data_root=root)
+    (setup,) = open_setups([sources], execution, batch_size=256)
+    predictions = evaluation.predict_reports(setup, [setup.zero_shot])
+    found = evaluation.results_of(setup, predictions, predictions)
     assert "imagenet" in found
-    for split, published in zip(layouts.IMAGENET, ZERO_SHOT[name], strict=True):
+    for split, published in zip(layouts.imagenet.IMAGENET, ZERO_SHOT[name], strict=True):
         if split in found:
             assert abs(100 * found[split]["accuracy"] - published) < 0.5, split

@@ -1,4 +1,6 @@
-"""Same losses on any devices and processes, with and without --fsdp and --accumulate; precision; remat."""
+"""Same losses on any devices and processes, with and without --fsdp and --accumulate; precision;
+remat.
+"""
 
 import functools
 import json
@@ -57,7 +59,9 @@ def test_losses_in_every_combination(method: str, devices: int, options: dict[st
 
 @pytest.mark.slow
 def test_losses_on_two_processes() -> None:
-    """With four devices each, both processes have the losses of one device. test_resume.py runs train.py on two."""
+    """With four devices each, both processes have the losses of one device. test_resume.py runs
+    train.py on two.
+    """
     script = Path(scaling.__file__)
     address = scaling.free_address()
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
@@ -87,9 +91,7 @@ def test_fsdp_keeps_under_a_sixth_on_each_device(method: str) -> None:
     """Before and after a step. An array that does not divide evenly is copied to every device."""
     mesh = scaling.mesh_of(8)
     state, frozen, batch = scaling.start(method, mesh, fsdp=True)
-    step = lipsum.training_step(
-        lipsum.METHODS[method].loss, devices.shardings(state, mesh, fsdp=True)
-    )
+    step = lipsum.training_step(lipsum.METHODS[method], devices.shardings(state, mesh, fsdp=True))
     for tree in (state, frozen, step(state, frozen, batch, jax.random.key(0))[0]):
         arrays = [leaf for leaf in jax.tree.leaves(tree) if not leaf.is_deleted()]
         if not arrays:
@@ -103,11 +105,14 @@ def test_fsdp_keeps_under_a_sixth_on_each_device(method: str) -> None:
     assert uneven.sharding.is_fully_replicated
 
 
-# ----------------------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 def test_only_the_towers_compute_in_bfloat16() -> None:
-    """Features are near those of float32, but differ. Weights, optimizer, losses and gradients stay float32."""
+    """Features are near those of float32, but differ.
+
+    Weights, optimizer, losses and gradients stay float32.
+    """
     mesh = scaling.mesh_of(1)
     state, frozen, batch = scaling.start("lipsum", mesh, False, precision="bfloat16")
     image_features = jax.jit(clip.image_features)
@@ -117,7 +122,7 @@ def test_only_the_towers_compute_in_bfloat16() -> None:
     np.testing.assert_allclose(jnp.linalg.norm(rounded, axis=1), 1, rtol=1e-6)
     assert 1e-4 < jnp.max(jnp.abs(rounded - exact)) < 0.05
     with jax.numpy_dtype_promotion("standard"):  # the gradient of JAX's own attention mixes types
-        state, metrics = lipsum.training_step(lipsum.lipsum_loss)(
+        state, metrics = lipsum.training_step(lipsum.METHODS["lipsum"])(
             state, frozen, batch, jax.random.key(0)
         )
     assert {leaf.dtype for leaf in jax.tree.leaves((state, metrics))} == {
@@ -169,7 +174,9 @@ def test_bfloat16_in_matrix_products_only() -> None:
 
 
 def test_remat_stores_less_for_the_backward_pass() -> None:
-    """Without it, the results of each block's matrix products are stored, too, but for the last, which none needs."""
+    """Without it, the results of each block's matrix products are stored, too, but for the last,
+    which none needs.
+    """
     frozen, batch = scaling.inputs()
     images = jnp.asarray(batch["image"])
 

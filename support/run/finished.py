@@ -1,0 +1,138 @@
+"""Finished runs: what `python train.py` writes at the end of a run, and `python eval.py` reads.
+
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+import clip
+import lipsum
+from support import devices, disk, weights
+from support.errors import InputError, read_json
+from support.run.options import Execution, Places, SelectOn, Sources, absolute, from_json, to_json
+from support.run.setup import Setup, open_setups
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run: its folder, `config.json`, `results.json`, and its selected classifier."""
+
+    folder: Path
+    config: dict[str, Any]
+    results: dict[str, Any]
+    classifier: lipsum.Classifier
+
+    @property
+    def sources(self) -> Sources:
+        """The model and data that it was made from."""
+        return from_json(Sources, self.config["settings"])
+
+
+def save_classifier(folder: Path, setup: Setup, classifier: lipsum.Classifier) -> None:
+    """Writes a Hugging Face CLIP folder, with the head and the names of its columns.
+
+    Process 0 writes.
+    """
+    trained = eqx.tree_at(lambda model: model.vision, setup.model.clip, classifier.vision)
+    model, head = devices.fetch((trained, classifier.head))
+    if not devices.is_main_process():
+        return
+
+    def write(new: Path) -> None:
+        weights.save(new, model, setup.model.tokenizer)
+        save_file({"head": np.asarray(head, order="C")}, new / "head.safetensors")
+        disk.write_json(new / "classes.json", setup.classes)
+
+    disk.write_whole(folder, write)
+
+
+def require_files(folder: Path, names: Sequence[str]) -> None:
+    """Raises InputError if the folder lacks one of the files."""
+    for name in names:
+        if not (folder / name).exists():
+            advice = "give the folder of a finished run, such as runs/lipsum/seed-0"
+            raise InputError(f"{folder} has no {name}: {advice}")
+
+
+def read_classifier(best: Path) -> tuple[lipsum.Classifier, clip.CLIP]:
+    """Reads what `save_classifier` wrote. Raises InputError if something is missing or damaged."""
+    require_files(best, ("head.safetensors", "classes.json"))
+    model, _ = weights.load(str(best))
+    path = best / "head.safetensors"
+    try:
+        head = load_file(path)["head"]
+    except Exception as error:  # a damaged file may raise anything
+        advice = "restore it or train again"
+        raise InputError(f"{path} cannot be read ({error}): {advice}") from error
+    classes = read_json(best / "classes.json")
+    expected = (model.config.embedding_size, len(classes))
+    if head.shape != expected:
+        problem = f"{path} has shape {head.shape}, the model and classes.json need {expected}"
+        raise InputError(f"{problem}: restore the run's own files")
+    return lipsum.Classifier(model.vision, jnp.asarray(head)), model
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Reads a run. Raises InputError if the folder is no finished run with one classifier."""
+    require_files(folder, ("config.json", "results.json", "best/head.safetensors"))
+    classifier, _ = read_classifier(folder / "best")
+    config, results = (read_json(folder / name) for name in ("config.json", "results.json"))
+    return FinishedRun(folder, config, results, classifier)
+
+
+def open_runs(
+    folders: Sequence[Path], moved: Places, select_on: SelectOn | None = None
+) -> tuple[list[FinishedRun], Setup]:
+    """Reads runs, and opens the setup that they share, whose data may have moved.
+
+    Raises InputError if they do not share one, or if its files have changed since.
+    """
+    if not folders:
+        raise InputError("no run is given: give folders of runs, such as runs/lipsum/seed-0")
+    opened = [read_run(folder) for folder in folders]
+    first = opened[0]
+    own = to_json(first.sources) | {"classes": first.config["classes"]}
+    for run in opened[1:]:
+        others = to_json(run.sources) | {"classes": run.config["classes"]}
+        for name, value in own.items():
+            if others[name] != value:
+                which = f"{first.folder} has {name} {value!r}, {run.folder} has {others[name]!r}"
+                raise InputError(f"{which}: give runs of the same one")
+    sources = dataclasses.replace(first.sources, select_on=select_on or first.sources.select_on)
+    execution = from_json(Execution, first.config["execution"])
+    places = {name: value for name, value in vars(absolute(moved)).items() if value}
+    execution = dataclasses.replace(execution, workers=Execution.workers, **places)
+    (setup,) = open_setups([sources], execution, first.config["settings"]["batch_size"])
+    for run in opened:
+        check_content(run.folder, run.config, setup)
+    return opened, setup
+
+
+def check_content(path: Path, config: dict[str, Any], setup: Setup) -> None:
+    """Raises InputError if the files by which a run was made have other content now."""
+    kinds = {"classes": "classes", "checksum": "weights or prompts"}
+    for name, kind in kinds.items():
+        if config[name] != setup.content[name]:
+            advice = "restore them, or train again with another --out"
+            raise InputError(f"{path} was made with other {kind}: {advice}")
+
+
+def new_folder(runs: Sequence[FinishedRun], method: str, overwrite: bool) -> Path:
+    """Returns the folder OUT/METHOD/seed-SEED beside the runs, with the first run's seed.
+
+    Raises InputError if it is taken.
+    """
+    first = runs[0].folder.resolve()
+    folder = first.parents[1] / method / first.name
+    if folder.exists() and not overwrite:
+        raise InputError(f"{folder} exists: give --overwrite to replace it")
+    return folder
