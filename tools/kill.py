@@ -1,9 +1,10 @@
-"""Kills runs at random moments, resumes them, and compares their final weights with those of an undisturbed run.
+"""Kills runs at random moments, resumes them, and compares the bytes of their final weights.
 
-    python tests/kill.py --kills 30
+    python -m tools.kill --kills 30
 
-Runs of `train.py` are killed by SIGKILL a few times each, every other time while a checkpoint is being written, and
-resumed with `--resume` until they end. They must end with the same bytes.
+Runs of `train.py` are killed by SIGKILL a few times each, every other time while a checkpoint is
+being written, and resumed with `--resume` until they end. They must end with the bytes of an
+undisturbed run.
 """
 
 import os
@@ -17,34 +18,24 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).parents[1]
 METHOD = "ema"  # its state has every field
+OPTIONS = f"--method {METHOD} --steps 80 --batch-size 16 --eval-every 10 --checkpoint-every 1"
 
 
-def start(out: Path, more: tuple[str, ...]) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "train.py",
-        "--method",
-        METHOD,
-        "--steps",
-        "80",
-        "--batch-size",
-        "16",
-        "--eval-every",
-        "10",
-        "--checkpoint-every",
-        "1",
-        "--out",
-        str(out),
-        *more,
-    ]
-    log = open(out.with_suffix(".log"), "ab")  # noqa: SIM115 (the process keeps it open)
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+def start(out: Path, *more: str) -> subprocess.Popen:
+    """Starts a run that writes its output to OUT.log."""
+    command = [sys.executable, "train.py", *OPTIONS.split(), "--out", str(out), *more]
+    with open(out.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
 
-def run_folder(out: Path) -> Path:
-    return out / METHOD / "seed-0"
+def finish(out: Path, *more: str) -> dict[str, bytes]:
+    """Lets a run end. Returns its final weights."""
+    assert start(out, *more).wait() == 0, out.with_suffix(".log").read_text()
+    assert not list(out.rglob("*.new")), "an incomplete file is left"
+    best = out / METHOD / "seed-0" / "best"
+    return {name: (best / name).read_bytes() for name in ("model.safetensors", "head.safetensors")}
 
 
 def modified_at(path: Path) -> int:
@@ -52,13 +43,29 @@ def modified_at(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def final_weights(out: Path) -> dict[str, bytes]:
-    best = run_folder(out) / "best"
-    return {name: (best / name).read_bytes() for name in ("model.safetensors", "head.safetensors")}
+def kill_once(out: Path, seconds: float, during_a_write: bool) -> list[str]:
+    """Resumes a run and kills it `seconds` after its first file.
+
+    Returns the names of its checkpoint's files then, or none if the run ended before.
+    """
+    folder = out / METHOD / "seed-0"
+    before = modified_at(folder / "config.json")
+    process = start(out, "--resume")
+    # Until it writes its first file, there is nothing to lose.
+    while process.poll() is None and modified_at(folder / "config.json") == before:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    while during_a_write and process.poll() is None and not list(folder.glob("checkpoint/*.new")):
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    if process.wait() == 0:
+        return []
+    assert process.returncode == -signal.SIGKILL, out.with_suffix(".log").read_text()
+    return sorted(path.name for path in folder.glob("checkpoint/*")) or ["no checkpoint yet"]
 
 
-def main(kills: int = 30, kills_per_run: int = 5, seed: int | None = None) -> None:
-    """Print one line per kill, and at the end the number of runs with the same weights as the undisturbed run.
+def main(kills: int = 30, kills_per_run: int = 5, seed: int | None = None) -> int:
+    """Print a line per kill and the number of runs that end with the undisturbed run's weights.
 
     Args:
         kills: Number of kills over all runs.
@@ -69,52 +76,26 @@ def main(kills: int = 30, kills_per_run: int = 5, seed: int | None = None) -> No
     moments = random.Random(seed)
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        unbroken = Path(temporary) / "unbroken"
-        assert start(unbroken, ()).wait() == 0, unbroken.with_suffix(
-            ".log"
-        ).read_text()  # it also fills the caches
-        expected = final_weights(unbroken)
-        done = runs = writing = same = 0
+        expected = finish(Path(temporary) / "unbroken")  # it also fills the caches
+        done = 0
+        writing = 0
+        ends: list[bool] = []
         while done < kills:
-            out = Path(temporary) / f"run-{runs}"
-            folder = run_folder(out)
+            out = Path(temporary) / f"run-{len(ends)}"
             for _ in range(min(kills_per_run, kills - done)):
-                before = modified_at(folder / "config.json")
-                process = start(out, ("--resume",))
-                # Wait until it writes its first file: there is nothing to lose before.
-                while process.poll() is None and modified_at(folder / "config.json") == before:
-                    time.sleep(0.01)
-                time.sleep(moments.uniform(0, 10))
-                while (
-                    done % 2
-                    and process.poll() is None
-                    and not list(folder.glob("checkpoint/*.new"))
-                ):
-                    time.sleep(
-                        0.0005
-                    )  # every other kill happens while a checkpoint is being written
-                process.send_signal(signal.SIGKILL)
-                if process.wait() == 0:
-                    break  # it ended before the signal
-                assert process.returncode == -signal.SIGKILL, out.with_suffix(".log").read_text()
-                names = sorted(path.name for path in folder.glob("checkpoint/*"))
+                names = kill_once(out, moments.uniform(0, 10), during_a_write=done % 2 == 1)
+                if not names:
+                    break
                 done += 1
                 writing += any(name.endswith(".new") for name in names)
-                print(
-                    f"kill {done} in run {runs}: {', '.join(names) or 'no checkpoint yet'}",
-                    flush=True,
-                )
-            assert start(out, ("--resume",)).wait() == 0, out.with_suffix(".log").read_text()
-            assert not list(folder.rglob("*.new")), "an incomplete file is left"
-            is_same = final_weights(out) == expected
-            print(f"run {runs} ended with {'the same' if is_same else 'OTHER'} weights", flush=True)
-            runs += 1
-            same += is_same
-    print(
-        f"{done} kills, {writing} of them during a write; {same} of {runs} runs ended with the same bytes"
-    )
-    sys.exit(same != runs)
+                print(f"kill {done} in run {len(ends)}: {', '.join(names)}", flush=True)
+            same = finish(out, "--resume") == expected
+            print(f"run {len(ends)} ended with {'the same' if same else 'OTHER'} weights")
+            ends.append(same)
+    print(f"{done} kills, {writing} of them during a write")
+    print(f"{sum(ends)} of {len(ends)} runs ended with the same bytes")
+    return 0 if all(ends) else 1
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(tyro.cli(main, prog="python -m tools.kill"))

@@ -1,42 +1,47 @@
-"""Mutation testing by hand-made mutants: does a test fail if an equation is wrong? `python tests/mutants.py` runs it.
+"""Mutation testing by hand-made mutants: does a test fail if an equation is wrong?
 
-Each mutant replaces one piece of a source file by something plausible and wrong, in a copy of the repository, and runs
-that file's tests, the fastest first. All take about an hour on two cores; `--module clip` or `--only 3 14` take a part
-of them. The exit code is 1 if a mutant survives, that is, if no test fails: it asks for a test, or is no real change.
+python -m tools.mutants             # before a release: all of them, about an hour on two cores
+python -m tools.mutants --check     # only lists the mutants that no longer fit their files
+python -m tools.mutants --module clip --only 3 14
+
+Each mutant replaces one piece of one of the five files by something plausible and wrong, in a copy
+of the repository, and runs that file's tests, the fastest first. The exit code is 1 if a mutant
+survives, that is, if no test fails: it asks for a test, or is no real change.
 """
 
-import argparse
+import ast
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+import tyro
 
 ROOT = Path(__file__).parents[1]
-TESTS = {  # as arguments of pytest
-    "lipsum.py": ["tests/numerics/test_lipsum.py", "tests/numerics/test_scaling.py"],
+Module = Literal["lipsum", "clip", "data", "eval", "train"]
+TESTS: dict[Module, list[str]] = {  # as arguments of pytest
+    "lipsum": ["tests/numerics/test_lipsum.py", "tests/numerics/test_scaling.py"],
     # Models of published sizes take minutes, and run the same code as the tiny one.
-    "clip.py": [
+    "clip": [
         "tests/numerics/test_clip.py",
         "tests/numerics/test_scaling.py",
         "tests/files/test_weights.py",
         "-k",
         "not vit",
     ],
-    "data.py": ["tests/numerics/test_data.py"],
-    "eval.py": ["tests/numerics/test_eval.py", "tests/commands/test_train.py"],
-    "train.py": ["tests/commands/test_train.py", "tests/commands/test_resume.py"],
-    "support/weights.py": ["tests/files/test_weights.py"],
-    "support/options.py": ["tests/commands/test_resume.py", "tests/numerics/test_eval.py"],
+    "data": ["tests/numerics/test_data.py"],
+    "eval": ["tests/numerics/test_eval.py", "tests/commands/test_train.py"],
+    "train": ["tests/commands/test_train.py", "tests/commands/test_resume.py"],
 }
 
-# Per file: what the mutant does, the text it replaces (which occurs once in the file), and the text it puts there.
-TABLE = {
-    "lipsum.py": [
+# What the mutant does, the text it replaces (which occurs once in the file), and its replacement.
+TABLE: dict[Module, list[tuple[str, str, str]]] = {
+    "lipsum": [
         (
             "cross-entropy: a sum over the batch",
             "return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(u, labels))",
@@ -132,7 +137,8 @@ TABLE = {
         (
             "accumulation reads the first part again and again",
             "jax.lax.scan(add, zeros, split)[0]",
-            "jax.lax.scan(add, zeros, {name: jnp.repeat(x[:1], parts, axis=0) for name, x in split.items()})[0]",
+            "jax.lax.scan(add, zeros, {name: jnp.repeat(x[:1], parts, axis=0) "
+            "for name, x in split.items()})[0]",
         ),
         ("accumulation: a sum over parts", "lambda total: total / parts", "lambda total: total"),
         (
@@ -214,7 +220,7 @@ TABLE = {
             "jnp.maximum(radius, 1e-8)",
         ),
     ],
-    "clip.py": [
+    "clip": [
         ("QuickGELU's constant", "1.702 * x", "1.7 * x"),
         ("GELU is the tanh approximation", "approximate=False", "approximate=True"),
         ("no causal mask", "is_causal=self.causal", "is_causal=False"),
@@ -314,11 +320,12 @@ TABLE = {
         (
             "a truncated text loses its end token",
             "tokens = [config.start_token, *encoding.ids[:room], config.end_token]",
-            "tokens = [config.start_token, *encoding.ids, config.end_token][: config.context_length]",
+            "tokens = [config.start_token, *encoding.ids, config.end_token]"
+            "[: config.context_length]",
         ),
         ("texts are cut after the shortest one", "1 + np.max(np.argmax", "1 + np.min(np.argmax"),
     ],
-    "data.py": [
+    "data": [
         (
             "held-out images are trained on",
             "take(train, np.flatnonzero(~held_out), train.name)",
@@ -422,7 +429,7 @@ TABLE = {
             "batch_size // jax.device_count()",
         ),
     ],
-    "eval.py": [
+    "eval": [
         (
             "NLL of the predicted class",
             "negative_log_likelihood(predictions.label_log_probability),",
@@ -479,7 +486,7 @@ TABLE = {
             "models[0].logit_scale",
         ),
     ],
-    "train.py": [
+    "train": [
         (
             "selection: a later tie wins",
             'if accuracy > progress["best_accuracy"]',
@@ -537,111 +544,57 @@ TABLE = {
             '"step": progress["step"]}',
         ),
     ],
-    "support/weights.py": [
-        (
-            "OpenAI's heads have width 32",
-            "len(layers), width // 64, mlp_width)",
-            "len(layers), width // 32, mlp_width)",
-        ),
-        (
-            "the embedding has the text tower's width",
-            'embedding_size=shapes["text_projection"][1]',
-            'embedding_size=shapes["text_projection"][0]',
-        ),
-        (
-            "a config.json without activation means GELU",
-            '{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}',
-            '{"hidden_act": "gelu", "layer_norm_eps": 1e-5}',
-        ),
-        (
-            "the sections of 2022 are ignored",
-            "section |= defaults | old",
-            "section = old | section",
-        ),
-        ("an end token of 2 is taken at its word", "if tokens[1] == 2:", "if tokens[1] == 1:"),
-        (
-            "open_clip's default activation",
-            '"quick_gelu" if whole.get("quick_gelu") else "gelu"',
-            '"quick_gelu" if whole.get("quick_gelu", True) else "gelu"',
-        ),
-        (
-            "open_clip's perceptrons are always four times as wide",
-            'int(positive(path, section, "width") * section["mlp_ratio"])',
-            '4 * positive(path, section, "width")',
-        ),
-        (
-            "mean and deviation of images change places",
-            "image_mean=tuple(values[0]), image_deviation=tuple(values[1])",
-            "image_mean=tuple(values[1]), image_deviation=tuple(values[0])",
-        ),
-        (
-            "a processor that does not rescale is taken",
-            'if content.get("do_normalize") is False or content.get("do_rescale") is False:',
-            'if content.get("do_normalize") is False:',
-        ),
-        ("of two models in a checkpoint, one is taken", "if len(found) > 1:", "if len(found) > 2:"),
-        (
-            "a saved model always has QuickGELU",
-            '"hidden_act": config.activation',
-            '"hidden_act": "quick_gelu"',
-        ),
-        ("bytes have the wrong symbols", "*range(161, 173)", "*range(161, 174)"),
-        ("tokenizer.json shortens texts", "    tokenizer.no_truncation()\n", ""),
-        (
-            "the start token is the configuration's",
-            "return dataclasses.replace(config, start_token=special[0])",
-            "return config",
-        ),
-    ],
-    "support/options.py": [
-        (
-            "a checkpoint may have other classes",
-            '(("classes", "classes"), ("checksum", "weights or prompts"))',
-            '(("checksum", "weights or prompts"),)',
-        ),
-        (
-            "a checkpoint may be of other weights",
-            '(("classes", "classes"), ("checksum", "weights or prompts"))',
-            '(("classes", "classes"),)',
-        ),
-    ],
 }
 
 
 class Mutant(NamedTuple):
     """One replacement in a file."""
 
-    file: str
+    module: Module
     what: str
     old: str
     new: str
 
-    def source(self) -> str:
-        """The file's text with the replacement. Raises ValueError if what it replaces does not occur exactly once."""
+    @property
+    def file(self) -> str:
+        """The name of the file in the repository."""
+        return f"{self.module}.py"
+
+    def problem(self) -> str:
+        """Returns why the mutant does not fit its file, or ""."""
         text = (ROOT / self.file).read_text(encoding="utf-8")
         if text.count(self.old) != 1:
-            raise ValueError(
-                f"{self.file}, {self.what}: {self.old!r} occurs {text.count(self.old)} times"
-            )
-        return text.replace(self.old, self.new)
+            return f"what it replaces occurs {text.count(self.old)} times"
+        try:
+            ast.parse(text.replace(self.old, self.new))
+        except SyntaxError as error:
+            return f"the changed file cannot be parsed: {error}"
+        return "it changes nothing" if self.old == self.new else ""
+
+    def apply(self, folder: Path) -> None:
+        """Changes the file in a copy of the repository."""
+        text = (ROOT / self.file).read_text(encoding="utf-8")
+        (folder / self.file).write_text(text.replace(self.old, self.new), encoding="utf-8")
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
 
 
-MUTANTS = [Mutant(file, *row) for file, rows in TABLE.items() for row in rows]
+ALL = [Mutant(module, *row) for module, rows in TABLE.items() for row in rows]
 
 
 def copy_repository(folder: Path) -> None:
     """Copies what git tracks, as it is in the checkout now."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
+    command = ["git", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, listed.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
 
 
-def run_tests(folder: Path, *arguments: str) -> list[str]:
-    """Runs pytest in the copy up to the first failure. Returns the lines of its output, the exit code as the last."""
-    # Compiling takes most of the time, and a mutant changes few programs: the others are read from a cache.
+def run_tests(folder: Path, *arguments: str) -> tuple[list[str], bool]:
+    """Runs pytest in the copy up to the first failure. Returns its output and whether it passed."""
+    # Compiling takes most of the time, and a mutant changes few programs: a cache has the others.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -654,80 +607,77 @@ def run_tests(folder: Path, *arguments: str) -> list[str]:
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1_800
         )
     except subprocess.TimeoutExpired:
-        return ["FAILED by not ending", "1"]
-    return [*done.stdout.splitlines(), *done.stderr.splitlines(), str(done.returncode)]
+        return ["FAILED by not ending"], False
+    return [*done.stdout.splitlines(), *done.stderr.splitlines()], done.returncode == 0
 
 
-def fastest_first(folder: Path, file: str) -> list[str]:
-    """The ids of a file's tests by time, so that a mutant is caught early. Raises RuntimeError if one fails."""
-    lines = run_tests(folder, *TESTS[file], "--durations=0", "--durations-min=0")
-    if lines[-1] != "0":
+def fastest_first(folder: Path, module: Module) -> list[str]:
+    """Returns the ids of a file's tests by time, so that a mutant is caught early.
+
+    Raises RuntimeError if one fails.
+    """
+    lines, passed = run_tests(folder, *TESTS[module], "--durations=0", "--durations-min=0")
+    if not passed:
         raise RuntimeError("\n".join(["the tests fail without a mutant", *lines[-40:]]))
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for words in (line.split(maxsplit=2) for line in lines):
         if len(words) == 3 and words[1] in ("setup", "call", "teardown") and words[0].endswith("s"):
             seconds[words[2]] += float(words[0][:-1])
-    return [name for name, _ in reversed(seconds.most_common())]
+    return sorted(seconds, key=seconds.__getitem__)
 
 
 def catching_test(folder: Path, mutant: Mutant, tests: list[str]) -> str:
-    """The first test that fails because of a mutant, or an empty string."""
-    original = (folder / mutant.file).read_text(encoding="utf-8")
-    (folder / mutant.file).write_text(mutant.source(), encoding="utf-8")
-    lines = run_tests(folder, *tests)
-    (folder / mutant.file).write_text(original, encoding="utf-8")
-    failures = (
-        line.split(" - ")[0].partition(" ")[2]
-        for line in lines
-        if line.startswith(("FAILED ", "ERROR "))
-    )
-    return "" if lines[-1] == "0" else next(failures, lines[-2])
+    """Returns the first test that fails because of a mutant, or ""."""
+    mutant.apply(folder)
+    lines, passed = run_tests(folder, *tests)
+    shutil.copy2(ROOT / mutant.file, folder / mutant.file)
+    if passed:
+        return ""
+    failures = (line for line in lines if line.startswith(("FAILED ", "ERROR ")))
+    return next(failures, lines[-1]).split(" - ")[0].partition(" ")[2]
 
 
-def main() -> int:
-    """Runs the chosen mutants and prints what catches them. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    modules = {Path(file).stem: file for file in TESTS}
-    parser.add_argument(
-        "--module", nargs="+", choices=modules, default=modules, help="only mutants of these files"
-    )
-    parser.add_argument(
-        "--only", nargs="+", type=int, metavar="N", help="only the mutants with these numbers"
-    )
-    options = parser.parse_args()
-    for mutant in MUTANTS:
-        mutant.source()
-    files = {modules[name] for name in options.module}
+def main(
+    module: tuple[Module, ...] = tuple(TESTS),
+    only: tuple[int, ...] = (),
+    check: bool = False,
+) -> int:
+    """Run the chosen mutants and print what catches each. Return the exit code.
+
+    Args:
+        module: Only mutants of these files.
+        only: Only the mutants with these numbers.
+        check: Only list the mutants that do not fit their files.
+    """
     chosen = {
         number: mutant
-        for number, mutant in enumerate(MUTANTS, start=1)
-        if mutant.file in files and number in (options.only or [number])
+        for number, mutant in enumerate(ALL, start=1)
+        if mutant.module in module and (not only or number in only)
     }
+    misfits = [
+        f"{number:3} {mutant}: {problem}"
+        for number, mutant in chosen.items()
+        if (problem := mutant.problem())
+    ]
+    print(f"{len(chosen) - len(misfits)} of {len(chosen)} mutants fit", *misfits, sep="\n")
+    if check or misfits:
+        return 1 if misfits else 0
+    survivors = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_repository(folder)
-        tests = {
-            file: fastest_first(folder, file)
-            for file in {mutant.file: None for mutant in chosen.values()}
-        }
-        survivors = {}
+        tests = {name: fastest_first(folder, name) for name in {m.module for m in chosen.values()}}
         for number, mutant in chosen.items():
             start = time.monotonic()
-            caught_by = catching_test(folder, mutant, tests[mutant.file])
-            if not caught_by:
-                survivors[number] = mutant
+            caught_by = catching_test(folder, mutant, tests[mutant.module])
             seconds = time.monotonic() - start
-            print(
-                f"{number:3} {mutant.file}: {mutant.what}: {caught_by or 'SURVIVED'} ({seconds:.0f} s)",
-                flush=True,
-            )
-    print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} mutants are caught")
-    for number, mutant in survivors.items():
-        print(f"{number:3} {mutant.file}: {mutant.what}: SURVIVED")
+            line = f"{number:3} {mutant}: {caught_by or 'SURVIVED'} ({seconds:.0f} s)"
+            print(line, flush=True)
+            if not caught_by:
+                survivors.append(line)
+    print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} are caught", *survivors, sep="\n")
     return 1 if survivors else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main, prog="python -m tools.mutants"))

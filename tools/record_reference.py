@@ -1,48 +1,59 @@
-"""Writes `tests/reference/`: outputs of PyTorch's CLIP and of OpenAI's tokenizer, which the tests compare with.
+"""Writes `tests/reference/`: outputs of PyTorch's CLIP and of OpenAI's tokenizer.
 
-    pip install torch transformers regex && pip install --no-deps clip-anytorch
-    python tests/record_reference.py                     # all of them, or give names: tiny tiny-gelu vit-b-32 ...
+    pip install '.[reference]' && pip install --no-deps clip-anytorch
+    python -m tools.record_reference      # all of them, or give names: tiny tiny-gelu vit-b-32 ...
 
-NAME.npz contains the float32 outputs of `transformers.CLIPModel` for the weights, images and texts of `seeded.py`:
+NAME.npz contains the float32 outputs of `transformers.CLIPModel` for the weights, images and texts
+of `seeded.py`:
 
-    vision_embeddings   after the pre-LayerNorm [images, tokens, width]; large models: class token, first, last patch
-    vision_states       vision_embeddings, then the state after each block [images, layers + 1, tokens, width];
-                        large models: only the class token [images, layers + 1, width]
+    vision_embeddings   after the pre-LayerNorm [images, tokens, width]; large models: class token,
+                        first, last patch
+    vision_states       vision_embeddings, then the state after each block
+                        [images, layers + 1, tokens, width]; large models: only the class token
+                        [images, layers + 1, width]
     vision_pooled       the class token after the post-LayerNorm [images, width]
     vision_projected    vision_pooled in the joint space [images, embedding]
     vision_features     vision_projected at unit norm
-    text_states         embeddings, then the state after each block [texts, layers + 1, tokens, width];
-                        large models: only the end token [texts, layers + 1, width]
-    text_pooled, text_projected, text_features          the same as for vision, of the end token
+    text_states         embeddings, then the state after each block
+                        [texts, layers + 1, tokens, width]; large models: only the end token
+                        [texts, layers + 1, width]
+    text_pooled, text_projected, text_features          as for vision, of the end token
     logits              exp(logit_scale) vision_features text_features^T [images, texts]
-    token_ids, image_sums, weight_sums                  the token ids, and the sum of each image and each weight: they
-                        distinguish changed inputs (such as other random numbers) from a wrong model
+    token_ids, image_sums, weight_sums                  the token ids, and the sum of each image and
+                        each weight: they distinguish changed inputs (such as other random numbers)
+                        from a wrong model
     versions            versions of the libraries
 
-methods.npz contains one step per fine-tuning method at the size `nano`, on `seeded.fine_tuning`, in float64:
+methods.npz contains one step per fine-tuning method at the size `nano`, on `seeded.fine_tuning`, in
+float64:
 
-    METHOD/loss         cross-entropy plus lambda times the regularizer, both averaged over the images (L2SP: the sum
-                        over all parameters of vision tower, visual projection and head); KL(zero-shot || trained);
-                        lambda 0.7, temperature 2 if the method has one
-    METHOD/tau          20; 2 for KD, whose teacher is certain of one class at 20: its term would be 1e-7
+    METHOD/loss         cross-entropy plus lambda times the regularizer, both averaged over the
+                        images (L2SP: the sum over all parameters of vision tower, visual projection
+                        and head); KL(zero-shot || trained); lambda 0.7, temperature 2 if the method
+                        has one
+    METHOD/tau          20; 2 for KD, whose teacher is certain of one class at 20: its term would be
+                        1e-7
     METHOD/grad/LEAF    the gradient per parameter, under PyTorch's names; `head` for the head
     probe/loss          the minimal cross-entropy of a linear probe
     probe/logits        the logits of that probe on its training data
 
-tpgm.npz contains TPGM at the size `nano`, on the same inputs in float64, as its authors' class computes it (Tian et al.
-2023: the ratio of radius and distance through Hardtanh, whose gradient is 0 at its bounds):
+tpgm.npz contains TPGM at the size `nano`, on the same inputs in float64, as its authors' class
+computes it (Tian et al. 2023: the ratio of radius and distance through Hardtanh, whose gradient is
+0 at its bounds):
 
-    NORM/losses         the cross-entropy before each of 200 steps of Adam on the radii; NORM is frobenius or mars
+    NORM/losses         the cross-entropy before each of 200 steps of Adam on the radii; NORM is
+                        frobenius or mars
     NORM/radii/LEAF     the radii after them, under PyTorch's names
 
-original.npz is not recorded here. It contains the inputs, outputs and gradients of the Lipsum-FT authors' own step
-(Flax, float32), and three optimizer steps, for weights that `test_lipsum.py` draws from a seed.
+original.npz is not recorded here. It contains the inputs, outputs and gradients of the Lipsum-FT
+authors' own step (Flax, float32), and three optimizer steps, for weights that `test_lipsum.py`
+draws from a seed.
 
-tokenizer.json.gz contains {"versions": {...}, "strings": [[text, ids], ...]}, the ids without start and end token.
-OpenAI's tokenizer first applies `ftfy` to texts. It is left out here; otherwise the ids would depend on its version.
+tokenizer.json.gz contains {"versions": {...}, "strings": [[text, ids], ...]}, the ids without start
+and end token. OpenAI's tokenizer first applies `ftfy` to texts. It is left out here; otherwise the
+ids would depend on its version.
 """
 
-import argparse
 import ast
 import gzip
 import importlib.metadata
@@ -55,15 +66,20 @@ import sys
 import time
 import types
 import unicodedata
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
+import tyro
 
+from support.errors import exit_code, unknown
 from tools import seeded
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-REFERENCE = REPOSITORY / "tests" / "reference"
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "tests" / "reference"
 MODELS = {
     "tiny": ("tiny", "quick_gelu"),
     "tiny-gelu": ("tiny", "gelu"),
@@ -72,38 +88,34 @@ MODELS = {
     "vit-b-16": ("ViT-B/16", "quick_gelu"),
     "vit-l-14": ("ViT-L/14", "quick_gelu"),
 }
-NAMES = [*MODELS, "methods", "tpgm", "tokenizer"]
+NAMES = (*MODELS, "methods", "tpgm", "tokenizer")
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
+# -------------------------------------------------------------------------------------- the model
 
 
 def record_model(name: str) -> None:
+    """Writes NAME.npz."""
     architecture_name, activation = MODELS[name]
     architecture = seeded.ARCHITECTURES[architecture_name]
     weights = seeded.hugging_face_weights(architecture, seeded.SEED)
     images = seeded.images(architecture, seeded.SEED, seeded.IMAGES)
     token_ids = seeded.token_ids(architecture, seeded.SEED, seeded.TEXTS)
-    values = {
-        **model_values(
-            build_model(architecture, activation, weights),
-            images,
-            token_ids,
-            architecture_name == "tiny",
-        ),
+    model = build_model(architecture, activation, weights)
+    values: dict[str, Any] = {
+        **model_values(model, images, token_ids, all_tokens=architecture_name == "tiny"),
         "token_ids": token_ids,
         "image_sums": images.sum((1, 2, 3), dtype=np.int64),
         "weight_sums": np.array([weight.sum(dtype=np.float64) for weight in weights.values()]),
-        "versions": np.array(
-            [f"{name} {version}" for name, version in versions("torch", "transformers").items()]
-        ),
+        "versions": torch_versions(),
     }
     np.savez_compressed(REFERENCE / f"{name}.npz", **values)
 
 
 def build_model(architecture: dict[str, int], activation: str, weights: dict[str, np.ndarray]):
+    """Returns `transformers.CLIPModel` with these weights, which it does not copy."""
     import torch
     import transformers
 
@@ -142,6 +154,7 @@ def build_model(architecture: dict[str, int], activation: str, weights: dict[str
 def model_values(
     model, images: np.ndarray, token_ids: np.ndarray, all_tokens: bool
 ) -> dict[str, np.ndarray]:
+    """Returns the values that NAME.npz contains, at every token or at the first and last ones."""
     import torch
 
     pixels = (images.astype(np.float32) / np.float32(255) - MEAN) / DEVIATION
@@ -151,10 +164,8 @@ def model_values(
     with torch.inference_mode():
         vision = model.vision_model(pixel_values=pixels, output_hidden_states=True)
         text = model.text_model(input_ids=ids, output_hidden_states=True)
-        vision_states, text_states = (
-            torch.stack(vision.hidden_states, 1),
-            torch.stack(text.hidden_states, 1),
-        )
+        vision_states = torch.stack(vision.hidden_states, 1)
+        text_states = torch.stack(text.hidden_states, 1)
         vision_projected = model.visual_projection(vision.pooler_output)
         text_projected = model.text_projection(text.pooler_output)
         vision_features = vision_projected / vision_projected.norm(dim=-1, keepdim=True)
@@ -178,12 +189,13 @@ def model_values(
     return {name: value.numpy() for name, value in values.items()}
 
 
-# ----------------------------------------------------------------------------- the fine-tuning methods, in PyTorch
+# ------------------------------------------------------------ the fine-tuning methods, in PyTorch
 
 TAU, LAMBDA, TEMPERATURE = 20.0, 0.7, 2.0
 
 
 def record_methods() -> None:
+    """Writes methods.npz."""
     import torch
     from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss, normalize
 
@@ -253,11 +265,7 @@ def record_methods() -> None:
         ),
         "feat-kd": lambda features, model, head: ((features - features0) ** 2).sum(dim=1).mean(),
     }
-    values = {
-        "versions": np.array(
-            [f"{name} {version}" for name, version in versions("torch", "transformers").items()]
-        )
-    }
+    values: dict[str, Any] = {"versions": torch_versions()}
     for method, regularizer in regularizers.items():
         model = build_model(architecture, "quick_gelu", inputs["trained"]).double()
         head = torch.from_numpy(inputs["trained_head"]).double()
@@ -299,6 +307,7 @@ def record_methods() -> None:
 
 
 def record_tpgm() -> None:
+    """Writes tpgm.npz."""
     import torch
     from torch.nn.functional import cross_entropy, hardtanh, normalize
 
@@ -320,7 +329,7 @@ def record_tpgm() -> None:
     tower = Tower()
     tower.model = model
     start, end = parameters("zero_shot"), parameters("trained")
-    values = {}
+    values: dict[str, Any] = {}
     for norm in ("frobenius", "mars"):
         norms = {}
         for name, weight in end.items():
@@ -356,31 +365,32 @@ def record_tpgm() -> None:
     np.savez_compressed(REFERENCE / "tpgm.npz", **values)
 
 
-# -------------------------------------------------------------------------------------------------------- the tokenizer
+# ---------------------------------------------------------------------------------- the tokenizer
 
 
 def record_tokenizer(shared: Path) -> None:
+    """Writes tokenizer.json.gz from OpenAI's files."""
     tokenizer = load_tokenizer(shared / "weights/openai/bpe_simple_vocab_16e6.txt.gz")
-    texts = list(
-        dict.fromkeys(
-            prompts(shared / "data/openai/Prompt_Engineering_for_ImageNet.ipynb") + odd_texts()
-        )
-    )
+    texts = prompts(shared / "data/openai/Prompt_Engineering_for_ImageNet.ipynb") + odd_texts()
+    unicode = {"unicodedata": unicodedata.unidata_version}
     content = {
-        "versions": versions("clip-anytorch", "regex")
-        | {"unicodedata": unicodedata.unidata_version},
-        "strings": [[text, tokenizer.encode(text)] for text in texts],
+        "versions": versions("clip-anytorch", "regex") | unicode,
+        "strings": [[text, tokenizer.encode(text)] for text in dict.fromkeys(texts)],
     }
     lines = json.dumps(content, separators=(",", ":"))
     (REFERENCE / "tokenizer.json.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
 
 
 def load_tokenizer(vocabulary: Path):
-    """Returns OpenAI's SimpleTokenizer. Its module is loaded by path, because its package imports torchvision."""
-    path = importlib.metadata.distribution("clip-anytorch").locate_file("clip/simple_tokenizer.py")
-    specification = importlib.util.spec_from_file_location("simple_tokenizer", path)
+    """Returns OpenAI's SimpleTokenizer.
+
+    Its module is loaded by path, because its package imports torchvision.
+    """
+    package = importlib.metadata.distribution("clip-anytorch")
+    path = str(package.locate_file("clip/simple_tokenizer.py"))
+    specification: Any = importlib.util.spec_from_file_location("simple_tokenizer", path)
     module = importlib.util.module_from_spec(specification)
-    identity = types.ModuleType("ftfy")
+    identity: Any = types.ModuleType("ftfy")
     identity.fix_text = lambda text: text
     with mock.patch.dict(sys.modules, ftfy=identity):
         specification.loader.exec_module(module)
@@ -388,168 +398,121 @@ def load_tokenizer(vocabulary: Path):
 
 
 def prompts(notebook: Path) -> list[str]:
-    """Returns one prompt for each of the 1,000 ImageNet classes, with OpenAI's 80 templates in turn."""
+    """Returns a prompt for each of ImageNet's 1,000 classes, with OpenAI's templates in turn."""
     classes = assigned_list(notebook, "imagenet_classes")
     templates = assigned_list(notebook, "imagenet_templates")
     return [templates[index % len(templates)].format(name) for index, name in enumerate(classes)]
 
 
 def assigned_list(notebook: Path, name: str) -> list[str]:
+    """Returns the list that a cell of a notebook assigns to `name`."""
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if source.startswith(f"{name} = "):
-            return ast.literal_eval(ast.parse(source).body[0].value)
+            statement: Any = ast.parse(source).body[0]
+            return ast.literal_eval(statement.value)
     raise ValueError(f"{notebook}: no cell assigns {name}")
 
 
-# Odd characters are intended here. Split strings keep the lists short: the formatter puts each list item on a line.
+# Odd characters are intended here. Split strings keep the lists short: the formatter puts each list
+# item on a line.
 # ruff: noqa: RUF001, SIM905
 CONTRACTIONS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d"]
-ACCENTED = "café naïve Zürich Ærøskøbing façade São señor Łódź Dvořák Ångström Đà Nẵng piñata brûlée žluťoučký".split()
-FRAGMENTS = {
+ACCENTED = """café naïve Zürich Ærøskøbing façade São señor Łódź Dvořák Ångström Đà Nẵng piñata
+    brûlée žluťoučký""".split()
+FRAGMENTS: dict[str, Sequence[str]] = {
     "apostrophes": [
         *(start + end for start in ("", "they") for end in CONTRACTIONS),
         *(start + end.upper() for start in ("", "WE") for end in CONTRACTIONS),
-        *"""' '' \'\'\' 'ss 'sd 're' 'r 'v 'l 'Re 'lL ’s ’ `s ʼs 'ſ 'ſt o'clock 'tis rock'n'roll dogs' y'all'd've '90s
-            x''s !'s 1's 's's't""".split(),
+        *"""' '' \'\'\' 'ss 'sd 're' 'r 'v 'l 'Re 'lL ’s ’ `s ʼs 'ſ 'ſt o'clock 'tis rock'n'roll
+            dogs' y'all'd've '90s x''s !'s 1's 's's't""".split(),
         *["' s", "it' s", "it 's"],
     ],
-    "numbers": """0 42 2024 3.14 1,000,000 1e-5 0x1F a1b2c3 x86_64 2nd 4K R2D2 B-52 12:30 x² m³ 10⁻⁶ H₂O E=mc² Ⅳ ⅻ MMⅩⅩ
-        ½ 3¾ ⅓ ⅛ ↉ ①② ⑳ ㊿ １２３ ٣٤٥ ४२ 一二三 〇 𝟙𝟚 ² ₀ no.7 7-Eleven 50% ±5°C № 𒐀 ౧౨""".split(),
+    "numbers": """0 42 2024 3.14 1,000,000 1e-5 0x1F a1b2c3 x86_64 2nd 4K R2D2 B-52 12:30 x² m³ 10⁻⁶
+        H₂O E=mc² Ⅳ ⅻ MMⅩⅩ ½ 3¾ ⅓ ⅛ ↉ ①② ⑳ ㊿ １２３ ٣٤٥ ४२ 一二三 〇 𝟙𝟚 ² ₀ no.7 7-Eleven 50% ±5°C
+        № 𒐀 ౧౨""".split(),
     "accents": [
         form
         for word in ACCENTED
         for form in (word, unicodedata.normalize("NFD", word), word.upper())
     ],
-    "scripts": """Straße STRASSE GROẞE Übergrößenträger ΟΔΥΣΣΕΥΣ Σ ΑΣ. ὈΔΥΣΣΕΎΣ λόγος ΑΣ'Σ Σ1ΑΣ İstanbul ISPARTA ılık
-        DİYARBAKIR I\u0307 Москва Ёлка щи ЇЖАК Ђорђе مرحبا السَّلَامُ كتاب שָׁלוֹם नमस्ते हिन्दी বাংলা தமிழ் ไทย 你好 中文，字。
-        漢字かな カタカナ ﾊﾝｶｸ \u30d1 \u30cf\u309a ー 한국어 \u1112\u1161\u11ab ქართული Հայերեն \ufb01ne \ufb02ag \ufb06
-        ＦＵＬＬ \u01c5 \u01c7 \u212a \u212b \u2126 ª º \u0149 \u01f0""".split(),
-    "emoji": """😀 😀😀 👍🏽 👩\u200d👩\u200d👧\u200d👦 👨🏿\u200d🚀 🏳\ufe0f\u200d🌈 🇩🇪 🇯🇵🇫🇷 1\ufe0f\u20e3 #\ufe0f\u20e3
-        ❤\ufe0f ❤ ☕\ufe0f 🐈\u200d⬛ 🧑🏻\u200d🤝\u200d🧑🏿 cat😀dog 😀's 🔥100 ™ ©\ufe0f ® 〰\ufe0f :-) <3 ¯\\_(ツ)_/¯
-        \u200d \ufe0f 🏴\U000e0067\U000e007f""".split(),
-    "entities": """&amp; &amp;amp; &amp;amp;amp; &lt; &gt; &lt;b&gt; &amp;lt; &quot; &#39; &#x27; &#39;s
-        &apos;t &eacute; &eacute &Eacute;t&eacute; &amp;eacute; &nbsp; a&nbsp;&nbsp;b &copy &notit; &amp & &&
-        &; &# &#; &#x; &#x110000; &#0; &#128; &#xD800; &#13; &#65 &bogus; AT&T &AMP; &Amp; R&amp;D &#x1F600;
-        &hearts; &NotEqualTilde; &zwj; &ampamp; &#38;lt; &lt;|endoftext|&gt; &#60;|startoftext|&#62; &#x0a;
-        &Tab;""".split(),
+    "scripts": """Straße STRASSE GROẞE Übergrößenträger ΟΔΥΣΣΕΥΣ Σ ΑΣ. ὈΔΥΣΣΕΎΣ λόγος ΑΣ'Σ Σ1ΑΣ
+        İstanbul ISPARTA ılık DİYARBAKIR I\u0307 Москва Ёлка щи ЇЖАК Ђорђе مرحبا السَّلَامُ كتاب
+        שָׁלוֹם नमस्ते हिन्दी বাংলা தமிழ் ไทย 你好 中文，字。 漢字かな カタカナ ﾊﾝｶｸ \u30d1
+        \u30cf\u309a ー 한국어 \u1112\u1161\u11ab ქართული Հայերեն \ufb01ne \ufb02ag \ufb06 ＦＵＬＬ
+        \u01c5 \u01c7 \u212a \u212b \u2126 ª º \u0149 \u01f0""".split(),
+    "emoji": """😀 😀😀 👍🏽 👩\u200d👩\u200d👧\u200d👦 👨🏿\u200d🚀 🏳\ufe0f\u200d🌈 🇩🇪 🇯🇵🇫🇷
+        1\ufe0f\u20e3 #\ufe0f\u20e3 ❤\ufe0f ❤ ☕\ufe0f 🐈\u200d⬛ 🧑🏻\u200d🤝\u200d🧑🏿 cat😀dog
+        😀's 🔥100 ™ ©\ufe0f ® 〰\ufe0f :-) <3 ¯\\_(ツ)_/¯ \u200d \ufe0f
+        🏴\U000e0067\U000e007f""".split(),
+    "entities": """&amp; &amp;amp; &amp;amp;amp; &lt; &gt; &lt;b&gt; &amp;lt; &quot; &#39; &#x27;
+        &#39;s &apos;t &eacute; &eacute &Eacute;t&eacute; &amp;eacute; &nbsp; a&nbsp;&nbsp;b &copy
+        &notit; &amp & && &; &# &#; &#x; &#x110000; &#0; &#128; &#xD800; &#13; &#65 &bogus; AT&T
+        &AMP; &Amp; R&amp;D &#x1F600; &hearts; &NotEqualTilde; &zwj; &ampamp; &#38;lt;
+        &lt;|endoftext|&gt; &#60;|startoftext|&#62; &#x0a; &Tab;""".split(),
     "special": [
-        *"""<|startoftext|> <|endoftext|> <|STARTOFTEXT|> <|EndOfText|> a<|startoftext|>b <|endoftext|><|endoftext|>
-            <|endoftext| |endoftext|> <<|endoftext|>> !<|endoftext|> <|end\u00adoftext|> <end_of_text> <|startoftext|>'s
-            '<|endoftext|> <|endoftext|>! endoftext <|ENDOFTEXT|>!! <|pad|> </w> a</w>""".split(),
+        *"""<|startoftext|> <|endoftext|> <|STARTOFTEXT|> <|EndOfText|> a<|startoftext|>b
+            <|endoftext|><|endoftext|> <|endoftext| |endoftext|> <<|endoftext|>> !<|endoftext|>
+            <|end\u00adoftext|> <end_of_text> <|startoftext|>'s '<|endoftext|> <|endoftext|>!
+            endoftext <|ENDOFTEXT|>!! <|pad|> </w> a</w>""".split(),
         *["<| endoftext |>", "<|startoftext|>\t<|endoftext|>"],
     ],
-    "symbols": """_ __ __init__ snake_case _a_ CONSTANT_NAME €100 $5.00 £ ¥ ₹ ₿ ¢ 100€ US$ → ≤ ∑ √2 … — – «ça» „so“ ‘x’
-        ¿qué? ¡ay! § † • ※ ‼ ⁇ 。 、 「」 · \\ \\n \u0301 a\u0301\u0327 http://example.com/?q=a&b=c#d name@example.com
-        C++ C# #tag @user a/b a-b x=y {} [0] (a) '" /**/ -- ~ \x00 \x01\x02 \x7f \x80\x9f \ufffd \ue000 \u00ad
-        soft\u00adhyphen \u202eabc \u2066x\u2069 \ufeffbom""".split(),
-    "words": "a The CAT Photo dogs pneumonoultramicroscopicsilicovolcanoconiosis iPhone McDonald XYZ zxqj".split(),
+    "symbols": """_ __ __init__ snake_case _a_ CONSTANT_NAME €100 $5.00 £ ¥ ₹ ₿ ¢ 100€ US$ → ≤ ∑ √2
+        … — – «ça» „so“ ‘x’ ¿qué? ¡ay! § † • ※ ‼ ⁇ 。 、 「」 · \\ \\n \u0301 a\u0301\u0327
+        http://example.com/?q=a&b=c#d name@example.com C++ C# #tag @user a/b a-b x=y {} [0] (a) '"
+        /**/ -- ~ \x00 \x01\x02 \x7f \x80\x9f \ufffd \ue000 \u00ad soft\u00adhyphen \u202eabc
+        \u2066x\u2069 \ufeffbom""".split(),
+    "words": """a The CAT Photo dogs pneumonoultramicroscopicsilicovolcanoconiosis iPhone McDonald
+        XYZ zxqj""".split(),
 }
-# Ranges of Unicode with all kinds of lower case, combining marks, numbers that are not digits, and symbols.
+# Ranges of Unicode with all kinds of lower case, combining marks, numbers that are not digits, and
+# symbols.
+RANGES = """21-7F A1-250 300-370 370-400 400-460 5D0-5EB 620-670 904-970 E01-E5C 1E00-2000 2010-2028
+    2070-209D 20A0-20C0 2100-2200 2460-2500 2600-27C0 3041-3100 4E00-5000 AC00-B000 FB00-FB07
+    FF01-FFBF 1D400-1D456 1F300-1F650"""
 BLOCKS = [
-    range(0x21, 0x7F),
-    range(0xA1, 0x250),
-    range(0x300, 0x370),
-    range(0x370, 0x400),
-    range(0x400, 0x460),
+    range(int(first, 16), int(end, 16))
+    for first, end in (pair.split("-") for pair in RANGES.split())
 ]
-BLOCKS += [
-    range(0x5D0, 0x5EB),
-    range(0x620, 0x670),
-    range(0x904, 0x970),
-    range(0xE01, 0xE5C),
-    range(0x1E00, 0x2000),
-]
-BLOCKS += [
-    range(0x2010, 0x2028),
-    range(0x2070, 0x209D),
-    range(0x20A0, 0x20C0),
-    range(0x2100, 0x2200),
-]
-BLOCKS += [
-    range(0x2460, 0x2500),
-    range(0x2600, 0x27C0),
-    range(0x3041, 0x3100),
-    range(0x4E00, 0x5000),
-]
-BLOCKS += [
-    range(0xAC00, 0xB000),
-    range(0xFB00, 0xFB07),
-    range(0xFF01, 0xFFBF),
-    range(0x1D400, 0x1D456),
-]
-BLOCKS += [range(0x1F300, 0x1F650)]
 SPACES = [
-    " ",
-    "  ",
-    "\t",
-    "\n",
-    "\r\n",
-    "\v",
-    "\f",
-    "\x1c",
-    "\x1d",
-    "\x1e",
-    "\x1f",
-    "\x85",
-    "\xa0",
-    "\u1680",
-    "\u180e",
-]
-SPACES += [
+    *[" ", "  ", "\t", "\n", "\r\n"],
+    *"\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e",
     *map(chr, range(0x2000, 0x200E)),
-    "\u2028",
-    "\u2029",
-    "\u202f",
-    "\u205f",
-    "\u2060",
-    "\u3000",
-    "\ufeff",
+    *"\u2028\u2029\u202f\u205f\u2060\u3000\ufeff",
 ]
 
 
 def odd_texts() -> list[str]:
-    """Returns texts that are hard to split into tokens: each fragment alone, then random mixtures of fragments."""
+    """Returns texts that are hard to split into tokens.
+
+    Each fragment comes alone, then random mixtures of fragments.
+    """
     generator = random.Random(seeded.SEED)
     fragments = [fragment for group in FRAGMENTS.values() for fragment in group]
-    texts = [
-        "",
-        *fragments,
-        *SPACES,
-        *(f"a{space}b" for space in SPACES),
-        *(f"{space}a{space}" for space in SPACES),
-    ]
-    texts += [
-        "a" * 1000,
-        "ab" * 300,
-        "!" * 500,
-        "7" * 300,
-        "é" * 200,
-        "😀" * 100,
-        "_" * 100,
-        "'s" * 50,
-        "ha" * 77,
-    ]
+    texts = ["", *fragments, *SPACES]
+    texts += [f"a{space}b" for space in SPACES]
+    texts += [f"{space}a{space}" for space in SPACES]
+    repeated = {"a": 1000, "ab": 300, "!": 500, "7": 300, "é": 200, "😀": 100, "_": 100, "'s": 50}
+    texts += [text * count for text, count in (repeated | {"ha": 77}).items()]
     for _ in range(150):
         texts += [
             mixture(generator, fragments),
             mixture(generator, FRAGMENTS[generator.choice(list(FRAGMENTS))]),
-            "".join(generator.choices(SPACES, k=generator.randint(2, 8))).join(
-                generator.choices(fragments, k=3)
-            ),
-            "".join(generator.choices(string.punctuation, k=generator.randint(2, 12))),
-            "".join(
-                generator.choices(
-                    string.ascii_letters + string.digits + "'_-", k=generator.randint(3, 25)
-                )
-            ),
-            "".join(generator.choices(string.ascii_lowercase, k=generator.randint(20, 200))),
+            joined(generator, SPACES, 2, 8).join(generator.choices(fragments, k=3)),
+            joined(generator, string.punctuation, 2, 12),
+            joined(generator, string.ascii_letters + string.digits + "'_-", 3, 25),
+            joined(generator, string.ascii_lowercase, 20, 200),
             *(block_text(generator) for _ in range(3)),
         ]
     return texts
 
 
-def mixture(generator: random.Random, fragments: list[str]) -> str:
+def joined(generator: random.Random, pieces: Sequence[str], fewest: int, most: int) -> str:
+    """Returns between `fewest` and `most` of the pieces, drawn with replacement."""
+    return "".join(generator.choices(pieces, k=generator.randint(fewest, most)))
+
+
+def mixture(generator: random.Random, fragments: Sequence[str]) -> str:
     """Returns two to eight fragments, about half of them with white space after them."""
     pieces = generator.choices(fragments, k=generator.randint(2, 8))
     return "".join(
@@ -566,40 +529,44 @@ def block_text(generator: random.Random) -> str:
     return "".join(character for character in characters if unicodedata.category(character) != "Cn")
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------ the command
 
 
 def versions(*packages: str) -> dict[str, str]:
+    """Returns the versions of packages, NumPy and Python."""
     found = {package: importlib.metadata.version(package) for package in (*packages, "numpy")}
     return found | {"python": platform.python_version()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Record the reference values of the tests.")
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"any of {', '.join(NAMES)} (default: all)"
-    )
-    parser.add_argument(
-        "--shared",
-        type=Path,
-        default=REPOSITORY.parent / "shared",
-        help="folder with OpenAI's files",
-    )
-    arguments = parser.parse_args()
-    unknown = sorted(set(arguments.names) - set(NAMES))
-    if unknown:
-        parser.error(f"unknown name: {', '.join(unknown)}; choose from {', '.join(NAMES)}")
-    REFERENCE.mkdir(exist_ok=True)
-    for name in arguments.names or NAMES:
+def torch_versions() -> np.ndarray:
+    """Returns what an NPZ file says of the versions."""
+    found = versions("torch", "transformers")
+    return np.array([f"{name} {version}" for name, version in found.items()])
+
+
+def main(
+    names: tyro.conf.Positional[tuple[str, ...]] = NAMES, shared: Path = ROOT.parent / "shared"
+) -> None:
+    """Record the reference values of the tests.
+
+    Args:
+        names: Files to record: a model, methods, tpgm, or tokenizer.
+        shared: Folder with OpenAI's files, for the tokenizer.
+    """
+    recorders = {
+        "methods": record_methods,
+        "tpgm": record_tpgm,
+        "tokenizer": partial(record_tokenizer, shared),
+    }
+    recorders |= {name: partial(record_model, name) for name in MODELS}
+    for name in names:
+        if name not in recorders:
+            raise unknown("reference", name, recorders)
+    for name in names:
         began = time.perf_counter()
-        if name == "tokenizer":
-            record_tokenizer(arguments.shared)
-        elif name in ("methods", "tpgm"):
-            {"methods": record_methods, "tpgm": record_tpgm}[name]()
-        else:
-            record_model(name)
+        recorders[name]()
         print(f"{name}: {time.perf_counter() - began:.1f} s")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(lambda: tyro.cli(main, prog="python -m tools.record_reference")))

@@ -1,10 +1,11 @@
-"""Weights, images and texts drawn from a seed: the inputs that produced the values in `tests/reference/`.
+"""Weights, images and texts drawn from a seed: what `tests/reference/` was recorded from.
 
 They are drawn again where they are needed; the repository stores only the reference outputs.
-`python tests/record_reference.py` passes them to PyTorch, and the tests pass them to this project's code.
+`python -m tools.record_reference` passes them to PyTorch, the tests to this project's code.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -76,11 +77,12 @@ Tensor = tuple[str, tuple[int, ...], float, float]  # name, shape, mean, standar
 
 
 def hugging_face_weights(architecture: dict[str, int], seed: int) -> dict[str, np.ndarray]:
-    """Returns random float32 weights with the names and layout of `transformers.CLIPModel.state_dict()`.
+    """Returns random float32 weights as in `transformers.CLIPModel.state_dict()`.
 
-    One generator draws them in the order of the returned dict: text tower, vision tower, projections. Order in a tower:
-    embeddings, blocks, last LayerNorm. Order in a block: LayerNorm, attention (query, key, value, out), LayerNorm, MLP.
-    `logit_scale` comes first. It is not drawn: it is log(100), as in the published models.
+    One generator draws them in the order of the returned dict: text tower, vision tower,
+    projections. Order in a tower: embeddings, blocks, last LayerNorm. Order in a block: LayerNorm,
+    attention (query, key, value, out), LayerNorm, MLP. `logit_scale` comes first. It is not drawn:
+    it is log(100), as in the published models.
     """
     generator = np.random.default_rng(seed)
     weights = {"logit_scale": np.array(np.log(100), np.float32)}
@@ -93,19 +95,20 @@ def hugging_face_weights(architecture: dict[str, int], seed: int) -> dict[str, n
 
 
 def images(architecture: dict[str, int], seed: int, number: int) -> np.ndarray:
-    """Returns coarse and fine random colour fields with a little noise: uint8 `[number, height, width, 3]`."""
+    """Returns random colour fields with a little noise: uint8 `[number, height, width, 3]`."""
     generator = np.random.default_rng(seed)
     return np.stack([_image(generator, architecture["image_size"]) for _ in range(number)])
 
 
 def token_ids(architecture: dict[str, int], seed: int, number: int) -> np.ndarray:
-    """Returns int32 `[number, context_length]`: start, random tokens, end, zeros. The first text has no zeros."""
+    """Returns int32 `[number, context_length]`: start, random tokens, end, zeros.
+
+    The first text has no zeros.
+    """
     generator = np.random.default_rng(seed)
-    context_length, vocabulary_size = (
-        architecture["context_length"],
-        architecture["vocabulary_size"],
-    )
-    start, end = vocabulary_size - 2, vocabulary_size - 1
+    context_length = architecture["context_length"]
+    end = architecture["vocabulary_size"] - 1
+    start = end - 1
     lengths = generator.integers(0, context_length - 1, number)
     lengths[0] = context_length - 2
     texts = np.zeros((number, context_length), np.int32)
@@ -114,11 +117,12 @@ def token_ids(architecture: dict[str, int], seed: int, number: int) -> np.ndarra
     return texts
 
 
-def fine_tuning(seed: int) -> dict[str, np.ndarray | dict[str, np.ndarray]]:
-    """Returns the inputs of one step of every method, at the size `nano`: weights, images, labels, heads and texts.
+def fine_tuning(seed: int) -> dict[str, Any]:
+    """Returns the inputs of one step of every method, at the size `nano`.
 
-    `trained` is `zero_shot` with a changed vision tower; otherwise the regularizers would be zero. Unit-norm heads are
-    [dim, classes] and [dim, templates]; `texts` is [texts, tokens]; `probe_*` is the data of a linear probe.
+    `zero_shot` and `trained` are weights by name. `trained` has a changed vision tower; otherwise
+    the regularizers would be zero. Unit-norm heads are [dim, classes] and [dim, templates]; `texts`
+    is [texts, tokens]; `probe_*` is the data of a linear probe.
     """
     architecture = ARCHITECTURES["nano"]
     generator = np.random.default_rng(seed)
@@ -132,12 +136,10 @@ def fine_tuning(seed: int) -> dict[str, np.ndarray | dict[str, np.ndarray]]:
 
     zero_shot = hugging_face_weights(architecture, seed)
     vision = ("vision_model", "visual_projection")
-    trained = {
-        name: weight + np.float32(0.02) * normal(*weight.shape)
-        if name.startswith(vision)
-        else weight
-        for name, weight in zero_shot.items()
-    }
+    trained = dict(zero_shot)
+    for name, weight in zero_shot.items():
+        if name.startswith(vision):
+            trained[name] = weight + np.float32(0.02) * normal(*weight.shape)
     head = unit_columns(5)
     texts = generator.integers(0, 98, (9, 6)).astype(np.int32)
     texts[:, 0], texts[:, -1] = 98, 99
@@ -160,42 +162,26 @@ def _tensors(architecture: dict[str, int]) -> Iterator[Tensor]:
     """Yields every drawn tensor, with the standard deviations of CLIP's initialization."""
     text_width, vision_width = architecture["text_width"], architecture["vision_width"]
     patch_size, embedding_size = architecture["patch_size"], architecture["embedding_size"]
-    positions = (architecture["image_size"] // patch_size) ** 2 + 1
     embeddings = "text_model.embeddings"
-    yield (
-        f"{embeddings}.token_embedding.weight",
-        (architecture["vocabulary_size"], text_width),
-        0,
-        0.02,
-    )
-    yield (
-        f"{embeddings}.position_embedding.weight",
-        (architecture["context_length"], text_width),
-        0,
-        0.01,
-    )
+    tokens = (architecture["vocabulary_size"], text_width)
+    yield f"{embeddings}.token_embedding.weight", tokens, 0, 0.02
+    positions = (architecture["context_length"], text_width)
+    yield f"{embeddings}.position_embedding.weight", positions, 0, 0.01
     yield from _blocks("text_model", architecture["text_layers"], text_width)
     yield from _layer_norm("text_model.final_layer_norm", text_width)
     embeddings = "vision_model.embeddings"
+    deviation = vision_width**-0.5
+    yield f"{embeddings}.class_embedding", (vision_width,), 0, deviation
     kernel = (3, patch_size, patch_size)
-    yield f"{embeddings}.class_embedding", (vision_width,), 0, vision_width**-0.5
-    yield (
-        f"{embeddings}.patch_embedding.weight",
-        (vision_width, *kernel),
-        0,
-        np.prod(kernel) ** -0.5,
-    )
-    yield (
-        f"{embeddings}.position_embedding.weight",
-        (positions, vision_width),
-        0,
-        vision_width**-0.5,
-    )
+    patches = (vision_width, *kernel)
+    yield f"{embeddings}.patch_embedding.weight", patches, 0, np.prod(kernel) ** -0.5
+    positions = ((architecture["image_size"] // patch_size) ** 2 + 1, vision_width)
+    yield f"{embeddings}.position_embedding.weight", positions, 0, deviation
     yield from _layer_norm("vision_model.pre_layrnorm", vision_width)
     yield from _blocks("vision_model", architecture["vision_layers"], vision_width)
     yield from _layer_norm("vision_model.post_layernorm", vision_width)
     yield "text_projection.weight", (embedding_size, text_width), 0, text_width**-0.5
-    yield "visual_projection.weight", (embedding_size, vision_width), 0, vision_width**-0.5
+    yield "visual_projection.weight", (embedding_size, vision_width), 0, deviation
 
 
 def _blocks(tower: str, layers: int, width: int) -> Iterator[Tensor]:
@@ -217,25 +203,23 @@ def _linear(name: str, outputs: int, inputs: int, deviation: float) -> Iterator[
 
 
 def _layer_norm(name: str, width: int) -> Iterator[Tensor]:
-    # With the usual ones and zeros, a mistake in the scale or the shift would not change the output.
+    # With the usual ones and zeros, a mistake in scale or shift would not change the output.
     yield f"{name}.weight", (width,), 1, 0.1
     yield f"{name}.bias", (width,), 0, 0.1
 
 
 def _image(generator: np.random.Generator, size: int) -> np.ndarray:
     noise = generator.random((size, size, 3))
-    mixture = (
-        0.6 * _colour_field(generator, size, 3)
-        + 0.3 * _colour_field(generator, size, 9)
-        + 0.1 * noise
-    )
+    coarse, fine = _colour_field(generator, size, 3), _colour_field(generator, size, 9)
+    mixture = 0.6 * coarse + 0.3 * fine + 0.1 * noise
     return np.clip(256 * (1.8 * (mixture - 0.5) + 0.5), 0, 255).astype(np.uint8)
 
 
 def _colour_field(generator: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """Random colours at the corners of `cells` x `cells` squares, interpolated bilinearly: `[size, size, 3]` in [0, 1].
+    """Returns colours in [0, 1], bilinear between random ones at corners of `cells` x `cells`.
 
-    It uses sums and products only: the last bit of a sine, and so a rounded pixel, can differ between machines.
+    It uses sums and products only: the last bit of a sine, and so a rounded pixel, can differ
+    between machines.
     """
     corners = generator.random((cells + 1, cells + 1, 3))
     position = np.arange(size) * cells / size

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 
 import jax
 import jax.numpy as jnp
@@ -18,47 +17,34 @@ from tools.bench import Case
 SMALL = dataclasses.replace(scaling.SIZES, vision=clip.Transformer(64, 4, 4, 256))
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(clip.PRESETS, "small", SMALL)
-    return "small"
-
-
 def test_flops_of_matrix_products() -> None:
-    """2 m k n per product, once per iteration of a scan, inside other functions, and in the backward pass."""
+    """2 m k n per product, once per iteration of a scan, and in the backward pass."""
 
     def layers(x: jax.Array, weights: jax.Array) -> jax.Array:
-        return jnp.sum(
-            jax.lax.scan(lambda x, weight: (jax.jit(jnp.matmul)(x, weight), None), x, weights)[0]
-        )
+        last, _ = jax.lax.scan(lambda x, weight: (jax.jit(jnp.matmul)(x, weight), None), x, weights)
+        return jnp.sum(last)
 
-    x, weights = jnp.ones((5, 8)), jnp.ones((3, 8, 8))
+    x = jnp.ones((5, 8))
+    weights = jnp.ones((3, 8, 8))
     assert bench.matmul_flops(jax.make_jaxpr(layers)(x, weights).jaxpr) == 3 * 2 * 5 * 8 * 8
     # The gradient with respect to weights and inputs is one product each.
     both = jax.make_jaxpr(jax.grad(layers, argnums=(0, 1)))(x, weights)
     assert bench.matmul_flops(both.jaxpr) == 3 * (3 * 2 * 5 * 8 * 8)
 
 
-def test_step_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    """The embedded model's step, beside PyTorch's if that is installed: both compute the same loss."""
-    vs = (
-        "torch"
-        if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
-        else None
-    )
-    bench.step_command(Case("tiny", "ft", 4), steps=2, vs=vs, as_json=True)
-    found = json.loads(capsys.readouterr().out)
+def test_step_is_timed() -> None:
+    """The embedded model's step, beside PyTorch's if that is installed: equal first losses."""
+    torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    found = bench.time_step(Case("tiny", "ft", 4), steps=2, vs_torch=torch)
     ours = found["this project"]
-    assert (
-        ours["images/s"] == pytest.approx(4 / ours["s/step"])
-        and 0 < ours["share of matmul peak"] < 1
-    )
+    assert ours["images/s"] == pytest.approx(4 / ours["s/step"])
+    assert 0 < ours["share of matmul peak"] < 1
+    assert 0.1 < ours["peak GiB"] < 10
     assert ours["first step, s"] > ours["s/step"]
-    if vs:
-        assert found["PyTorch"]["first loss"] == pytest.approx(ours["first loss"], rel=1e-4)
-        assert found["ratio"]["s/step"] == pytest.approx(
-            ours["s/step"] / found["PyTorch"]["s/step"]
-        )
+    if torch:
+        theirs = found["PyTorch"]
+        assert theirs["first loss"] == pytest.approx(ours["first loss"], rel=1e-4)
+        assert found["ratio"]["s/step"] == pytest.approx(ours["s/step"] / theirs["s/step"])
 
 
 @pytest.mark.parametrize(
@@ -75,24 +61,21 @@ def test_bad_cases(case: Case, message: str) -> None:
 
 
 def test_a_topology_needs_libtpu_and_a_known_name() -> None:
-    with pytest.raises(
-        errors.InputError, match=r"--topology v5e:no is not known here .*pip install 'jax\[tpu\]=="
-    ):
+    message = r"--topology v5e:no is not known here .*pip install 'jax\[tpu\]=="
+    with pytest.raises(errors.InputError, match=message):
         bench.compile_command(Case("tiny", batch_size=8), "v5e:no")
 
 
 @pytest.mark.tpu_compile
-@pytest.mark.parametrize(
-    "method", [name for name, method in lipsum.METHODS.items() if method.trained]
-)
+@pytest.mark.parametrize("method", [name for name, each in lipsum.METHODS.items() if each.trained])
 def test_every_method_compiles_for_eight_tpu_cores(
-    method: str, small: str, capsys: pytest.CaptureFixture[str]
+    method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("libtpu")
-    case = Case(small, method, 64, "bfloat16", fsdp=method == "ft")
-    with jax.numpy_dtype_promotion(
-        "standard"
-    ):  # in bfloat16, the gradient of JAX's own attention mixes types
+    monkeypatch.setitem(clip.PRESETS, "small", SMALL)
+    case = Case("small", method, 64, "bfloat16", fsdp=method == "ft")
+    # In bfloat16, the gradient of JAX's own attention mixes types.
+    with jax.numpy_dtype_promotion("standard"):
         bench.compile_command(case, "v5e:2x4")
     output = capsys.readouterr().out
     assert "fits: 0.0" in output and "all-reduce" in output

@@ -4,9 +4,9 @@ script.
 
 import dataclasses
 import functools
-import hashlib
 import math
 import zlib
+from collections import Counter
 
 import equinox as eqx
 import jax
@@ -233,10 +233,20 @@ def original_weights() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def test_original_weights_are_those_recorded() -> None:
-    digest = hashlib.sha256()
-    for name, weight in sorted(original_weights()[0].items()):
-        digest.update(name.encode() + np.asarray(weight).tobytes())
-    assert digest.hexdigest() == str(original()["meta/fingerprint_w0"])
+    """The sum of absolute values per part: last bits of draws depend on NumPy's version."""
+    sums: Counter[str] = Counter()
+    for name, weight in original_weights()[0].items():
+        sums[name.partition(".")[0]] += np.abs(weight).sum(dtype=np.float64)
+    assert sums == pytest.approx(
+        {
+            "logit_scale": 4.605170250,
+            "text_model": 1270658.679164,
+            "text_projection": 209.029659669,
+            "vision_model": 9647.040701420,
+            "visual_projection": 202.483314434,
+        },
+        rel=1e-9,
+    )
 
 
 def original_models() -> tuple[clip.CLIP, lipsum.Frozen, lipsum.Classifier]:
