@@ -231,7 +231,7 @@ def train(
                 progress["evaluated"] = step
                 if accuracy > progress["best_accuracy"]:
                     progress["best_accuracy"], progress["best_step"] = accuracy, step
-                    best = snapshot.evaluated
+                    best = devices.fetch(state.evaluated)
                 save(step)
             if saves:
                 log.start_clock(step)

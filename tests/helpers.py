@@ -21,11 +21,10 @@ import eval as evaluation
 from support import weights
 from support.errors import InputError
 from support.run import options
-from support.run import setup as opening
 from support.weights.formats import BYTE_SYMBOLS
 from tools import seeded
 
-# ------------------------------------------------------------------------------------------------ images and errors
+# -------------------------------------------------------------------------------- images and errors
 
 
 def config_of(sizes: dict[str, int], activation: str = "quick_gelu") -> clip.Config:
@@ -179,12 +178,14 @@ def openai_state() -> Mapping[str, np.ndarray]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- data sets
+# ---------------------------------------------------------------------------------------- data sets
 
 
 @pytest.fixture
 def cub(tmp_path: Path) -> Path:
-    """CUB-200-2011's files: three birds, the ids in no order; of each six images, two are for testing."""
+    """CUB-200-2011's files: three birds, the ids in no order; of each six images, two are for
+    testing.
+    """
     birds = {1: "001.Black_footed_Albatross", 2: "002.Laysan_Albatross", 3: "003.Chuck_will_Widow"}
     lines = {"images.txt": [], "image_class_labels.txt": [], "train_test_split.txt": []}
     for number, (bird, index) in enumerate(itertools.product(birds, range(6))):
@@ -226,7 +227,9 @@ ZOO = {"ice_cream": 0, "zebra": 1, "Éléphant d'Asie": 2, "犬": 3}
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
-    """Class folders with spaces and other letters: train, val and two shifts, of which one lacks a class."""
+    """Class folders with spaces and other letters: train, val and two shifts, of which one lacks a
+    class.
+    """
     images = {f"train/{name}": numbered(12) for name in ZOO} | {
         f"val/{name}": numbered(2) for name in ZOO
     }
@@ -251,7 +254,9 @@ IN_R, IN_A = (1, 500, 999), (0, 2, 10)
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A JPEG for each class in train and val; a few classes of V2 (in folders 0 to 999), R, A and Sketch."""
+    """A JPEG for each class in train and val; a few classes of V2 (in folders 0 to 999), R, A and
+    Sketch.
+    """
     root = tmp_path_factory.mktemp("imagenet")
     images = {
         f"imagenet/{part}/{wnid}": [f"{wnid}_1.JPEG"] for part in ("train", "val") for wnid in WNIDS
@@ -277,7 +282,7 @@ def imagenet(planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return root
 
 
-# -------------------------------------------------------------------------------------------- a run from start to table
+# ------------------------------------------------------------------------ a run from start to table
 
 CLASSES = ("ice_cream", "dog", "guitar")
 

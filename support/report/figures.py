@@ -1,9 +1,11 @@
 """The paper's figures for finished runs, drawn with matplotlib from results.json.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py figures runs --out figures` writes them.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py figures runs --out figures`
+writes them.
 
-Each function returns one figure, or raises Nothing if the runs lack the data that it shows. Zero-shot, FT and Lipsum-FT
-have a colour, a grey value and a marker of their own, the others are grey. Names stand beside the points.
+Each function returns one figure, or raises Nothing if the runs lack the data that it shows.
+Zero-shot, FT and Lipsum-FT have a colour, a grey value and a marker of their own, the others are
+grey. Names stand beside the points.
 """
 
 import itertools
@@ -28,7 +30,9 @@ Points = Sequence[Point] | Float[np.ndarray, "points 2"]
 
 
 class Nothing(Exception):
-    """These runs lack the data of a figure; the message says which runs or command would provide it."""
+    """These runs lack the data of a figure; the message says which runs or command would provide
+    it.
+    """
 
 
 LOOKS = {
@@ -40,7 +44,10 @@ OTHER = {"color": "0.68", "marker": "o", "markersize": 6, "zorder": 2}
 
 
 def look(method: str) -> dict[str, Any]:
-    """Returns the colour and marker of a method, the same in every figure. A post-hoc result's marker is hollow."""
+    """Returns the colour and marker of a method, the same in every figure.
+
+    A post-hoc result's marker is hollow.
+    """
     base, is_post_hoc, _ = method.partition("+")
     return LOOKS.get(base, OTHER) | (
         {"markerfacecolor": "none"} if is_post_hoc else {"markeredgecolor": "white"}
@@ -48,7 +55,9 @@ def look(method: str) -> dict[str, Any]:
 
 
 def new_figure(count: int, **shared: bool) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with a grid of `count` panels, of a size at which eight points are readable on a slide."""
+    """Returns a figure with a grid of `count` panels, of a size at which eight points are readable
+    on a slide.
+    """
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
     figure = Figure(figsize=(7.2, 5.2 * rows / columns), dpi=200, layout="constrained")
@@ -60,7 +69,9 @@ def new_figure(count: int, **shared: bool) -> tuple[Figure, list[Axes]]:
 
 
 def add_label(axes: Axes, text: str, point: Point, method: str, optional: bool = False) -> None:
-    """Writes a text that `place_labels` moves to a free place near its point, or removes if it is `optional`."""
+    """Writes a text that `place_labels` moves to a free place near its point, or removes if it is
+    `optional`.
+    """
     color = LOOKS.get(method.partition("+")[0], {"color": "0.4"})["color"]
     font = (
         {"fontsize": 10, "weight": "bold"} if method in LOOKS and not optional else {"fontsize": 8}
@@ -93,7 +104,9 @@ def plot(axes: Axes, points: Points, method: str, label: str = "", **style: Any)
 
 
 def place_labels(figure: Figure) -> Figure:
-    """Moves each label to the nearest place around its point that least overlaps labels, edges, points and lines."""
+    """Moves each label to the nearest place around its point that least overlaps labels, edges,
+    points and lines.
+    """
     figure.draw_without_rendering()
     pixels = figure.dpi / 72
     angles = np.radians(sorted(range(0, 360, 15), key=lambda angle: (angle % 90, angle % 180)))
@@ -142,7 +155,9 @@ def trained(results: Sequence[Results]) -> dict[str, list[Results]]:
 
 
 def main_settings(results: Sequence[Results]) -> list[Results]:
-    """Returns each training method's runs with one choice of settings: the one with the most seeds, else the first."""
+    """Returns each training method's runs with one choice of settings: the one with the most seeds,
+    else the first.
+    """
     return [
         run
         for runs in trained(results).values()
@@ -160,7 +175,9 @@ def zero_shot_of(results: Sequence[Results]) -> Results:
 
 
 def accuracies(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray, "runs 2"]:
-    """Returns each run's accuracy on a shift, or its mean over all, and that on the reference, in percent."""
+    """Returns each run's accuracy on a shift, or its mean over all, and that on the reference, in
+    percent.
+    """
     if any(not tables.shifts_of(run) for run in runs):
         raise Nothing("runs with shifts, for example --shifts painting sketch")
     references = [run["splits"][tables.reference_of(run)]["accuracy"] for run in runs]
@@ -172,7 +189,9 @@ def accuracies(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray, "r
 
 
 def with_axes(figure: Figure, results: Sequence[Results], shifts: Sequence[str] = ()) -> Figure:
-    """Completes a figure of reference against shifts: zero-shot in each panel, and the axes' labels."""
+    """Completes a figure of reference against shifts: zero-shot in each panel, and the axes'
+    labels.
+    """
     for axes, shift in itertools.zip_longest(
         filter(Axes.get_visible, figure.axes), shifts, fillvalue=""
     ):
@@ -185,9 +204,11 @@ def with_axes(figure: Figure, results: Sequence[Results], shifts: Sequence[str] 
 
 
 def trade_off_plot(results: Sequence[Results], shifts: Sequence[str] = ("",)) -> Figure:
-    """Figures 2 and 7: each method's accuracy on the reference against that on a shift, or the mean of all ("").
+    """Figures 2 and 7: each method's accuracy on the reference against that on a shift, or the mean
+    of all ("").
 
-    Means over seeds, standard deviations. A line joins runs that differ in one swept setting, the learning rate if any.
+    Means over seeds, standard deviations. A line joins runs that differ in one swept setting, the
+    learning rate if any.
     """
     figure, panels = new_figure(len(shifts))
     for axes, shift in zip(panels, shifts, strict=True):
@@ -200,7 +221,9 @@ def trade_off_plot(results: Sequence[Results], shifts: Sequence[str] = ("",)) ->
 
 
 def draw_trade_off(axes: Axes, method_runs: Sequence[Results], shift: str) -> str:
-    """Draws the runs of one method, and returns the setting in which those differ that a line joins, if any."""
+    """Draws the runs of one method, and returns the setting in which those differ that a line
+    joins, if any.
+    """
     method, joined = method_runs[0]["method"], ""
     *fixed, last = sorted(
         tables.varied_settings(method_runs), key=lambda name: name == "learning_rate"
@@ -238,7 +261,9 @@ def trade_off_per_shift_plot(results: Sequence[Results]) -> Figure:
 
 
 def distortion_plot(results: Sequence[Results]) -> Figure:
-    """Figures 3 and 9 to 12: feature distortion per method and split; means over seeds, standard deviations."""
+    """Figures 3 and 9 to 12: feature distortion per method and split; means over seeds, standard
+    deviations.
+    """
     splits = [tables.reference_of(results[0]), *tables.shifts_of(results[0])]
     methods = tables.by_method(
         run for run in main_settings(results) if "distortion" in run["splits"][splits[0]]
@@ -268,7 +293,9 @@ def distortion_plot(results: Sequence[Results]) -> Figure:
 
 
 def energy_gap_plot(results: Sequence[Results]) -> Figure:
-    """Figures 4 and 13: relative accuracy against the energy gap, a panel per shift, a point per run and zero-shot."""
+    """Figures 4 and 13: relative accuracy against the energy gap, a panel per shift, a point per
+    run and zero-shot.
+    """
     shifts = tables.shifts_of(results[0])
     if not any(tables.relative_accuracies(results, shift, "energy_gap") for shift in shifts):
         raise Nothing("runs with shifts whose results.json contains the energy gap")
@@ -299,7 +326,10 @@ def energy_gap_plot(results: Sequence[Results]) -> Figure:
 
 
 def post_hoc_curves_plot(results: Sequence[Results]) -> Figure:
-    """Figures 5 and 14: WiSE over alpha and TPGM over the penalty, for each fine-tuned run; means over seeds."""
+    """Figures 5 and 14:
+
+    WiSE over alpha and TPGM over the penalty, for each fine-tuned run; means over seeds.
+    """
 
     def position(run: Results) -> int | float:
         return run.get("post_hoc", {}).get("penalty", 0) - run.get("post_hoc", {}).get("alpha", 0)
@@ -343,7 +373,9 @@ def soups_plot(results: Sequence[Results]) -> Figure:
 
 
 def weights_plot(results: Sequence[Results]) -> Figure:
-    """Reference against shifts over lambda or EMA's decay (docs/settings.md), and Lipsum-FT's; means over seeds."""
+    """Reference against shifts over lambda or EMA's decay (docs/settings.md), and Lipsum-FT's;
+    means over seeds.
+    """
 
     def swept(method: str) -> str:
         return "decay" if method == "ema" else "weight"
@@ -360,7 +392,8 @@ def weights_plot(results: Sequence[Results]) -> Figure:
     fixed = {name: curves.pop(name) for name in ("ft", "lipsum") if name in curves}
     if not curves:
         raise Nothing(
-            "python train.py --method kd --weight 0.3 1 3, or another method with several of them or --decay"
+            "python train.py --method kd --weight 0.3 1 3, or another method with several of them "
+            "or --decay"
         )
     figure, panels = new_figure(len(curves), sharex=True, sharey=True)
     for axes, (method, curve) in zip(panels, curves.items(), strict=True):
@@ -386,8 +419,9 @@ def energy_vectors(
 ) -> Figure:
     """Figure 15: t-SNE of energy vectors before and after fine-tuning, a panel per method.
 
-    Takes each split's features, zero-shot (`before`) and per method (`after`). `C2^(1/2) F(x)` has D coordinates and
-    the same distances as the energy vectors over all the texts of `second_moment`, such as 10,000.
+    Takes each split's features, zero-shot (`before`) and per method (`after`). `C2^(1/2) F(x)` has
+    D coordinates and the same distances as the energy vectors over all the texts of
+    `second_moment`, such as 10,000.
     """
     values, vectors = np.linalg.eigh(second_moment)
     root = vectors * np.sqrt(np.maximum(values, 0))
@@ -418,7 +452,9 @@ def energy_vectors(
 
 
 def contact_sheet(setup: Setup, most: int = 10) -> Figure:
-    """Figure 16: the first image of each of the first `most` classes (columns) in every split (rows), preprocessed."""
+    """Figure 16: the first image of each of the first `most` classes (columns) in every split
+    (rows), preprocessed.
+    """
     splits = list(setup.data.reports.values())
     classes = setup.classes[:most]
     figure = Figure(
@@ -430,7 +466,9 @@ def contact_sheet(setup: Setup, most: int = 10) -> Figure:
         for label, axes in enumerate(row):
             found = np.flatnonzero(split.labels == label)
             if len(found):
-                axes.imshow(data.read_image(split.images[found[0]], setup.model.config.image_size))
+                axes.imshow(
+                    data.read_image(split.images[found[0]], setup.model.clip.config.image_size)
+                )
             axes.set(xticks=[], yticks=[])
             axes.set_title(classes[label] if split is splits[0] else "", fontsize=9)
             axes.spines[:].set_visible(False)
@@ -451,7 +489,12 @@ def write_figures(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> 
 
 
 DRAWN = (
-    trade_off_plot, trade_off_per_shift_plot, distortion_plot, energy_gap_plot, post_hoc_curves_plot, soups_plot,
+    trade_off_plot,
+    trade_off_per_shift_plot,
+    distortion_plot,
+    energy_gap_plot,
+    post_hoc_curves_plot,
+    soups_plot,
     weights_plot,
-)  # fmt: skip
+)
 FROM_FILES = {draw.__name__.removesuffix("_plot"): draw for draw in DRAWN}

@@ -1,8 +1,11 @@
-"""Tables of finished runs, made from their results.json alone: accuracy, calibration, training costs, correlation.
+"""Tables of finished runs, made from their results.json alone: accuracy, calibration, training
+costs, correlation.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py table runs` prints the table of finished runs.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py table runs` prints the table of
+finished runs.
 
-Files, CSV and JSON contain accuracy and ECE as fractions and NLL in nats. The other formats show percent and nats.
+Files, CSV and JSON contain accuracy and ECE as fractions and NLL in nats. The other formats show
+percent and nats.
 """
 
 import csv
@@ -21,13 +24,16 @@ from support.errors import InputError, exit_code, expanded, read_json
 
 Results = dict[str, Any]  # the content of a results.json, with its `path`
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read_results(runs: Sequence[Path]) -> list[Results]:
-    """Returns every `results.json` in or under the given folders. An unreadable one is skipped with a warning.
+    """Returns every `results.json` in or under the given folders.
 
-    Raises InputError if none is left, if two runs differ in data, model or splits, or if two are the same run.
+    An unreadable one is skipped with a warning.
+
+    Raises InputError if none is left, if two runs differ in data, model or splits, or if two are
+    the same run.
     """
     paths: dict[Path, Path] = {}
     for run in runs:
@@ -81,7 +87,8 @@ def check_comparable(one: Results, other: Results) -> None:
     }.items():
         if sorted(values(one)) != sorted(values(other)):
             raise InputError(
-                f"{one['path']} has {kind} {', '.join(values(one))}, {other['path']} has {', '.join(values(other))}: "
+                f"{one['path']} has {kind} {', '.join(values(one))}, "
+                f"{other['path']} has {', '.join(values(other))}: "
                 "give runs of the same data, model and splits"
             )
 
@@ -97,7 +104,9 @@ def shifts_of(results: Results) -> list[str]:
 
 
 def mean_of_shifts(results: Results, metric: str) -> float | None:
-    """Returns the run's mean over its shifts, or None if it has no shifts or one of them lacks the metric."""
+    """Returns the run's mean over its shifts, or None if it has no shifts or one of them lacks the
+    metric.
+    """
     return cell([results["splits"][name].get(metric) for name in shifts_of(results)]).mean
 
 
@@ -105,14 +114,18 @@ POST_HOC = {"wise": "WiSE", "tpgm-c": "TPGM-C", "tpgm": "TPGM"}
 
 
 def post_hoc_kind(suffix: str) -> str:
-    """Returns the key of `POST_HOC` for a method's suffix such as `wise-0.9`, or "" if there is none."""
+    """Returns the key of `POST_HOC` for a method's suffix such as `wise-0.9`, or "" if there is
+    none.
+    """
     return next(
         (kind for kind in POST_HOC if suffix.startswith(kind)), ""
     )  # `tpgm-c` comes before `tpgm`
 
 
 def names(method: str) -> dict[str, Any]:
-    """Returns a method's label in tables, such as Lipsum-FT + WiSE 0.9 for `lipsum+wise-0.9`, and its row."""
+    """Returns a method's label in tables, such as Lipsum-FT + WiSE 0.9 for `lipsum+wise-0.9`, and
+    its row.
+    """
     from lipsum import METHODS  # imports JAX, which most calls of this module do without
 
     base, *suffixes = method.split("+")
@@ -142,7 +155,10 @@ def by_method(results: Iterable[Results]) -> dict[str, list[Results]]:
 
 
 def varied_settings(runs: Sequence[Results]) -> list[str]:
-    """Returns the names of the settings that differ among the runs. What some of them do not have does not differ."""
+    """Returns the names of the settings that differ among the runs.
+
+    What some of them do not have does not differ.
+    """
     known = [run["settings"] for run in runs if run["settings"]]
     names = [
         name for name in (known[0] if known else ()) if all(name in settings for settings in known)
@@ -157,7 +173,8 @@ def varied_settings(runs: Sequence[Results]) -> list[str]:
 def groups(results: Iterable[Results]) -> dict[str, list[Results]]:
     """Returns the runs per table row: those that differ in their seed alone, under the row's label.
 
-    The label is the method's, with the settings that vary among its runs. A method's rows are sorted by those settings.
+    The label is the method's, with the settings that vary among its runs. A method's rows are
+    sorted by those settings.
     """
 
     def position(value: Any) -> tuple[int | float, str]:
@@ -178,7 +195,7 @@ def groups(results: Iterable[Results]) -> dict[str, list[Results]]:
     return grouped
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 class Metric(NamedTuple):
@@ -213,7 +230,10 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of cells, one per column. The first `without_best` rows do not compete for the best of a column."""
+    """Rows of cells, one per column.
+
+    The first `without_best` rows do not compete for the best of a column.
+    """
 
     heading: str
     columns: dict[str, Metric]
@@ -240,7 +260,9 @@ def rows_of(
 
 
 def table(results: Sequence[Results], name: str) -> Table:
-    """Returns a metric's table: rows for zero-shot and each method, columns for each split and the shifts' mean."""
+    """Returns a metric's table: rows for zero-shot and each method, columns for each split and the
+    shifts' mean.
+    """
     first, metric, key = results[0], METRICS[name], name.replace("-", "_")
     shifts_mean = ["mean of shifts"] if shifts_of(first) else []
 
@@ -264,7 +286,9 @@ def table(results: Sequence[Results], name: str) -> Table:
 
 
 def costs(results: Sequence[Results]) -> Table:
-    """Returns the table of appendix B.3, "Analysis on training costs": time per step and per run, and ratio to FT's."""
+    """Returns the table of appendix B.3, "Analysis on training costs": time per step and per run,
+    and ratio to FT's.
+    """
     timed = {
         label: [run for run in runs if run.get("seconds_per_step")]
         for label, runs in groups(results).items()
@@ -298,7 +322,10 @@ def costs(results: Sequence[Results]) -> Table:
 
 
 def rendered(table: Table, format: Format, bold: bool = False) -> str:
-    """Returns the table as text. The best of each column is bold in Markdown and LaTeX, and in text if `bold`."""
+    """Returns the table as text.
+
+    The best of each column is bold in Markdown and LaTeX, and in text if `bold`.
+    """
     if format in ("csv", "json"):
         return machine_readable(table, format)
     separator, plus_minus, before, after = {
@@ -349,7 +376,9 @@ def rendered(table: Table, format: Format, bold: bool = False) -> str:
 
 
 def machine_readable(table: Table, format: Format) -> str:
-    """Returns the table as CSV or JSON, unrounded and in the units of the files: fractions, nats, seconds."""
+    """Returns the table as CSV or JSON, unrounded and in the units of the files: fractions, nats,
+    seconds.
+    """
     if format == "json":
         rows = {}
         for label, cells in table.rows.items():
@@ -369,7 +398,8 @@ def machine_readable(table: Table, format: Format) -> str:
 def relative_accuracies(
     results: Sequence[Results], shift: str, metric: str
 ) -> list[tuple[float, float, Results]]:
-    """Returns (relative accuracy, metric, run) on a shift, for each run that has both (figures 4 and 13).
+    """Returns (relative accuracy, metric, run) on a shift, for each run that has both (figures 4
+    and 13).
 
     The relative accuracy is the accuracy on the shift divided by that on the reference.
     """
@@ -386,7 +416,9 @@ def relative_accuracies(
 
 
 def correlation(results: Sequence[Results], shift: str, metric: str) -> float | None:
-    """Returns Pearson's correlation of relative accuracy with `metric`, or None if fewer than three runs differ."""
+    """Returns Pearson's correlation of relative accuracy with `metric`, or None if fewer than three
+    runs differ.
+    """
     pairs = relative_accuracies(results, shift, metric)
     accuracies = [accuracy for accuracy, _, _ in pairs]
     values = [value for _, value, _ in pairs]
@@ -396,7 +428,9 @@ def correlation(results: Sequence[Results], shift: str, metric: str) -> float | 
 
 
 def correlations(results: Sequence[Results]) -> str:
-    """Returns two lines: the correlation of relative accuracy with energy gap and with distortion, per shift."""
+    """Returns two lines: the correlation of relative accuracy with energy gap and with distortion,
+    per shift.
+    """
     lines = []
     for name in ("energy gap", "distortion"):
         found = {
@@ -411,7 +445,7 @@ def correlations(results: Sequence[Results]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 Paths = Annotated[
     tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")
@@ -424,7 +458,8 @@ def print_accuracies(results: Sequence[Results]) -> None:
 
 
 def table_command(runs: Paths, metric: MetricName = "accuracy", format: Format = "text") -> None:
-    """Print the table of finished runs: a row per method, a column per split, mean ± standard deviation over seeds.
+    """Print the table of finished runs: a row per method, a column per split, mean ± standard
+    deviation over seeds.
 
     Args:
         runs: Folders of runs, or folders that hold some.
@@ -438,7 +473,8 @@ def table_command(runs: Paths, metric: MetricName = "accuracy", format: Format =
 
 
 def costs_command(runs: Paths, format: Format = "text") -> None:
-    """Print training costs per method: time per step, its ratio to FT's, images per second, time per run.
+    """Print training costs per method: time per step, its ratio to FT's, images per second, time
+    per run.
 
     Args:
         runs: Folders of runs, or folders that hold some.

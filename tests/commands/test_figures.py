@@ -1,4 +1,5 @@
-"""Figures of a crowded set of results: no text lies on another, and what a figure compares differs in grey too.
+"""Figures of a crowded set of results: no text lies on another, and what a figure compares differs
+in grey too.
 
 Run them with `python -m pytest tests/support/test_figures.py`.
 """
@@ -26,7 +27,9 @@ SETTINGS = {"steps": 250, "learning_rate": 0.001, "weight": 1.0, "decay": 0.99}
 
 
 def result(method: str, seed: int, accuracy: float, gap: float, **more: object) -> tables.Results:
-    """A run with an accuracy on the shifts, an energy gap there, and an accuracy of 75 to 80 % on the reference."""
+    """A run with an accuracy on the shifts, an energy gap there, and an accuracy of 75 to 80 % on
+    the reference.
+    """
 
     def splits(accuracy: float, gap: float) -> dict[str, dict[str, object]]:
         return {
@@ -49,7 +52,9 @@ def result(method: str, seed: int, accuracy: float, gap: float, **more: object) 
 
 
 def crowded() -> Iterable[tables.Results]:
-    """Three seeds of 13 methods within a few points, sweeps of two settings, and all post-hoc methods."""
+    """Three seeds of 13 methods within a few points, sweeps of two settings, and all post-hoc
+    methods.
+    """
     random = np.random.default_rng(0)
     for seed, method in itertools.product(range(3), lipsum.METHODS):
         yield result(method, seed, 0.8 + random.normal() / 50, 0.002 * np.exp(random.normal()))
@@ -88,7 +93,10 @@ def weights() -> Iterable[tables.Results]:
 
 
 def overlapping(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], set[str]]:
-    """The pairs of drawn texts that overlap, and all texts, which are inside the figure. Slanted ones form no pairs."""
+    """The pairs of drawn texts that overlap, and all texts, which are inside the figure.
+
+    Slanted ones form no pairs.
+    """
     boxes: dict[Text, Bbox] = {}
     draw = Text.draw
 
@@ -128,7 +136,9 @@ def test_no_text_lies_on_another(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_lines_join_runs_that_differ_in_one_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line per number of steps, over the learning rates; the texts at its ends and its middle say which."""
+    """A line per number of steps, over the learning rates; the texts at its ends and its middle say
+    which.
+    """
     runs = []
     for steps, rate in itertools.product((100, 250), (0.0003, 0.001, 0.003)):
         settings = SETTINGS | {"steps": steps, "learning_rate": rate}
@@ -150,7 +160,9 @@ def test_lines_join_runs_that_differ_in_one_setting(monkeypatch: pytest.MonkeyPa
 
 
 def test_post_hoc_curves_are_in_the_order_of_their_setting() -> None:
-    """WiSE from the fine-tuned run downwards, TPGM-C by rising penalty, whatever the order of the runs."""
+    """WiSE from the fine-tuned run downwards, TPGM-C by rising penalty, whatever the order of the
+    runs.
+    """
     runs = [result("ft", 0, 0.7, 0.001)]
     runs += [
         result(f"ft+wise-{a}", 0, 0.8 - a / 10, 0.001, post_hoc={"alpha": a})

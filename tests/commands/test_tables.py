@@ -1,4 +1,5 @@
-"""Tables against values computed by hand, in every format; broken results.json; runs that cannot share a table.
+"""Tables against values computed by hand, in every format; broken results.json; runs that cannot
+share a table.
 
 Run them with `python -m pytest tests/support/test_tables.py`.
 """
@@ -19,7 +20,10 @@ from support.report import tables
 def write_run(
     folder: Path, method: str, seed: int, accuracies: dict[str, float], **more: object
 ) -> None:
-    """Writes a results.json whose first split is the reference. ECE is accuracy / 2, the energy gap accuracy^2."""
+    """Writes a results.json whose first split is the reference.
+
+    ECE is accuracy / 2, the energy gap accuracy^2.
+    """
 
     def splits(accuracies: dict[str, float]) -> dict[str, dict[str, object]]:
         return {
@@ -79,7 +83,9 @@ def test_table_matches_hand_computed_values(runs: Path) -> None:
 
 
 def test_best_of_each_column_is_bold(runs: Path) -> None:
-    """The highest accuracy and the lowest ECE are bold; equal numbers are all bold; zero-shot never is."""
+    """The highest accuracy and the lowest ECE are bold; equal numbers are all bold; zero-shot never
+    is.
+    """
     results = tables.read_results([runs])
     markdown = tables.rendered(tables.table(results, "accuracy"), "markdown").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown]
@@ -153,7 +159,9 @@ def test_costs_match_hand_computed_values(tmp_path: Path) -> None:
 
 
 def test_correlation_matches_its_definition(tmp_path: Path) -> None:
-    """Accuracies of 0.1, 0.2 and 0.4, and 0.5 on the reference; energy gaps are the squared accuracies."""
+    """Accuracies of 0.1, 0.2 and 0.4, and 0.5 on the reference; energy gaps are the squared
+    accuracies.
+    """
     for seed, accuracy in enumerate((0.1, 0.2, 0.4)):
         write_run(tmp_path / str(seed), "ft", seed, {"photo": 0.5, "art": accuracy})
     results = tables.read_results([tmp_path])
