@@ -371,7 +371,7 @@ def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path)
     assert [process.returncode for process in both] == [143, 143], outputs
     assert "2 process(es), mesh data=4" in outputs[0][0] and "stopped by SIGTERM" in outputs[0][0]
     assert (
-        outputs[1][0].count("\n") == 1 and "process 1 of 2: waits" in outputs[1][0]
+        outputs[1][0].count("\n") == 1 and "process 1 of 2 at 127.0.0.1" in outputs[1][0]
     )  # and nothing of the run
     assert "step/s" not in outputs[1][1]
     (checkpoint,) = (folder / "checkpoint").iterdir()

@@ -206,7 +206,7 @@ def test_exact_lipsum_averages_over_the_users_texts(command: Command, tmp_path: 
         ({"method": ("ft", "lipsam")}, "unknown method 'lipsam': did you mean lipsum"),
         ({"data": "domainnett"}, "unknown data set 'domainnett': did you mean domainnet"),
         ({"model": "ViT-B16"}, "unknown model preset 'ViT-B16': did you mean ViT-B/16"),
-        ({"model": "missing.pt"}, "missing.pt do not exist"),
+        ({"model": "missing.pt"}, "weights missing.pt cannot be read"),
         ({"reference": ("reel",)}, "unknown split 'reel': did you mean real"),
         ({"reference": ""}, "--reference is needed with --data domainnet: one of real, sketch"),
         ({"shifts": ("sketsh",)}, "unknown split 'sketsh': did you mean sketch"),

@@ -444,7 +444,11 @@ WRONG_ENTRIES = {
         ("text_projection.weight", np.full((32, 128), np.inf), "projection.weight is not finite"),
         ("text_projection.weight", np.ones((32, 128), int), "projection.weight has dtype int64"),
         ("logit_scale", np.array(np.nan), "logit_scale is not finite"),
-        ("logit_scale", np.array(100.0), "logit_scale is 100, which exp() makes huge"),
+        (
+            "logit_scale",
+            np.array(100.0),
+            "logit_scale is 100, not a logarithm: store its logarithm",
+        ),
         ("head.weight\n", np.ones(3), r"unexpected 'head.weight\n'"),
     ],
     "openai": [

@@ -602,8 +602,8 @@ def test_the_sample_of_a_large_split_is_spread_evenly(
 ) -> None:
     monkeypatch.setattr(data, "CHECK_ALL_UP_TO", 8)
     monkeypatch.setattr(data, "CHECKED_SAMPLE", 5)
-    assert data._indices_to_check(split_of([tmp_path] * 8)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert data._indices_to_check(split_of([tmp_path] * 9)).tolist() == [0, 2, 4, 6, 8]
+    assert data._to_check(split_of([tmp_path] * 8)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert data._to_check(split_of([tmp_path] * 9)).tolist() == [0, 2, 4, 6, 8]
 
 
 def test_a_folder_is_not_an_image(tmp_path: Path) -> None:
@@ -706,7 +706,10 @@ def test_evaluation_batches_fit(batch_size: int, accumulate: int, expected: int)
 def test_one_process_gathers_its_own_values() -> None:
     """test_resume.py tests several processes."""
     assert processes.gathered({"a": [1, "ü"]}) == [{"a": [1, "ü"]}]
-    assert processes.from_writer(lambda: {"step": 3}) == {"step": 3} and devices.is_main_process()
+    assert (
+        processes.from_main_process(lambda: {"step": 3}) == {"step": 3}
+        and devices.is_main_process()
+    )
     assert int(processes.largest_anywhere(15, devices.device_mesh(8))) == 15
 
 
