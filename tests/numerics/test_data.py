@@ -710,7 +710,6 @@ def test_one_process_gathers_its_own_values() -> None:
         processes.from_main_process(lambda: {"step": 3}) == {"step": 3}
         and devices.is_main_process()
     )
-    assert int(processes.largest_anywhere(15, devices.device_mesh(8))) == 15
 
 
 def test_fetched_arrays_are_copies() -> None:
