@@ -222,18 +222,17 @@ def train(
                 snapshot = devices.fetch(state)
                 # Before the evaluation, too: it may take minutes, in which a signal loses nothing.
                 save(step)
-            if received:
-                raise Stopped(received)
-            if evaluates:
-                with signals.deferred(False):
-                    accuracy = evaluation.selection_accuracy(setup, [state.evaluated])
-                log.show(step, {"selection_accuracy": accuracy})
-                progress["evaluated"] = step
-                if accuracy > progress["best_accuracy"]:
-                    progress["best_accuracy"], progress["best_step"] = accuracy, step
-                    best = devices.fetch(state.evaluated)
-                save(step)
-            if saves:
+                if received:
+                    raise Stopped(received)
+                if evaluates:
+                    with signals.deferred(False):
+                        accuracy = evaluation.selection_accuracy(setup, [state.evaluated])
+                    log.show(step, {"selection_accuracy": accuracy})
+                    progress["evaluated"] = step
+                    if accuracy > progress["best_accuracy"]:
+                        progress["best_accuracy"], progress["best_step"] = accuracy, step
+                        best = snapshot.evaluated
+                    save(step)
                 log.start_clock(step)
             if step < last:
                 state = advance(step + 1)

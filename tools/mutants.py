@@ -97,9 +97,10 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "Lipsum-FT: energies without tau",
-            "v = frozen.tau * (features @ texts.T)  # equation 8\n"
-            "    zero_shot_v = frozen.tau * (zero_shot_features @ texts.T)",
-            "v = features @ texts.T  # equation 8\n    zero_shot_v = zero_shot_features @ texts.T",
+            "v = frozen.tau * (given.features @ texts.T)  # equation 8\n"
+            "    zero_shot_v = frozen.tau * (given.zero_shot_features @ texts.T)",
+            "v = given.features @ texts.T  # equation 8\n"
+            "    zero_shot_v = given.zero_shot_features @ texts.T",
         ),
         (
             "Lipsum-FT, exact: tau for tau squared",
@@ -108,8 +109,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "L2SP leaves the head out",
-            "jnp.sum((leaf - start) ** 2), classifier, frozen.zero_shot)",
-            "jnp.sum((leaf - start) ** 2), classifier.vision, frozen.zero_shot.vision)",
+            "        given.classifier,\n        given.frozen.zero_shot,\n",
+            "        given.classifier.vision,\n        given.frozen.zero_shot.vision,\n",
         ),
         (
             "KL's direction",
@@ -119,26 +120,30 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ("T for T squared", "return temperature**2 *", "return temperature *"),
         (
             "KD: the teacher has the student's head",
-            "logits(zero_shot_features, frozen.zero_shot.head, frozen.tau)",
-            "logits(zero_shot_features, classifier.head, frozen.tau)",
+            "logits(given.zero_shot_features, frozen.zero_shot.head, frozen.tau)",
+            "logits(given.zero_shot_features, given.classifier.head, frozen.tau)",
         ),
         ("MSE, fixed: divided by the batch size", "/ (2 * v.shape[1])", "/ (2 * v.shape[0])"),
         (
             "FeatKD: a mean over dimensions",
-            "jnp.mean(jnp.sum((features - zero_shot_features) ** 2, axis=1))",
-            "jnp.mean((features - zero_shot_features) ** 2)",
+            "jnp.mean(jnp.sum((given.features - given.zero_shot_features) ** 2, axis=1))",
+            "jnp.mean((given.features - given.zero_shot_features) ** 2)",
         ),
         (
             "the teacher is the student",
             "embed_images(frozen.zero_shot.vision, frozen, batch)",
             "embed_images(classifier.vision, frozen, batch)",
         ),
-        ("lambda left out", "fit + frozen.settings.weight * penalty", "fit + penalty"),
+        (
+            "lambda left out",
+            "fit + loss_weight(method, frozen.settings) * penalty",
+            "fit + penalty",
+        ),
         (
             "accumulation reads the first part again and again",
             "jax.lax.scan(add, zeros, split)[0]",
-            "jax.lax.scan(add, zeros, {name: jnp.repeat(x[:1], parts, axis=0) "
-            "for name, x in split.items()})[0]",
+            "jax.lax.scan(add, zeros, {name: jnp.repeat(x[:1], parts, axis=0) for name, x in "
+            "split.items()})[0]",
         ),
         ("accumulation: a sum over parts", "lambda total: total / parts", "lambda total: total"),
         (
@@ -149,36 +154,32 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ("the rate does not reach 0", "max(steps - warmup_steps, 1)", "max(steps, 1)"),
         ("Adam's second beta", "b2=0.999", "b2=0.99"),
         ("Adam's epsilon", "eps=1e-8)", "eps=1e-6)"),
-        (
-            "EMA: d and 1 - d",
-            "decay * old + (1 - decay) * new",
-            "(1 - decay) * old + decay * new",
-        ),
+        ("EMA: d and 1 - d", "decay * old + (1 - decay) * new", "(1 - decay) * old + decay * new"),
         (
             "EMA starts from zeros",
-            "jax.tree.map(jnp.copy, frozen.zero_shot) if averaged",
-            "jax.tree.map(jnp.zeros_like, frozen.zero_shot) if averaged",
+            "copy() if method.averaged else None",
+            "jax.tree.map(jnp.zeros_like, classifier) if method.averaged else None",
         ),
         (
             "EMA averages the weights before the update",
-            "moving_average(state.average, classifier, frozen.settings.decay)",
-            "moving_average(state.average, state.classifier, frozen.settings.decay)",
+            "moving_average(average, classifier, average_decay(settings))",
+            "moving_average(average, state.classifier, average_decay(settings))",
         ),
         (
             "a step's key is the run's",
             "step_key = jax.random.fold_in(key, state.step)",
             "step_key = key",
         ),
-        ("a fixed head is trained", "if frozen.settings.fixed_head:", "if False:"),
+        ("a fixed head is trained", "if settings.fixed_head:", "if False:"),
         (
             "the logged rate is the next step's",
-            "rate = learning_rate(frozen.settings)(state.step)",
-            "rate = learning_rate(frozen.settings)(state.step + 1)",
+            "rate = learning_rate(settings)(state.step)",
+            "rate = learning_rate(settings)(state.step + 1)",
         ),
         (
             "the logged gradient norm is the update's",
-            '"gradient_norm": optax.tree.norm(gradient)',
-            '"gradient_norm": optax.tree.norm(updates)',
+            "norm = optax.tree.norm(gradient)\n",
+            "norm = optax.tree.norm(updates)\n",
         ),
         (
             "the linear probe stops early",
@@ -205,8 +206,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "MARS: columns for rows",
-            "axis=axes[1:] if len(axes) > 1 else axes",
-            "axis=axes[:-1] if len(axes) > 1 else axes",
+            "in_row = axes[1:] if len(axes) > 1 else axes",
+            "in_row = axes[:-1] if len(axes) > 1 else axes",
         ),
         (
             "TPGM: weights outside the fine-tuned ones' ball",
@@ -216,7 +217,7 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ("TPGM-C: a penalty on radii, not their squares", "jnp.sum(radius**2)", "jnp.sum(radius)"),
         (
             "TPGM: radii without an upper bound",
-            "jnp.clip(radius, 1e-8, jnp.maximum(most, 1e-8))",
+            "jnp.clip(radius, 1e-8, jnp.maximum(bound, 1e-8))",
             "jnp.maximum(radius, 1e-8)",
         ),
     ],
@@ -258,12 +259,12 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "query and key are read from each other's weights",
-            '"attn.in_proj_", 0),\n            ("key", "self_attn.k_proj", "attn.in_proj_", 1)',
-            '"attn.in_proj_", 1),\n            ("key", "self_attn.k_proj", "attn.in_proj_", 0)',
+            '"attn.in_proj_", 0),\n        ("key", "self_attn.k_proj", "attn.in_proj_", 1)',
+            '"attn.in_proj_", 1),\n        ("key", "self_attn.k_proj", "attn.in_proj_", 0)',
         ),
         (
             "OpenAI's visual projection is not transposed",
-            '"visual_projection.weight", "visual.proj", transposed_in_openai=True)',
+            '"visual_projection.weight", "visual.proj", None, True)',
             '"visual_projection.weight", "visual.proj")',
         ),
         (
@@ -283,8 +284,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "the means of images are not subtracted",
-            "return (images - mean) / deviation",
-            "return images / deviation",
+            "return (images - per_channel(vision.mean)) /",
+            "return images /",
         ),
         (
             "bfloat16: LayerNorms are cast",
@@ -320,8 +321,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         (
             "a truncated text loses its end token",
             "tokens = [config.start_token, *encoding.ids[:room], config.end_token]",
-            "tokens = [config.start_token, *encoding.ids, config.end_token]"
-            "[: config.context_length]",
+            "tokens = [config.start_token, *encoding.ids, config.end_token][: "
+            "config.context_length]",
         ),
         ("texts are cut after the shortest one", "1 + np.max(np.argmax", "1 + np.min(np.argmax"),
     ],
@@ -358,8 +359,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "the longer side is rounded",
-            "int(resolution * long / short)",
-            "round(resolution * long / short)",
+            "int(resolution * side / short)",
+            "round(resolution * side / short)",
         ),
         (
             "centre crop: ties are rounded up",
@@ -389,8 +390,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "a JPEG is decoded too small for its crop",
-            "(math.ceil(width * resolution / w), math.ceil(height * resolution / h))",
-            "(resolution, resolution)",
+            "smallest = math.ceil(width * resolution / w), math.ceil(height * resolution / h)",
+            "smallest = resolution, resolution",
         ),
         (
             "a drafted JPEG's scale is that of its rounded size",
@@ -400,8 +401,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ("the seed does not reach the batches", ".seed(seed)", ".seed(0)"),
         (
             "every epoch has the same order and crops",
-            ".repeat(ENDLESS // len(split))",
-            ".repeat(ENDLESS // len(split), reseed_each_epoch=False)",
+            ".repeat(epochs)",
+            ".repeat(epochs, reseed_each_epoch=False)",
         ),
         (
             "a resumed run starts at the first batch",
@@ -418,28 +419,18 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
             "return iter(parts[part.index :: part.count]",
             "return iter(parts[:: part.count]",
         ),
-        (
-            "accumulation is not checked against the devices",
-            "if batch_size % (len(devices) * accumulate):",
-            "if batch_size % len(devices):",
-        ),
-        (
-            "more images are evaluated at once than trained on",
-            "batch_size // (accumulate * jax.device_count())",
-            "batch_size // jax.device_count()",
-        ),
     ],
     "eval": [
         (
             "NLL of the predicted class",
-            "negative_log_likelihood(predictions.label_log_probability),",
-            "negative_log_likelihood(np.log(predictions.confidence)),",
+            '"nll": negative_log_likelihood(label_log_probability),',
+            '"nll": negative_log_likelihood(np.log(predictions.confidence)),',
         ),
         ("bins are closed below", "right=True", "right=False"),
         (
             "ECE: bins balance each other",
-            "np.sum(np.abs(bins.correct - bins.confidence))",
-            "np.abs(np.sum(bins.correct - bins.confidence))",
+            "np.sum(np.abs(hits - expected_hits))",
+            "np.abs(np.sum(hits - expected_hits))",
         ),
         ("H is the arithmetic mean", "2 * seen * unseen / (seen + unseen)", "(seen + unseen) / 2"),
         (
@@ -453,16 +444,20 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
             "jnp.where(compared[None], u, 0)",
         ),
         ("padding rows are counted", "[x[valid] for x in found]", "list(found)"),
-        ("the last batch is lost", "pairwise(chain(computed, [None]))", "pairwise(computed)"),
+        (
+            "the last batch is lost",
+            "    if pending is not None:\n        collect(pending)\n    return",
+            "    return",
+        ),
         (
             "the reference is called a shift",
-            "list(setup.data.reports)[1:]",
-            "list(setup.data.reports)[:1]",
+            '"shift" if results else "reference"',
+            '"reference" if results else "shift"',
         ),
         (
             "seen and unseen change places",
-            "for which in (is_seen, ~is_seen)",
-            "for which in (~is_seen, is_seen)",
+            "for x in (is_seen, ~is_seen)",
+            "for x in (~is_seen, is_seen)",
         ),
         (
             "WiSE's models change places",
@@ -472,12 +467,12 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ("TPGM trains on augmented images", 'augmentation="off"', 'augmentation="crop"'),
         (
             "an ensemble has any number of members",
-            'len(opened) if kind == "soup" else 4',
-            "len(opened)",
+            'combine_greedily(runs, "ensemble", 4, overwrite)',
+            'combine_greedily(runs, "ensemble", len(runs.folders), overwrite)',
         ),
         (
             "the brute-force gap weighs parts equally",
-            "np.average(gaps, weights=[len(after[part]) for part in parts])",
+            "np.average(gaps, weights=weights)",
             "np.average(gaps)",
         ),
         (
@@ -504,8 +499,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "a resumed run trains on the first batches",
-            "        first, settings.augmentation,",
-            "        0, settings.augmentation,",
+            "        execution.workers,\n        first,\n",
+            "        execution.workers,\n        0,\n",
         ),
         (
             "a checkpoint is one step behind",
@@ -522,7 +517,7 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
             "key = jax.random.key(run.seed)",
             "key = jax.random.key(0)",
         ),
-        ("Scratch-FT starts from the zero-shot head", "0 * classifier.head", "classifier.head"),
+        ("Scratch-FT starts from the zero-shot head", "0 * zero_shot.head", "zero_shot.head"),
         (
             "LP's tower is trained",
             "last = settings.steps if method.trained else 0",
@@ -530,13 +525,14 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "a state that is not finite is saved",
-            "            log.settle()  # a state that is not finite is not saved\n",
+            "                log.settle(written=saves)  # a state that is not finite is not saved\n"
+            "",
             "",
         ),
         (
             "Lipsum-FT, exact ignores the user's texts",
-            "opening.second_moment(setup, settings.text_length, settings.guidance)",
-            "opening.second_moment(setup, settings.text_length)",
+            'if method.guidance == "averaged" and guidance_ids is not None:',
+            "if False:",
         ),
         (
             "the selected step is the last one",
