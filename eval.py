@@ -18,26 +18,28 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 import clip
 import data
 import lipsum
-from support import devices, disk
+from support import devices, disk, layouts
 from support.run import checks, finished
 from support.run.finished import FinishedRun
-from support.run.options import Places, SelectOn
-from support.run.setup import Setup
+from support.run.options import Places, SelectOn, absolute, to_json
+from support.run.setup import Images, Setup, seen_classes
 
 # -------------------------------------------------------------------------------------- metrics
 
@@ -203,14 +205,15 @@ def results_of(
     found: Mapping[str, Predictions],
     is_one_model: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Returns the content of results.json per reported split, the reference first.
+    """Returns the content of results.json per reported split, in the order of `found`.
 
     It has role and metrics; for one model, its energy gap and distortion from the zero-shot
     predictions; if some classes are unseen, S, U and H.
     """
     results = {}
     for name, predictions in found.items():
-        split = {"role": "shift" if results else "reference", **metrics(predictions)}
+        role = "reference" if name == setup.sources.reference else "shift"
+        split = {"role": role, **metrics(predictions)}
         if is_one_model:  # an ensemble has no features of its own
             before = jnp.asarray(zero_shot[name].features)
             after = jnp.asarray(predictions.features)
@@ -225,7 +228,7 @@ def results_of(
     return results
 
 
-# ----------------------------------------------------------------------------- post-hoc methods
+# ------------------------------------------------------------------------------- finished runs
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,66 @@ class Runs:
     folders: Paths = ()
     # Where the data lie, if they moved.
     moved: Places = dataclasses.field(default_factory=Places)
+
+
+def evaluate_command(
+    runs: Runs,
+    shifts: tuple[str, ...],
+    data_set: Annotated[str, tyro.conf.arg(name="data", metavar="NAME")],
+    class_names: Path | None = None,
+    out: Path = Path("evaluated"),
+    overwrite: bool = False,
+) -> None:
+    """Evaluate runs on splits that they did not report, with their own prompts and class names.
+
+    Args:
+        shifts: Splits to evaluate on, such as quickdraw.
+        data_set: Data set of the splits, as in train.py; folder: --data-root has SHIFT/CLASS/IMAGE.
+        class_names: Names of classes whose folders are named otherwise: one 'FOLDER NAME' per line.
+        out: Folder for the results' folders, METHOD/seed-SEED.
+        overwrite: Replace earlier results.
+    """
+    places = absolute(runs.moved)
+
+    def read(run: FinishedRun) -> Images:
+        classes = tuple(run.config["classes"])
+        reports = layouts.read_reports(
+            data_set, places.data_root, shifts, classes, places.split_roots, class_names
+        )
+        data.check_images(list(reports.values()), os.cpu_count() or 1)
+        unused = next(iter(reports.values()))  # nothing is trained or selected on
+        seen = seen_classes(classes, run.sources.unseen)
+        return data.Data(unused, unused, reports), classes, seen
+
+    opened, setup = finished.open_runs(runs.folders, runs.moved, read=read)
+    sources = dataclasses.replace(setup.sources, data=data_set, reference="", shifts=shifts)
+    setup = dataclasses.replace(setup, sources=sources)
+    folders = [out / run.results["method"] / run.folder.resolve().name for run in opened]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise InputError(f"two of the runs have the results' folder {folder}: give --out each")
+        finished.check_free(folder, overwrite)
+    zero_shot = predict_reports(setup, [setup.zero_shot])
+    results = []
+    for run, folder in zip(opened, folders, strict=True):
+        found = predict_reports(setup, [run.classifier])
+        settings = run.results["settings"] | to_json(sources)
+        new = {
+            "data": data_set,
+            "evaluated_from": str(run.folder.resolve()),
+            "settings": {name: settings[name] for name in run.results["settings"]},
+            "splits": results_of(setup, zero_shot, found),
+            "zero_shot": results_of(setup, zero_shot, zero_shot),
+        }
+        results.append(run.results | new)
+        disk.delete(folder)
+        folder.mkdir(parents=True)
+        disk.write_json(folder / "config.json", run.config)
+        disk.write_json(folder / "results.json", results[-1])
+    tables.print_accuracies(results)
+
+
+# ----------------------------------------------------------------------------- post-hoc methods
 
 
 def write_post_hoc(
@@ -551,6 +614,7 @@ def predict_command(images: Paths, model: Path, top: int = 5) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "evaluate": evaluate_command,
     "figures": figures_command,
     "energy-gap": energy_gap_command,
     "predict": predict_command,

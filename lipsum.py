@@ -346,6 +346,7 @@ class Method(NamedTuple):
 # Ours are the strongest of a sweep that keep within two points of FT on the embedded benchmark's
 # selection data (docs/settings.md).
 METHODS = {
+    "zero-shot": Method("zero-shot", trained=False),
     "ft": Method("FT"),
     "scratch-ft": Method("Scratch-FT", start="zeros"),
     "lp": Method("LP", start="probe", trained=False),

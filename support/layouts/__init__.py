@@ -13,10 +13,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from data import Data, Split
 from support.errors import InputError, few, unknown
 from support.layouts import cub, domainnet, folders, imagenet
-from support.layouts.common import composed, read_records
+from support.layouts.common import composed, read_records, wrong_root
 from support.layouts.cub import read_cub
 from support.layouts.domainnet import read_domainnet
 from support.layouts.folders import read_folder
@@ -68,6 +70,55 @@ def read(
 
     reports = {name: name_classes(split) for name, split in data.reports.items()}
     return Data(name_classes(data.train), name_classes(data.selection), reports)
+
+
+def read_reports(
+    data_set: str,
+    root: Path | None,
+    names: tuple[str, ...],
+    classes: Sequence[str],
+    split_roots: Sequence[str] = (),
+    class_names: Path | None = None,
+) -> dict[str, Split]:
+    """Returns splits to report on, with labels of a classifier over `classes`.
+
+    A split may lack classes. With `folder`, a split is a folder of class folders, and nothing to
+    train on need lie beside it. Raises InputError for a class that is not among `classes`.
+    """
+    if not names:
+        raise InputError(f"--shifts is needed with --data {data_set}: name the splits to report on")
+    if data_set == "folder":
+        splits = [read_own_classes(root or Path(), name, class_names) for name in names]
+    else:
+        reference = "imagenet" if data_set == "imagenet" else names[0]
+        shifts = tuple(name for name in names if name != reference)
+        found = read(data_set, root, reference, shifts, "test", split_roots, class_names)
+        splits = [found.reports[name] for name in names]
+    label_per_name = {name.replace("_", " "): label for label, name in enumerate(classes)}
+
+    def relabel(split: Split) -> Split:
+        own = [name.replace("_", " ") for name in split.classes]
+        present = [own[label] for label in np.unique(split.labels)]
+        if others := [name for name in present if name not in label_per_name]:
+            problem = f"{split.name} has classes that the run does not know"
+            raise InputError(f"{problem} ({few(others)}): give --class-names, or leave it out")
+        labels = np.array([label_per_name.get(name, -1) for name in own], np.int32)[split.labels]
+        compared = None
+        if split.compared is not None:
+            compared = np.isin(np.arange(len(classes)), labels)
+        return Split(split.name, tuple(classes), split.images, labels, compared)
+
+    return {split.name: relabel(split) for split in splits}
+
+
+def read_own_classes(root: Path, name: str, class_names: Path | None) -> Split:
+    """Returns a folder of class folders as a split over the classes that it has."""
+    if not (root / name).is_dir():
+        raise wrong_root(root, name, f"{name}/CLASS/IMAGE")
+    own = folders.class_folders(root / name)
+    label_per_folder = {composed(folder): label for label, folder in enumerate(own)}
+    split = folders.read_class_folders(name, root / name, own, label_per_folder, str(root / name))
+    return replace(split, classes=read_class_names(class_names, own)) if class_names else split
 
 
 def read_class_names(path: Path, classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ Paper: https://openreview.net/forum?id=2JF8mJRJ7M.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import lipsum
 from support import devices, disk, weights
 from support.errors import InputError, read_json
 from support.run.options import Execution, Places, SelectOn, Sources, absolute, from_json, to_json
-from support.run.setup import Setup, open_setups
+from support.run.setup import Images, Setup, open_setups
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,15 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 def open_runs(
-    folders: Sequence[Path], moved: Places, select_on: SelectOn | None = None
+    folders: Sequence[Path],
+    moved: Places,
+    select_on: SelectOn | None = None,
+    read: Callable[[FinishedRun], Images] | None = None,
 ) -> tuple[list[FinishedRun], Setup]:
     """Reads runs, and opens the setup that they share, whose data may have moved.
 
-    Raises InputError if they do not share one, or if its files have changed since.
+    `read` returns other data, for the first run. Raises InputError if the runs do not share a
+    setup, or if its files have changed since.
     """
     if not folders:
         raise InputError("no run is given: give folders of runs, such as runs/lipsum/seed-0")
@@ -111,7 +115,8 @@ def open_runs(
     execution = from_json(Execution, first.config["execution"])
     places = {name: value for name, value in vars(absolute(moved)).items() if value}
     execution = dataclasses.replace(execution, workers=Execution.workers, **places)
-    (setup,) = open_setups([sources], execution, first.config["settings"]["batch_size"])
+    batch_size = first.config["settings"]["batch_size"]
+    (setup,) = open_setups([sources], execution, batch_size, [read(first)] if read else ())
     for run in opened:
         check_content(run.folder, run.config, setup)
     return opened, setup
@@ -133,6 +138,11 @@ def new_folder(runs: Sequence[FinishedRun], method: str, overwrite: bool) -> Pat
     """
     first = runs[0].folder.resolve()
     folder = first.parents[1] / method / first.name
+    check_free(folder, overwrite)
+    return folder
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raises InputError if there is something that may not be overwritten."""
     if folder.exists() and not overwrite:
         raise InputError(f"{folder} exists: give --overwrite to replace it")
-    return folder

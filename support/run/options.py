@@ -51,7 +51,7 @@ class Sources:
     reference: Annotated[
         str, help_for("SPLIT ...", "real; imagenet, cub, val; domainnet: none")
     ] = ""
-    # Splits that are only evaluated. With several references, a run leaves its own out.
+    # Splits that are only evaluated. A run leaves its own reference out.
     shifts: Annotated[
         tuple[str, ...], help_for("SPLIT ...", "all others, but quickdraw of domainnet")
     ] = ()
@@ -125,8 +125,8 @@ class Command:
     those of ImageNet.
     """
 
-    # A run each: ft scratch-ft lp lp-ft ema l2sp kd car-ft lipsum lipsum-exact kld-random mse-fixed
-    # feat-kd; all.
+    # A run each: zero-shot ft scratch-ft lp lp-ft ema l2sp kd car-ft lipsum lipsum-exact kld-random
+    # mse-fixed feat-kd; all.
     method: tuple[str, ...] = ("lipsum",)
     # Seeds of the images' order, augmentation and random texts, a run each.
     seed: tuple[int, ...] = (0,)
@@ -177,7 +177,7 @@ DEFAULTS = {
 PAPER: dict[str, dict[str, Any]] = {
     "domainnet": {
         "reference": "real",
-        "shifts": ("painting", "clipart", "infograph", "sketch"),
+        "shifts": ("real", "painting", "clipart", "infograph", "sketch"),
         "keep_underscores": True,
     },
     "imagenet": {"shifts": ("imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch")},
@@ -295,6 +295,11 @@ def as_arguments(value: Any) -> str:
 def describe_protocol(command: Command) -> str:
     """Returns the options that --protocol paper set and, in a second line, those given instead."""
     default = defaults_of(command)
+    if "reference" not in command.sweep:  # a run leaves its own reference out of the shifts
+        reference = command.sources.reference
+        shifts = with_reference(default.sources, reference).shifts
+        default = replace(default, sources=replace(default.sources, shifts=shifts))
+        command = replace(command, sources=with_reference(command.sources, reference))
     given = vars(command.sources) | vars(command.settings) | command.sweep
     kept, instead = [], []
     for name, value in (vars(default.sources) | vars(default.settings)).items():
@@ -391,6 +396,12 @@ def resolved(command: Command) -> Command:
     )
 
 
+def with_reference(sources: Sources, reference: str) -> Sources:
+    """Returns the sources with another reference, which is left out of the shifts."""
+    others = tuple(shift for shift in sources.shifts if shift != reference)
+    return replace(sources, reference=reference, shifts=others or sources.shifts)
+
+
 def unread_settings(method: lipsum.Method, guidance: Path | None) -> set[str]:
     """Returns the names of the settings that the method does not read."""
     reads_texts = method.guidance in ("random", "averaged")
@@ -426,10 +437,7 @@ def runs(command: Command) -> list[Run]:
         if name not in lipsum.METHODS:
             raise unknown("method", name, [*lipsum.METHODS, "all"])
         method = lipsum.METHODS[name]
-        shifts = command.sources.shifts
-        if len(references) > 1:
-            shifts = tuple(shift for shift in shifts if shift != reference)
-        sources = replace(command.sources, reference=reference, shifts=shifts)
+        sources = with_reference(command.sources, reference)
         unread = unread_settings(method, command.settings.guidance)
         swept = {name: values for name, values in sweep.items() if name not in unread}
         seeds = command.seed if method.trained else command.seed[:1]

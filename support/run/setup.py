@@ -110,19 +110,28 @@ class Setup:
         return lipsum.Classifier(classifier.vision, self.zero_shot.head)
 
 
-def open_setups(sources: Sequence[Sources], execution: Execution, batch_size: int) -> list[Setup]:
+Images = tuple[data.Data, tuple[str, ...], Int[np.ndarray, " seen"]]
+
+
+def open_setups(
+    sources: Sequence[Sources],
+    execution: Execution,
+    batch_size: int,
+    images_of: Sequence[Images] = (),
+) -> list[Setup]:
     """Loads and checks the data of every reference, and then the model that they share.
 
-    `batch_size` is the largest to train with. Raises InputError before any long work.
+    `batch_size` is the largest to train with. `images_of` are other data, which were read before.
+    Raises InputError before any long work.
     """
     batch_size = devices.evaluation_batch_size(batch_size, execution.accumulate)
     mesh = devices.device_mesh(batch_size)
     templates = read_templates(sources[0].templates)
-    read = [read_data(each, execution) for each in sources]
+    images_of = images_of or [read_data(each, execution) for each in sources]
     # This may download, so it comes after the data, whose root may be wrong.
     model = load_model(sources[0], execution, templates, mesh)
     setups = []
-    for each, (images, classes, seen) in zip(sources, read, strict=True):
+    for each, (images, classes, seen) in zip(sources, images_of, strict=True):
         features = clip.prompt_features(model.clip, model.tokenizer, classes, templates)
         # Training knows no unseen class.
         heads = clip.zero_shot_head(features), clip.context_head(features[:, seen])
@@ -145,9 +154,7 @@ def open_setups(sources: Sequence[Sources], execution: Execution, batch_size: in
     return setups
 
 
-def read_data(
-    sources: Sources, execution: Execution
-) -> tuple[data.Data, tuple[str, ...], Int[np.ndarray, " seen"]]:
+def read_data(sources: Sources, execution: Execution) -> Images:
     """Returns the checked splits, the names of all classes, and the indices of the seen ones."""
     images = layouts.read(
         sources.data,

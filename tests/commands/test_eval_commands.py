@@ -347,3 +347,91 @@ def test_best_opens_in_transformers(finished: Path, root: Path, tmp_path: Path) 
     np.testing.assert_array_equal(
         clip.tokenize(tokenizer, texts, ours.config)[:, :width][0], inputs["input_ids"][0]
     )
+
+
+# ---------------------------------------------------------------- zero-shot, and splits of later on
+
+
+def results_in(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_zero_shot_is_a_method(finished: Path, model: Path, root: Path, tmp_path, capsys) -> None:
+    """It has the files of a run and the accuracy in every run, and a table has it once."""
+    command = changed(tiny_command(model, root, tmp_path), method=("zero-shot", "ft"), seed=(3, 4))
+    train.main(command)
+    rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert rows.count("zero-shot") == 1 and rows[-2:] == ["zero-shot", "FT"]
+    folder = tmp_path / "zero-shot" / "seed-3"
+    assert not (tmp_path / "zero-shot" / "seed-4").exists()
+    results = results_in(folder)
+    assert results["splits"] == results["zero_shot"]
+    assert results["splits"] == results_in(finished / "ft" / "seed-0")["zero_shot"]
+    clip_model, _ = weights.load(str(model))
+    for mine, own in zip(
+        jax.tree.leaves(finished_runs.read_run(folder).classifier.vision),
+        jax.tree.leaves(clip_model.vision),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(mine, own)
+
+
+def test_evaluate_finds_what_the_run_reported(finished: Path, root: Path, tmp_path, capsys) -> None:
+    """The same images as a folder of class folders, in another order: the recorded metrics."""
+    for path in root.glob("sketch/*/test*.png"):
+        place = tmp_path / "data" / "drawings" / path.parent.name / path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+    runs = [finished / "ft" / "seed-0", finished / "lipsum" / "seed-1"]
+    evaluation.evaluate_command(
+        evaluation.Runs(tuple(runs), options.Places(tmp_path / "data")),
+        ("drawings",),
+        "folder",
+        out=tmp_path / "out",
+    )
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in printed[-3:]] == ["zero-shot", "FT", "Lipsum-FT"]
+    assert "drawings" in printed[-5] and "real" not in printed[-5]
+    for run in runs:
+        before = results_in(run)
+        after = results_in(tmp_path / "out" / run.parent.name / run.name)
+        for kind in ("splits", "zero_shot"):
+            found = after[kind]["drawings"]
+            assert (
+                found["role"] == "shift" and found["accuracy"] == before[kind]["sketch"]["accuracy"]
+            )
+            for metric in ("nll", "ece", "energy_gap", "distortion"):
+                expected = before[kind]["sketch"][metric]
+                np.testing.assert_allclose(found[metric], expected, rtol=1e-5, atol=1e-7)
+    tables.table_command((tmp_path / "out",))
+    assert capsys.readouterr().out.splitlines() == printed[-5:]
+
+
+def test_evaluate_on_a_domain_that_was_left_out(finished: Path, root: Path, tmp_path) -> None:
+    run = finished / "ft" / "seed-0"
+    places = options.Places(root)
+    arguments = (evaluation.Runs((run,), places), ("sketch", "real"), "domainnet")
+    evaluation.evaluate_command(*arguments, out=tmp_path / "out")
+    found = results_in(tmp_path / "out" / "ft" / "seed-0")["splits"]
+    assert list(found) == ["sketch", "real"] and found["real"]["role"] == "shift"
+    assert found["real"]["accuracy"] == results_in(run)["splits"]["real"]["accuracy"]
+    with pytest.raises(errors.InputError, match="give --overwrite"):
+        evaluation.evaluate_command(*arguments, out=tmp_path / "out")
+
+
+def test_evaluate_bad_input(finished: Path, root: Path, tmp_path: Path) -> None:
+    runs = evaluation.Runs((finished / "ft" / "seed-0",), options.Places(tmp_path))
+    (tmp_path / "photos" / "tuba").mkdir(parents=True)
+    shutil.copy(root / "real" / "dog" / "test0.png", tmp_path / "photos" / "tuba")
+    for shifts, message in {
+        (): "--shifts is needed",
+        ("phtos",): "has no phtos",
+        ("photos",): r"photos has classes that the run does not know \(tuba\): give --class-names",
+    }.items():
+        with pytest.raises(errors.InputError, match=message):
+            evaluation.evaluate_command(runs, shifts, "folder", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    names = tmp_path / "names.txt"
+    names.write_text("tuba guitar\n")
+    evaluation.evaluate_command(runs, ("photos",), "folder", names, tmp_path / "out")
+    assert results_in(tmp_path / "out" / "ft" / "seed-0")["splits"]["photos"]["n"] == 1
