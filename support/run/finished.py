@@ -17,9 +17,18 @@ from safetensors.numpy import load_file, save_file
 import clip
 import lipsum
 from support import devices, disk, weights
-from support.errors import InputError, read_json
-from support.run.options import Execution, Places, SelectOn, Sources, absolute, from_json, to_json
-from support.run.setup import Images, Setup, open_setups
+from support.errors import InputError, flag, read_json
+from support.run.options import (
+    Execution,
+    Places,
+    SelectOn,
+    Sources,
+    absolute,
+    as_arguments,
+    from_json,
+    to_json,
+)
+from support.run.setup import CONTENT, Images, Setup, open_setups
 
 
 @dataclass(frozen=True)
@@ -104,13 +113,18 @@ def open_runs(
         raise InputError("no run is given: give folders of runs, such as runs/lipsum/seed-0")
     opened = [read_run(folder) for folder in folders]
     first = opened[0]
-    own = to_json(first.sources) | {"classes": first.config["classes"]}
     for run in opened[1:]:
-        others = to_json(run.sources) | {"classes": run.config["classes"]}
-        for name, value in own.items():
-            if others[name] != value:
-                which = f"{first.folder} has {name} {value!r}, {run.folder} has {others[name]!r}"
-                raise InputError(f"{which}: give runs of the same one")
+        other = to_json(run.sources)
+        for name, value in to_json(first.sources).items():
+            content = CONTENT.get(name)  # the same weights under two paths are one model
+            if content:
+                is_same = first.config[content] == run.config[content]
+            else:
+                is_same = other[name] == value
+            if not is_same:
+                problem = f"{run.folder} was made with other {content or name} than {first.folder}"
+                values = f"{flag(name)} {as_arguments(other[name])} and {as_arguments(value)}"
+                raise InputError(f"{problem} ({values}): give runs of the same one")
     sources = dataclasses.replace(first.sources, select_on=select_on or first.sources.select_on)
     execution = from_json(Execution, first.config["execution"])
     places = {name: value for name, value in vars(absolute(moved)).items() if value}
@@ -124,11 +138,10 @@ def open_runs(
 
 def check_content(path: Path, config: dict[str, Any], setup: Setup) -> None:
     """Raises InputError if the files by which a run was made have other content now."""
-    kinds = {"classes": "classes", "checksum": "weights or prompts"}
-    for name, kind in kinds.items():
-        if config[name] != setup.content[name]:
+    for name, content in setup.content.items():
+        if config[name] != content:
             advice = "restore them, or train again with another --out"
-            raise InputError(f"{path} was made with other {kind}: {advice}")
+            raise InputError(f"{path} was made with other {name}: {advice}")
 
 
 def new_folder(runs: Sequence[FinishedRun], method: str, overwrite: bool) -> Path:

@@ -289,7 +289,7 @@ def separate_sweep(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[
 
 def as_arguments(value: Any) -> str:
     """Returns a value as a command line has it."""
-    return shlex.join(map(str, value if isinstance(value, tuple) else (value,)))
+    return shlex.join(map(str, value if isinstance(value, tuple | list) else (value,)))
 
 
 def describe_protocol(command: Command) -> str:

@@ -24,6 +24,10 @@ from support.errors import InputError, read_lines, unknown
 from support.layouts import minidomain
 from support.run.options import Execution, Sources
 
+# The options that may be files, whose content counts and not their place, and what config.json
+# keeps of it.
+CONTENT = {"model": "weights", "templates": "prompts", "class_names": "classes"}
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -32,7 +36,7 @@ class Model:
     clip: clip.CLIP
     tokenizer: Tokenizer
     templates: tuple[str, ...]
-    checksum: int  # of weights and prompts: files may change under their names
+    checksums: dict[str, int]  # of weights and prompts: files may change under their names
     tau: Float[Array, ""]
     moments: dict[int, Float[np.ndarray, "dim dim"]] = field(default_factory=dict)
 
@@ -91,8 +95,8 @@ class Setup:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What config.json keeps of the content of the files."""
-        return {"classes": list(self.classes), "checksum": self.model.checksum}
+        """What config.json keeps of the content of the files, by the values of `CONTENT`."""
+        return {"classes": list(self.classes), **self.model.checksums}
 
     def restrict_to_seen(self, classifier: lipsum.Classifier) -> lipsum.Classifier:
         """Returns the classifier over the classes of training and selection."""
@@ -183,11 +187,11 @@ def load_model(
 ) -> Model:
     """Loads the model and places it on the devices."""
     model, tokenizer = weights.load(sources.model)
-    checksum = zlib.crc32(repr(templates).encode())
+    checksums = {"weights": 0, "prompts": zlib.crc32(repr(templates).encode())}
     for leaf in jax.tree.leaves(model):
-        checksum = zlib.crc32(np.asarray(leaf).data, checksum)
+        checksums["weights"] = zlib.crc32(np.asarray(leaf).data, checksums["weights"])
     placed, tau = devices.place((model, jnp.exp(model.logit_scale)), mesh, execution.fsdp)
-    return Model(placed, tokenizer, tuple(templates), checksum, tau)
+    return Model(placed, tokenizer, tuple(templates), checksums, tau)
 
 
 # OpenAI's prompts for ImageNet, from notebooks/Prompt_Engineering_for_ImageNet.ipynb of openai/CLIP
