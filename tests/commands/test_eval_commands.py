@@ -125,7 +125,7 @@ def test_post_hoc_bad_input(finished: Path, tmp_path: Path) -> None:
         evaluation.soup_command(given())
     with pytest.raises(
         errors.InputError,
-        match="other prompts than .*--templates 'a sketch of",
+        match=r"other prompts than .*--templates 'a sketch of",
     ):
         evaluation.soup_command(given(run, finished / "other" / "ft" / "seed-0"))
     with pytest.raises(errors.InputError, match="penalty has -1"):
