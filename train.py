@@ -31,6 +31,7 @@ import eval as evaluation
 import lipsum
 from support import devices, disk
 from support.report import tables
+from support.report.labels import describe_method
 from support.run import checks, options
 from support.run.checkpoints import Checkpoints, from_names
 from support.run.finished import save_classifier
@@ -277,7 +278,7 @@ def fine_tune(
     save_classifier(run.folder / "best", setup, best)
     results = {
         "method": run.method,
-        **tables.names(run.method),
+        **describe_method(run.method),
         "model": run.sources.model,
         "data": run.sources.data,
         "seed": run.seed,
