@@ -14,7 +14,7 @@ from support.report.tables import Paths
 if __name__ == "__main__":
     quiet_interrupts()
     if sys.argv[1:2] in (["table"], ["costs"]):
-        sys.exit(tables.run())  # they read files alone, and start at once without JAX
+        sys.exit(tables.run_command())  # they read files alone, and start at once without JAX
 
 import dataclasses
 import math
@@ -36,6 +36,7 @@ import clip
 import data
 import lipsum
 from support import devices, disk, layouts
+from support.report.labels import describe_method
 from support.run import checks, finished
 from support.run.finished import FinishedRun
 from support.run.options import Places, SelectOn, absolute, to_json
@@ -323,10 +324,10 @@ def write_post_hoc(
     disk.write_json(folder / "config.json", runs[0].config | {"method": method, "post_hoc": how})
     seen = [setup.restrict_to_seen(member) for member in members]
     found = predict_reports(setup, members)
-    kept = ("model", "data", "seed", "settings", "zero_shot")
+    kept = ("model", "data", "seed", "settings", "content", "zero_shot")
     results = {name: runs[0].results[name] for name in kept} | {
         "method": method,
-        **tables.names(method),
+        **describe_method(method),
         "steps": 0,
         "seconds": 0.0,
         "post_hoc": how,
@@ -506,18 +507,20 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
     except ImportError as error:
         raise InputError(f"figures need {error.name}: pip install '.[plots]'") from error
     results = tables.read_results(runs.folders)
-    drawn: dict[str, Callable] = {
-        name: partial(draw, results) for name, draw in figures.FROM_FILES.items()
+    drawn: dict[str, tuple[Callable, str]] = {
+        name: (partial(draw, results), needs) for name, (draw, needs) in figures.FROM_FILES.items()
     }
     if not files_only:
         main = figures.main_settings(results)
         folders = {run["method"]: run["path"].parent for run in reversed(main)}
         opened, setup = finished.open_runs(tuple(reversed(folders.values())), runs.moved)
+        splits, image_size = list(setup.data.reports.values()), setup.model.clip.config.image_size
         vectors = energy_vectors_of(opened, setup)
-        drawn["energy_vectors"] = lambda: figures.energy_vectors(*vectors)
-        drawn["contact_sheet"] = lambda: figures.contact_sheet(setup)
+        drawn["energy_vectors"] = partial(figures.draw_energy_vectors, *vectors), ""
+        sheet = partial(figures.draw_contact_sheet, splits, setup.classes, image_size)
+        drawn["contact_sheet"] = sheet, ""
     figures.write_figures(drawn, out)
-    print(tables.correlations(results))
+    tables.print_correlations(results)
 
 
 def energy_vectors_of(
@@ -625,4 +628,4 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 if __name__ == "__main__":
-    sys.exit(tables.run(COMMANDS))
+    sys.exit(tables.run_command(COMMANDS))

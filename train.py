@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -31,6 +32,7 @@ import eval as evaluation
 import lipsum
 from support import devices, disk
 from support.report import tables
+from support.report.labels import describe_method
 from support.run import checks, options
 from support.run.checkpoints import Checkpoints, from_names
 from support.run.finished import save_classifier
@@ -67,7 +69,8 @@ def config_of(run: Run, setup: Setup) -> dict[str, Any]:
         "seed": run.seed,
         "settings": options.to_json(run.sources, run.settings),
         "execution": options.to_json(run.execution),
-        **setup.content,
+        "classes": list(setup.classes),
+        "content": setup.content,
         "versions": {name: importlib.metadata.version(name) for name in libraries},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
@@ -275,9 +278,12 @@ def fine_tune(
         progress, best = train(run, setup, start, signals, checkpoints, resume)
     found = evaluation.predict_reports(setup, [best])
     save_classifier(run.folder / "best", setup, best)
+    content = dict(setup.content)
+    if guidance := run.settings.guidance:
+        content["guidance"] = zlib.crc32(setup.model.read_guidance(guidance).tobytes())
     results = {
         "method": run.method,
-        **tables.names(run.method),
+        **describe_method(run.method),
         "model": run.sources.model,
         "data": run.sources.data,
         "seed": run.seed,
@@ -285,6 +291,7 @@ def fine_tune(
         "seconds": round(progress["seconds"], 2),
         "seconds_per_step": seconds_per_step(run.folder / "metrics.jsonl"),
         "settings": options.read_settings(run),
+        "content": content,
         "selection": {"accuracy": progress["best_accuracy"], "step": progress["best_step"]},
         "splits": evaluation.results_of(setup, zero_shot, found),
         "zero_shot": evaluation.results_of(setup, zero_shot, zero_shot),

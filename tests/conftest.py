@@ -64,7 +64,7 @@ def texts_of_a_model_are_embedded_once() -> Iterator[None]:
     computed, second_moment = {}, setup.Model.second_moment
 
     def remembered(model: setup.Model, length: int = 8) -> np.ndarray:
-        key = model.checksums["weights"], length
+        key = model.content["model"], length
         if key not in computed:
             computed[key] = second_moment(model, length)
         return computed[key]

@@ -3,37 +3,36 @@
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py figures runs --out figures`
 writes them.
 
-Each function returns one figure, or raises Nothing if the runs lack the data that it shows.
-Zero-shot, FT and Lipsum-FT have a colour, a grey value and a marker of their own, the others are
-grey. Names stand beside the points.
+Each `draw_` function returns one figure. Zero-shot, FT and Lipsum-FT have a colour, a grey value
+and a marker of their own, the others are grey. Names stand beside the points.
 """
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import textalloc
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from sklearn.manifold import TSNE
 
 import data
 from support.report import tables
+from support.report.labels import label_method, post_hoc_kind
 from support.report.tables import Results
-from support.run.setup import Setup
 
 Point = Sequence[float] | Float[np.ndarray, "2"]
 Points = Sequence[Point] | Float[np.ndarray, "points 2"]
 
 
-class Nothing(Exception):
-    """These runs lack the data of a figure; the message says which runs or command would provide
-    it.
-    """
+class NoData(Exception):
+    """The runs lack the data of a figure. `FROM_FILES` says what would provide it."""
 
+
+# ------------------------------------------------------------------------------- looks and labels
 
 LOOKS = {
     "zero-shot": {"color": "black", "marker": "*", "markersize": 15, "zorder": 5},
@@ -43,23 +42,41 @@ LOOKS = {
 OTHER = {"color": "0.68", "marker": "o", "markersize": 6, "zorder": 2}
 
 
-def look(method: str) -> dict[str, Any]:
+def look_of(method: str) -> dict[str, Any]:
     """Returns the colour and marker of a method, the same in every figure.
 
     A post-hoc result's marker is hollow.
     """
     base, is_post_hoc, _ = method.partition("+")
-    return LOOKS.get(base, OTHER) | (
-        {"markerfacecolor": "none"} if is_post_hoc else {"markeredgecolor": "white"}
-    )
+    hollow = {"markerfacecolor": "none"} if is_post_hoc else {"markeredgecolor": "white"}
+    return LOOKS.get(base, OTHER) | hollow
+
+
+class Label(NamedTuple):
+    """A text for a point: the name of its method, or else the value of a setting."""
+
+    text: str
+    point: Point
+    method: str
+    is_name: bool = True
+
+    @property
+    def color(self) -> str:
+        """The method's, darker if that is grey."""
+        return LOOKS.get(self.method.partition("+")[0], {"color": "0.4"})["color"]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it names one of the methods that have a look of their own."""
+        return self.is_name and self.method in LOOKS
 
 
 def new_figure(count: int, **shared: bool) -> tuple[Figure, list[Axes]]:
     """Returns a figure with a grid of `count` panels, of a size at which eight points are readable
     on a slide.
     """
-    columns = int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
     figure = Figure(figsize=(7.2, 5.2 * rows / columns), dpi=200, layout="constrained")
     for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False, **shared).flat):
         axes.set(visible=index < count, xmargin=0.09, ymargin=0.09)
@@ -68,142 +85,123 @@ def new_figure(count: int, **shared: bool) -> tuple[Figure, list[Axes]]:
     return figure, figure.axes[:count]
 
 
-def add_label(axes: Axes, text: str, point: Point, method: str, optional: bool = False) -> None:
-    """Writes a text that `place_labels` moves to a free place near its point, or removes if it is
-    `optional`.
+def plot(axes: Axes, points: Points, method: str, **style: Any) -> None:
+    """Draws points (x, y) as the method looks."""
+    axes.plot(*np.transpose(points), **look_of(method) | style)
+
+
+def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
+    """Writes each label at a free place near its point: main methods first, settings last.
+
+    One that has no free place is left out. Everything else must have been drawn.
     """
-    color = LOOKS.get(method.partition("+")[0], {"color": "0.4"})["color"]
-    font = (
-        {"fontsize": 10, "weight": "bold"} if method in LOOKS and not optional else {"fontsize": 8}
-    )
-    place = {
-        "ha": "center",
-        "va": "center",
-        "xytext": (0, 0),
-        "textcoords": "offset points",
-        "in_layout": False,
-    }
-    leader = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
-    axes.annotate(
-        text,
-        point,
-        label="optional" * optional,
-        arrowprops=leader,
-        color=color,
+    labels = sorted(labels, key=lambda label: (not label.is_main, not label.is_name))
+    points = [(*xy, line.get_markersize()) for line in axes.lines for xy in line.get_xydata()]
+    lines = [line.get_xydata() for line in axes.lines if line.get_linestyle() != "None"]
+    for error_bars in axes.collections:
+        lines += error_bars.get_segments()
+    x, y, sizes = np.transpose(points)
+    axes.autoscale(False)  # lines to the labels would widen it
+    textalloc.allocate(
+        axes,
+        *np.transpose([label.point for label in labels]),
+        [label.text for label in labels],
+        x_scatter=x,
+        y_scatter=y,
+        scatter_sizes=sizes / 2 * axes.figure.dpi / 72,
+        x_lines=[line[:, 0] for line in lines],
+        y_lines=[line[:, 1] for line in lines],
+        textsize=[10 if label.is_main else 8 for label in labels],
+        fontweight=["bold" if label.is_main else "normal" for label in labels],
+        textcolor=[label.color for label in labels],
+        linecolor=[label.color for label in labels],
+        linewidth=0.5,
+        draw_all=False,
         zorder=6,
-        **font,
-        **place,
+        in_layout=False,
     )
 
 
-def plot(axes: Axes, points: Points, method: str, label: str = "", **style: Any) -> None:
-    """Draws points (x, y), and a label beside the last one."""
-    axes.plot(*np.asarray(points).T, **look(method) | style)
-    if label:
-        add_label(axes, label, points[-1], method)
+# ---------------------------------------------------------------------------------- runs to points
 
 
-def place_labels(figure: Figure) -> Figure:
-    """Moves each label to the nearest place around its point that least overlaps labels, edges,
-    points and lines.
-    """
-    figure.draw_without_rendering()
-    pixels = figure.dpi / 72
-    angles = np.radians(sorted(range(0, 360, 15), key=lambda angle: (angle % 90, angle % 180)))
-    angles, rings = map(np.ravel, np.meshgrid(angles, (5, 8, 12, 17, 23, 30, 38)))
-    around = np.clip(1.42 * np.stack([np.cos(angles), np.sin(angles)], axis=1), -1, 1)
-    for axes in filter(Axes.get_visible, figure.axes):
-        paths = [line.get_path() for line in axes.lines if line.get_linestyle() != "None"]
-        paths += [path for bars in axes.collections for path in bars.get_paths()]
-        marks = [(path.interpolated(30).vertices, 1) for path in paths]
-        marks += [(line.get_xydata(), line.get_markersize() / 2 + 1) for line in axes.lines]
-        marks = [
-            np.insert(axes.transData.transform(points), 2, radius * pixels, axis=1)
-            for points, radius in marks
-        ]
-        marks, taken, inside = (
-            np.concatenate(marks),
-            np.zeros((0, 4)),
-            axes.bbox.padded(-3 * pixels),
-        )
-        for text in sorted(axes.texts, key=lambda text: (text.get_label(), -text.get_fontsize())):
-            point = axes.transData.transform(text.xy)
-            half = np.array(Text.get_window_extent(text).size) / 2 + pixels
-            centers = (point + around * (half + rings[:, None] * pixels))[:, None]
-            outside = (centers - half < inside.min) | (centers + half > inside.max)
-            on_labels = (abs(taken[:, :2] - centers) < taken[:, 2:] + half).all(-1).sum(1)
-            on_marks = (abs(marks[:, :2] - centers) < marks[:, 2:] + half).all(-1) @ marks[:, 2]
-            costs = 1000 * (outside.any((1, 2)) + on_labels) + on_marks + rings
-            best = np.argmin(costs)
-            if text.get_label() and costs[best] > 8:
-                text.remove()
-                continue
-            text.set_position((centers[best, 0] - point) / pixels)
-            text.arrow_patch.set_visible(bool(rings[best] > 12))
-            taken = np.append(taken, [[*centers[best, 0], *half]], axis=0)
-            marks = np.append(
-                marks,
-                np.insert(np.linspace(point, centers[best, 0], 30), 2, pixels, axis=1),
-                axis=0,
-            )
-    return figure
-
-
-def trained(results: Sequence[Results]) -> dict[str, list[Results]]:
+def trained(results: Iterable[Results]) -> dict[str, list[Results]]:
     """Returns the runs per training method, without the results of post-hoc methods."""
-    return tables.by_method(run for run in results if "+" not in run["method"])
+    return tables.group_by_method(run for run in results if "+" not in run["method"])
 
 
-def main_settings(results: Sequence[Results]) -> list[Results]:
+def main_settings(results: Iterable[Results]) -> list[Results]:
     """Returns each training method's runs with one choice of settings: the one with the most seeds,
     else the first.
     """
-    return [
-        run
-        for runs in trained(results).values()
-        for run in max(tables.groups(runs).values(), key=len)
-    ]
+    found = []
+    for runs in trained(results).values():
+        found += max(tables.group_by_row(runs).values(), key=len)
+    return found
 
 
 def zero_shot_of(results: Sequence[Results]) -> Results:
     """Returns the results of the zero-shot model, which all runs share."""
-    return results[0] | {
-        "method": "zero-shot",
-        "label": "zero-shot",
-        "splits": results[0]["zero_shot"],
-    }
+    name = {"method": "zero-shot", "label": "zero-shot"}
+    return results[0] | name | {"splits": results[0]["zero_shot"]}
 
 
-def accuracies(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray, "runs 2"]:
+def accuracies_of(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray, "runs 2"]:
     """Returns each run's accuracy on a shift, or its mean over all, and that on the reference, in
     percent.
+
+    Raises NoData if there are no shifts.
     """
-    if any(not tables.shifts_of(run) for run in runs):
-        raise Nothing("runs with shifts, for example --shifts painting sketch")
-    references = [run["splits"][tables.reference_of(run)]["accuracy"] for run in runs]
-    shifts = [
-        run["splits"][shift]["accuracy"] if shift else tables.mean_of_shifts(run, "accuracy")
-        for run in runs
-    ]
-    return 100 * np.array([shifts, references], float).T
+    points = []
+    for run in runs:
+        if not tables.shifts_of(run):
+            raise NoData
+        splits = run["splits"]
+        on_shift = splits[shift]["accuracy"] if shift else tables.average_shifts(run, "accuracy")
+        points.append((100 * on_shift, 100 * splits[tables.reference_of(run)]["accuracy"]))
+    return np.array(points)
 
 
-def with_axes(figure: Figure, results: Sequence[Results], shifts: Sequence[str] = ()) -> Figure:
-    """Completes a figure of reference against shifts: zero-shot in each panel, and the axes'
-    labels.
+def group_by_line(runs: Sequence[Results]) -> tuple[str, dict[str, list[list[Results]]]]:
+    """Returns the setting along which a line joins runs of a method, and the rows of runs per line.
+
+    It is the learning rate if that varies. A line's name contains the other settings that vary.
     """
-    for axes, shift in itertools.zip_longest(
-        filter(Axes.get_visible, figure.axes), shifts, fillvalue=""
-    ):
-        plot(axes, accuracies([zero_shot_of(results)], shift), "zero-shot", "zero-shot")
-    figure.supxlabel(
-        "accuracy on the shift, %" if any(shifts) else "mean accuracy on the shifts, %", fontsize=10
-    )
-    figure.supylabel(f"accuracy on {tables.reference_of(results[0])}, %", fontsize=10)
-    return place_labels(figure)
+    varied = tables.varied_settings(runs)
+    joined = "learning_rate" if "learning_rate" in varied else "".join(varied[-1:])
+    lines: dict[str, list[list[Results]]] = {}
+    for row in tables.group_by_row(runs).values():
+        others = tables.describe_settings(row[0], [name for name in varied if name != joined])
+        lines.setdefault(others, []).append(row)
+    return joined, lines
 
 
-def trade_off_plot(results: Sequence[Results], shifts: Sequence[str] = ("",)) -> Figure:
+# ----------------------------------------------------------------------------------------- figures
+
+
+def draw_mean(axes: Axes, runs: Sequence[Results], shift: str = "") -> Label:
+    """Draws the mean point of a method's runs. Returns the method's name as a label."""
+    point = accuracies_of(runs, shift).mean(axis=0)
+    plot(axes, [point], runs[0]["method"])
+    return Label(runs[0]["label"], point, runs[0]["method"])
+
+
+def accuracy_titles(results: Sequence[Results], shift: str = "mean") -> tuple[str, str]:
+    """Returns the titles of both axes of a figure of reference against shifts."""
+    x = "mean accuracy on the shifts, %" if shift == "mean" else "accuracy on the shift, %"
+    return x, f"accuracy on {tables.reference_of(results[0])}, %"
+
+
+def finish(figure: Figure, labels: Mapping[Axes, Sequence[Label]], x: str, y: str = "") -> Figure:
+    """Completes a figure with the titles of its axes and the labels of each panel."""
+    figure.supxlabel(x, fontsize=10)
+    figure.supylabel(y, fontsize=10)
+    for axes, own in labels.items():
+        place_labels(axes, own)
+    return figure
+
+
+def draw_trade_off(results: Sequence[Results], shifts: Sequence[str] = ("",)) -> Figure:
     """Figures 2 and 7: each method's accuracy on the reference against that on a shift, or the mean
     of all ("").
 
@@ -211,211 +209,193 @@ def trade_off_plot(results: Sequence[Results], shifts: Sequence[str] = ("",)) ->
     learning rate if any.
     """
     figure, panels = new_figure(len(shifts))
+    labels: dict[Axes, list[Label]] = {}
     for axes, shift in zip(panels, shifts, strict=True):
-        joined = [draw_trade_off(axes, runs, shift) for runs in trained(results).values()]
-        ends = "at the ends of lines: " * any(joined) + " or ".join(
-            dict.fromkeys(filter(None, joined))
-        )
-        axes.set_title(f"{shift}   {ends}".strip(), fontsize=9, loc="left")
-    return with_axes(figure, results, shifts)
+        labels[axes] = [draw_mean(axes, [zero_shot_of(results)], shift)]
+        ends = []
+        for method, runs in trained(results).items():
+            point = accuracies_of(main_settings(runs), shift).mean(axis=0)
+            labels[axes].append(Label(runs[0]["label"], point, method))
+            joined, lines = group_by_line(runs)
+            for name, rows in lines.items():
+                labels[axes] += draw_line(axes, name, rows, joined, shift)
+                if len(rows) > 1:
+                    ends.append(joined.replace("_", " "))
+        joined_by = f"at the ends of lines: {' or '.join(dict.fromkeys(ends))}" if ends else ""
+        axes.set_title(f"{shift}   {joined_by}".strip(), fontsize=9, loc="left")
+    return finish(figure, labels, *accuracy_titles(results, shifts[0]))
 
 
-def draw_trade_off(axes: Axes, method_runs: Sequence[Results], shift: str) -> str:
-    """Draws the runs of one method, and returns the setting in which those differ that a line
-    joins, if any.
+def draw_line(
+    axes: Axes, name: str, rows: Sequence[Sequence[Results]], joined: str, shift: str
+) -> list[Label]:
+    """Draws the means of rows of runs, joined by a line, and their standard deviations.
+
+    Returns the line's name and the values of the joined setting at its ends as labels.
     """
-    method, joined = method_runs[0]["method"], ""
-    *fixed, last = sorted(
-        tables.varied_settings(method_runs), key=lambda name: name == "learning_rate"
-    ) or [""]
-    lines: dict[str, list[list[Results]]] = {}
-    for runs in tables.groups(method_runs).values():
-        line = ", ".join(f"{name.replace('_', ' ')} {runs[0]['settings'][name]}" for name in fixed)
-        lines.setdefault(line, []).append(runs)
-    for line, points in lines.items():
-        per_point = [accuracies(runs, shift) for runs in points]
-        cells = np.array([[each.mean(0), each.std(0, ddof=len(each) > 1)] for each in per_point])
-        (x, y), (x_error, y_error) = cells.transpose(1, 2, 0)
-        axes.errorbar(x, y, y_error, x_error, elinewidth=0.8, **look(method))
-        if len(points) > 1:
-            joined = last.replace("_", " ")
-            add_label(axes, line, (x[:2].mean(), y[:2].mean()), method, optional=True)
-        for index in (0, -1) if len(points) > 1 and method in LOOKS else ():
-            add_label(
-                axes,
-                str(points[index][0]["settings"][last]),
-                (x[index], y[index]),
-                method,
-                optional=True,
-            )
-    point = accuracies(main_settings(method_runs), shift).mean(0)
-    add_label(
-        axes, method_runs[0]["label"], point, method, optional=bool(shift) and method not in LOOKS
-    )
-    return joined
+    method = rows[0][0]["method"]
+    per_row = [accuracies_of(runs, shift) for runs in rows]
+    means = np.array([points.mean(axis=0) for points in per_row])
+    x_errors, y_errors = np.transpose([points.std(0, ddof=len(points) > 1) for points in per_row])
+    axes.errorbar(*means.T, y_errors, x_errors, elinewidth=0.8, **look_of(method))
+    labels = []
+    if len(rows) > 1 and name:
+        labels.append(Label(name, means[:2].mean(axis=0), method, is_name=False))
+    if len(rows) > 1 and method in LOOKS:
+        for end in (0, -1):
+            value = str(rows[end][0]["settings"][joined])
+            labels.append(Label(value, means[end], method, is_name=False))
+    return labels
 
 
-def trade_off_per_shift_plot(results: Sequence[Results]) -> Figure:
+def draw_trade_off_per_shift(results: Sequence[Results]) -> Figure:
     """Figure 8: the trade-off on each shift."""
-    return trade_off_plot(results, tables.shifts_of(results[0]) or [""])
+    return draw_trade_off(results, tables.shifts_of(results[0]) or [""])
 
 
-def distortion_plot(results: Sequence[Results]) -> Figure:
+def draw_distortion(results: Sequence[Results]) -> Figure:
     """Figures 3 and 9 to 12: feature distortion per method and split; means over seeds, standard
     deviations.
     """
     splits = [tables.reference_of(results[0]), *tables.shifts_of(results[0])]
-    methods = tables.by_method(
-        run for run in main_settings(results) if "distortion" in run["splits"][splits[0]]
-    )
+    runs_with_it = [run for run in results if "distortion" in run["splits"][splits[0]]]
+    methods = tables.group_by_method(main_settings(runs_with_it))
     if not methods:
-        raise Nothing("runs whose results.json contains the feature distortion")
+        raise NoData
     figure, (axes,) = new_figure(1)
     for column, (method, runs) in enumerate(methods.items()):
         values = np.array([[run["splits"][name]["distortion"] for name in splits] for run in runs])
         (level, *means), (_, *errors) = values.mean(axis=0), values.std(axis=0, ddof=len(runs) > 1)
-        style = look(method) | {"linestyle": "none", "markersize": 5, "elinewidth": 0.8}
+        style = look_of(method) | {"linestyle": "none", "markersize": 5, "elinewidth": 0.8}
         axes.errorbar(column + np.linspace(-0.3, 0.3, len(means)), means, errors, **style)
         axes.plot([column - 0.4, column + 0.4], [level, level], color=style["color"], linewidth=2.5)
-    axes.set_title(
-        f"level: {splits[0]} (reference), points from left: {', '.join(splits[1:])}",
-        fontsize=9,
-        loc="left",
-    )
-    axes.set_xticks(
-        range(len(methods)),
-        [runs[0]["label"] for runs in methods.values()],
-        rotation=40,
-        ha="right",
-    )
+    title = f"level: {splits[0]} (reference), points from left: {', '.join(splits[1:])}"
+    axes.set_title(title, fontsize=9, loc="left")
+    names = [label_method(method) for method in methods]
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
     axes.set_ylabel("mean distance of features from the zero-shot ones")
     return figure
 
 
-def energy_gap_plot(results: Sequence[Results]) -> Figure:
+def draw_energy_gap(results: Sequence[Results]) -> Figure:
     """Figures 4 and 13: relative accuracy against the energy gap, a panel per shift, a point per
     run and zero-shot.
     """
     shifts = tables.shifts_of(results[0])
     if not any(tables.relative_accuracies(results, shift, "energy_gap") for shift in shifts):
-        raise Nothing("runs with shifts whose results.json contains the energy gap")
+        raise NoData
+    zero_shot = zero_shot_of(results)
     figure, panels = new_figure(len(shifts))
+    labels: dict[Axes, list[Label]] = {axes: [] for axes in panels}
     for axes, shift in zip(panels, shifts, strict=True):
-        for relative, gap, run in tables.relative_accuracies(
-            [*results, zero_shot_of(results)], shift, "energy_gap"
-        ):
-            small = {"markersize": 0.7 * look(run["method"])["markersize"], "markeredgewidth": 0.7}
-            plot(axes, [(gap, relative)], run["method"], **small)
-        for method, runs in tables.by_method(
-            [*main_settings(results), zero_shot_of(results)]
-        ).items():
-            if found := tables.relative_accuracies(runs, shift, "energy_gap"):
+        shown = tables.relative_accuracies([*results, zero_shot], shift, "energy_gap")
+        for relative, gap, run in shown:
+            size = 0.7 * look_of(run["method"])["markersize"]
+            plot(axes, [(gap, relative)], run["method"], markersize=size, markeredgewidth=0.7)
+        for method, runs in tables.group_by_method([*main_settings(results), zero_shot]).items():
+            found = tables.relative_accuracies(runs, shift, "energy_gap")
+            if found:
                 point = np.mean([(gap, relative) for relative, gap, _ in found], axis=0)
-                add_label(axes, runs[0]["label"], point, method, optional=method not in LOOKS)
-        pearson = tables.correlation(results, shift, "energy_gap")
+                labels[axes].append(Label(runs[0]["label"], point, method))
+        pearson = tables.correlate(results, shift, "energy_gap")
         axes.set_title(shift + ("" if pearson is None else f"   PCC {pearson:.2f}"), fontsize=10)
         axes.set_xscale("symlog", linthresh=1e-3)  # gaps span three orders of magnitude
-    hollow = (
-        "   (hollow: after post-hoc methods)"
-        if any("+" in run["method"] for run in results)
-        else ""
-    )
-    figure.supxlabel(f"energy gap, squared cosine{hollow}", fontsize=10)
-    figure.supylabel(f"accuracy relative to {tables.reference_of(results[0])}", fontsize=10)
-    return place_labels(figure)
+    has_hollow = any("+" in run["method"] for run in results)
+    x = "energy gap, squared cosine" + "   (hollow: after post-hoc methods)" * has_hollow
+    return finish(figure, labels, x, f"accuracy relative to {tables.reference_of(results[0])}")
 
 
-def post_hoc_curves_plot(results: Sequence[Results]) -> Figure:
-    """Figures 5 and 14:
+def draw_post_hoc_curves(results: Sequence[Results]) -> Figure:
+    """Figures 5 and 14: WiSE over alpha and TPGM over the penalty, for each fine-tuned run.
 
-    WiSE over alpha and TPGM over the penalty, for each fine-tuned run; means over seeds.
+    Means over seeds.
     """
 
-    def position(run: Results) -> int | float:
-        return run.get("post_hoc", {}).get("penalty", 0) - run.get("post_hoc", {}).get("alpha", 0)
+    def distance_from_tuned(run: Results) -> tuple[float, float]:
+        how = run.get("post_hoc", {})
+        return how.get("penalty", 0), -how.get("alpha", 0)
 
-    main = tables.by_method(main_settings(results))
+    main = tables.group_by_method(main_settings(results))
     curves: dict[tuple[str, str], list[list[Results]]] = {}
-    for runs in tables.groups(sorted(results, key=position)).values():
+    for runs in tables.group_by_row(sorted(results, key=distance_from_tuned)).values():
         base, _, suffix = runs[0]["method"].partition("+")
-        kind = tables.post_hoc_kind(suffix)
-        if kind and "+" not in suffix:
-            start = (
-                [main[base]] if kind == "wise" and base in main else []
-            )  # alpha 1 is the run itself
-            curves.setdefault((base, kind), start).append(runs)
+        kind = post_hoc_kind(suffix)
+        if not kind or "+" in suffix:
+            continue
+        if (base, kind) not in curves:  # alpha 1 is the run itself
+            curves[base, kind] = [main[base]] if kind == "wise" and base in main else []
+        curves[base, kind].append(runs)
     if not curves:
-        raise Nothing("python eval.py wise RUN, or tpgm RUN")
+        raise NoData
     figure, (axes,) = new_figure(1)
-    for (base, kind), groups in curves.items():
-        means = [accuracies(runs).mean(0) for runs in groups]
+    labels = [draw_mean(axes, [zero_shot_of(results)])]
+    for (base, kind), rows in curves.items():
+        points = [accuracies_of(runs).mean(axis=0) for runs in rows]
         style = {"linestyle": {"wise": "-", "tpgm": "none", "tpgm-c": "--"}[kind], "markersize": 5}
-        plot(axes, means, f"{base}+{kind}", groups[-1][0]["label"], **style)
+        plot(axes, points, f"{base}+{kind}", **style)
+        labels.append(Label(rows[-1][0]["label"], points[-1], f"{base}+{kind}"))
     for method, runs in main.items():
         if method in {base for base, _ in curves}:
-            plot(axes, [accuracies(runs).mean(0)], method, runs[0]["label"])
-    return with_axes(figure, results)
+            labels.append(draw_mean(axes, runs))
+    return finish(figure, {axes: labels}, *accuracy_titles(results))
 
 
-def soups_plot(results: Sequence[Results]) -> Figure:
+def draw_soups(results: Sequence[Results]) -> Figure:
     """Figure 6: soups and ensembles, hollow, beside the runs that they were chosen from."""
     made = [run for run in results if run["method"].endswith(("+soup", "+ensemble"))]
     if not made:
-        raise Nothing("python eval.py soup RUNS, or ensemble RUNS")
+        raise NoData
     figure, (axes,) = new_figure(1)
+    labels = [draw_mean(axes, [zero_shot_of(results)])]
     for method, runs in trained(results).items():
         if any(method in run["method"].partition("+")[0].split(",") for run in made):
-            plot(axes, accuracies(runs), method, linestyle="none")
-            add_label(axes, runs[0]["label"], accuracies(main_settings(runs)).mean(0), method)
+            plot(axes, accuracies_of(runs), method, linestyle="none")
+            point = accuracies_of(main_settings(runs)).mean(axis=0)
+            labels.append(Label(runs[0]["label"], point, method))
     for run in made:
-        plot(axes, accuracies([run]), run["method"], run["label"], markersize=10, markeredgewidth=2)
-    return with_axes(figure, results)
+        (point,) = accuracies_of([run])
+        plot(axes, [point], run["method"], markersize=10, markeredgewidth=2)
+        labels.append(Label(run["label"], point, run["method"]))
+    return finish(figure, {axes: labels}, *accuracy_titles(results))
 
 
-def weights_plot(results: Sequence[Results]) -> Figure:
-    """Reference against shifts over lambda or EMA's decay (docs/settings.md), and Lipsum-FT's;
-    means over seeds.
+def draw_weights(results: Sequence[Results]) -> Figure:
+    """Reference against shifts over lambda or EMA's decay (docs/settings.md), and Lipsum-FT's.
+
+    Means over seeds.
     """
-
-    def swept(method: str) -> str:
-        return "decay" if method == "ema" else "weight"
-
-    curves: dict[str, dict[str, Float[np.ndarray, "2"]]] = {}
+    curves: dict[str, dict[str, Point]] = {}  # point per value
     for method, runs in trained(results).items():
-        name = swept(method)
-        if tables.varied_settings(runs) == ([] if method == "ft" else [name]):
-            groups = {
-                f"{same[0]['settings'].get(name, 0):.4g}": same
-                for same in tables.groups(runs).values()
+        setting = "decay" if method == "ema" else "weight"
+        if tables.varied_settings(runs) == ([] if method == "ft" else [setting]):
+            curves[method] = {
+                f"{row[0]['settings'].get(setting, 0):.4g}": accuracies_of(row).mean(axis=0)
+                for row in tables.group_by_row(runs).values()
             }
-            curves[method] = {value: accuracies(same).mean(0) for value, same in groups.items()}
-    fixed = {name: curves.pop(name) for name in ("ft", "lipsum") if name in curves}
+    shared = {method: curves.pop(method) for method in ("ft", "lipsum") if method in curves}
     if not curves:
-        raise Nothing(
-            "python train.py --method kd --weight 0.3 1 3, or another method with several of them "
-            "or --decay"
-        )
+        raise NoData
     figure, panels = new_figure(len(curves), sharex=True, sharey=True)
+    labels: dict[Axes, list[Label]] = {}
     for axes, (method, curve) in zip(panels, curves.items(), strict=True):
-        for name, points in {**fixed, method: curve}.items():
-            style = {"color": "0.3", "zorder": 6} if name == method else {}
-            plot(
-                axes,
-                [*points.values()][::-1],
-                name,
-                "" if style else tables.names(name)["label"],
-                **style,
-            )
-            for value, point in points.items() if name != "ft" else ():
-                add_label(axes, value, point, name, optional=not style)
-        axes.set_title(f"{tables.names(method)['label']}, by {swept(method)}", fontsize=10)
-    return with_axes(figure, results)
+        labels[axes] = [draw_mean(axes, [zero_shot_of(results)])]
+        plot(axes, [*curve.values()], method, color="0.3", zorder=6)
+        labels[axes] += [Label(value, point, method, False) for value, point in curve.items()]
+        for other, points in shared.items():
+            plot(axes, [*points.values()], other)
+            labels[axes].append(Label(label_method(other), [*points.values()][0], other))
+            if other != "ft":
+                labels[axes] += [Label(value, xy, other, False) for value, xy in points.items()]
+        setting = "decay" if method == "ema" else "weight"
+        axes.set_title(f"{label_method(method)}, by {setting}", fontsize=10)
+    return finish(figure, labels, *accuracy_titles(results))
 
 
-def energy_vectors(
-    before: Mapping[str, Float[np.ndarray, "_ dim"]],
-    after: Mapping[str, Mapping[str, Float[np.ndarray, "_ dim"]]],
-    second_moment: Float[np.ndarray, "dim dim"],
+Features = Mapping[str, Float[np.ndarray, "_ dim"]]  # per split
+
+
+def draw_energy_vectors(
+    before: Features, after: Mapping[str, Features], second_moment: Float[np.ndarray, "dim dim"]
 ) -> Figure:
     """Figure 15: t-SNE of energy vectors before and after fine-tuning, a panel per method.
 
@@ -426,75 +406,80 @@ def energy_vectors(
     values, vectors = np.linalg.eigh(second_moment)
     root = vectors * np.sqrt(np.maximum(values, 0))
     figure, panels = new_figure(len(after))
-    colors = {tables.names(method)["label"]: style["color"] for method, style in LOOKS.items()}
+    colors = {label_method(method): look["color"] for method, look in LOOKS.items()}
     style = {"marker": "o", "linestyle": "none", "markersize": 5 / len(after) ** 0.5}
+    ends = np.cumsum([len(features) for features in before.values()])
+    labels: dict[Axes, list[Label]] = {}
     for axes, (label, features) in zip(panels, after.items(), strict=True):
         points = np.concatenate([*before.values(), *features.values()]) @ root
-        points = (
-            points / points.std()
-        )  # energies are small, and t-SNE's stopping thresholds are absolute
-        placed = TSNE(random_state=0, perplexity=min(30, (len(points) - 1) / 3)).fit_transform(
-            points
-        )
+        points = points / points.std()  # t-SNE's stopping thresholds are absolute
+        perplexity = min(30, (len(points) - 1) / 3)
+        # Without n_jobs, it asks the system for its number of cores, and warns if that fails.
+        placed = TSNE(random_state=0, perplexity=perplexity, n_jobs=1).fit_transform(points)
         old, new = np.split(placed, 2)
         axes.plot(*new.T, color=colors.get(label, OTHER["color"]), markeredgewidth=0, **style)
         axes.plot(*old.T, color="black", markeredgewidth=0.3, fillstyle="none", **style)
-        clouds = np.split(old, np.cumsum([len(features) for features in before.values()])[:-1])
-        for name, cloud in (
-            zip(before, clouds, strict=True) if label in colors or axes is panels[0] else ()
-        ):
-            add_label(axes, name, np.median(cloud, axis=0), "")
+        clouds = zip(before, np.split(old, ends[:-1]), strict=True)
+        labels[axes] = [Label(name, np.median(cloud, axis=0), "") for name, cloud in clouds]
         axes.set_title(label, fontsize=10, color=colors.get(label, "0.4"))
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color="0.8")
-    figure.supxlabel("hollow: zero-shot, full: fine-tuned", fontsize=10)
-    return place_labels(figure)
+    return finish(figure, labels, "hollow: zero-shot, full: fine-tuned")
 
 
-def contact_sheet(setup: Setup, most: int = 10) -> Figure:
+def draw_contact_sheet(
+    splits: Sequence[data.Split], classes: Sequence[str], image_size: int, most: int = 10
+) -> Figure:
     """Figure 16: the first image of each of the first `most` classes (columns) in every split
     (rows), preprocessed.
     """
-    splits = list(setup.data.reports.values())
-    classes = setup.classes[:most]
-    figure = Figure(
-        figsize=(0.7 * len(classes) + 0.9, 0.7 * len(splits) + 0.3), layout="constrained"
-    )
+    classes = classes[:most]
+    size = (0.7 * len(classes) + 0.9, 0.7 * len(splits) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(splits), len(classes), squeeze=False)
     for row, split in zip(grid, splits, strict=True):
         row[0].set_ylabel(split.name, rotation=0, ha="right", va="center", fontsize=9)
         for label, axes in enumerate(row):
             found = np.flatnonzero(split.labels == label)
             if len(found):
-                axes.imshow(
-                    data.read_image(split.images[found[0]], setup.model.clip.config.image_size)
-                )
+                axes.imshow(data.read_image(split.images[found[0]], image_size))
             axes.set(xticks=[], yticks=[])
-            axes.set_title(classes[label] if split is splits[0] else "", fontsize=9)
             axes.spines[:].set_visible(False)
+    for axes, name in zip(grid[0], classes, strict=True):
+        axes.set_title(name, fontsize=9)
     return figure
 
 
-def write_figures(figures: Mapping[str, Callable[[], Figure]], folder: Path) -> None:
-    """Writes each figure as PNG and SVG. Prints the paths, or the data that a figure lacks."""
+# -------------------------------------------------------------------------------------------- files
+
+SHIFTS = "runs with shifts, for example --shifts painting sketch"
+FROM_FILES: dict[str, tuple[Callable[[Sequence[Results]], Figure], str]] = {
+    "trade_off": (draw_trade_off, SHIFTS),
+    "trade_off_per_shift": (draw_trade_off_per_shift, SHIFTS),
+    "distortion": (draw_distortion, "runs whose results.json contains the feature distortion"),
+    "energy_gap": (draw_energy_gap, f"{SHIFTS}, whose results.json contains the energy gap"),
+    "post_hoc_curves": (draw_post_hoc_curves, f"python eval.py wise RUN, or tpgm RUN, of {SHIFTS}"),
+    "soups": (draw_soups, f"python eval.py soup RUNS, or ensemble RUNS, of {SHIFTS}"),
+    "weights": (
+        draw_weights,
+        "python train.py --method kd --weight 0.3 1 3, or another method with several of them or "
+        f"--decay; {SHIFTS}",
+    ),
+}  # a figure's name, the function that draws it from results, and what it needs
+
+
+def write_figures(figures: Mapping[str, tuple[Callable[[], Figure], str]], folder: Path) -> None:
+    """Writes each figure as PNG and SVG. Prints the paths, or what a figure needs that is not there.
+
+    Takes a figure's function and what it needs, by the figure's name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in figures.items():
+    for name, (draw, needs) in figures.items():
         try:
             figure = draw()
-            for suffix in ("png", "svg"):
-                figure.savefig(folder / f"{name}.{suffix}", dpi=200)
-            print(f"{folder / name}.png, .svg")
-        except Nothing as nothing:
-            print(f"{name}: nothing to show yet, it needs {nothing}")
-
-
-DRAWN = (
-    trade_off_plot,
-    trade_off_per_shift_plot,
-    distortion_plot,
-    energy_gap_plot,
-    post_hoc_curves_plot,
-    soups_plot,
-    weights_plot,
-)
-FROM_FILES = {draw.__name__.removesuffix("_plot"): draw for draw in DRAWN}
+        except NoData:
+            print(f"{name}: nothing to show yet, it needs {needs}")
+            continue
+        for suffix in ("png", "svg"):
+            figure.savefig(folder / f"{name}.{suffix}", dpi=200)
+        print(f"{folder / name}.png, .svg")

@@ -4,14 +4,15 @@ costs, correlation.
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py table runs` prints the table of
 finished runs.
 
-Files, CSV and JSON contain accuracy and ECE as fractions and NLL in nats. The other formats show
-percent and nats.
+Files and CSV contain accuracy and ECE as fractions and NLL in nats. The other formats show percent
+and nats.
 """
 
 import csv
 import io
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,11 +21,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from support.errors import InputError, exit_code, expanded, read_json
+from support.errors import InputError, exit_code, expanded, read_json, warn
 
 Results = dict[str, Any]  # the content of a results.json, with its `path`
 
 # ------------------------------------------------------------------------------------------ reading
+
+REQUIRED = ["method", "label", "row", "data", "seed", "settings", "content", "splits", "zero_shot"]
 
 
 def read_results(runs: Sequence[Path]) -> list[Results]:
@@ -32,8 +35,8 @@ def read_results(runs: Sequence[Path]) -> list[Results]:
 
     An unreadable one is skipped with a warning.
 
-    Raises InputError if none is left, if two runs differ in data, model or splits, or if two are
-    the same run.
+    Raises InputError if none is left, if two runs differ in data or splits, or if two are the same
+    run.
     """
     paths: dict[Path, Path] = {}
     for run in runs:
@@ -47,19 +50,18 @@ def read_results(runs: Sequence[Path]) -> list[Results]:
         try:
             results.append(read_one(path))
         except InputError as error:
-            print(f"warning: skipped: {error}", file=sys.stderr)
+            warn(f"skipped: {error}")
     if not results:
         raise InputError(f"no readable results.json under {', '.join(map(str, runs))}: train again")
+    name_by_content(results)
     seen: dict[str, Path] = {}
     for run in results:
         check_comparable(results[0], run)
-        identity = json.dumps(
-            [run.get(name) for name in ("method", "seed", "settings", "post_hoc")]
-        )
+        parts = [run.get(name) for name in ("method", "seed", "settings", "post_hoc")]
+        identity = json.dumps(parts)
         if identity in seen:
-            raise InputError(
-                f"{seen[identity]} and {run['path']} are the same run: leave one of them out"
-            )
+            both = f"{seen[identity]} and {run['path']}"
+            raise InputError(f"{both} are the same run: leave one of them out")
         seen[identity] = run["path"]
     return results
 
@@ -67,35 +69,53 @@ def read_results(runs: Sequence[Path]) -> list[Results]:
 def read_one(path: Path) -> Results:
     """Returns the content of a results.json. Raises InputError if it is broken or incomplete."""
     content = read_json(path)
-    missing = {"method", "seed", "splits", "zero_shot"} - set(
-        content if isinstance(content, dict) else ()
-    )
+    known = content if isinstance(content, dict) else {}
+    missing = [name for name in REQUIRED if name not in known]
     if missing:
-        raise InputError(f"{path} lacks {', '.join(sorted(missing))}")
-    return with_names(content) | {"path": path}
+        raise InputError(f"{path} lacks {', '.join(missing)}")
+    return known | {"path": path}
+
+
+def name_by_content(results: Sequence[Results]) -> None:
+    """Replaces the settings that may be files by one name per content, that of the first run.
+
+    So the same weights under two paths are one model, and other weights under its path another.
+    """
+    names: dict[tuple[str, int], str] = {}
+    for run in results:
+        for option, checksum in run["content"].items():
+            if (option, checksum) not in names:
+                name = str(run["settings"].get(option) or "default")
+                name = os.path.basename(name) if os.path.isabs(name) else name
+                taken = [known for (other, _), known in names.items() if other == option]
+                names[option, checksum] = f"{name} {checksum:08x}" if name in taken else name
+            run["settings"][option] = names[option, checksum]
 
 
 def check_comparable(one: Results, other: Results) -> None:
-    """Raises InputError if two runs differ in data, model, reference split or evaluated splits."""
-    for kind, values in {
-        "data set": lambda run: [str(run.get("data"))],
-        "model": lambda run: [str(run.get("model"))],
-        "reference": lambda run: [name for name in run["splits"] if name not in shifts_of(run)],
-        "splits": lambda run: [
-            f"{name} ({split['n']} images)" for name, split in run["splits"].items()
-        ],
-    }.items():
-        if sorted(values(one)) != sorted(values(other)):
+    """Raises InputError if two runs differ in data, reference split or evaluated splits."""
+
+    def describe(run: Results) -> dict[str, str]:
+        splits = [f"{name} ({split['n']} images)" for name, split in run["splits"].items()]
+        return {
+            "data set": run["data"],
+            "reference": reference_of(run) or "none",
+            "splits": ", ".join(sorted(splits)),
+        }
+
+    others = describe(other)
+    for kind, value in describe(one).items():
+        if value != others[kind]:
             raise InputError(
-                f"{one['path']} has {kind} {', '.join(values(one))}, "
-                f"{other['path']} has {', '.join(values(other))}: "
-                "give runs of the same data, model and splits"
+                f"{one['path']} has {kind} {value}, {other['path']} has {others[kind]}: "
+                "give runs of the same data and splits"
             )
 
 
 def reference_of(results: Results) -> str:
-    """Returns the name of the split that the run was trained on."""
-    return next(name for name, split in results["splits"].items() if split["role"] == "reference")
+    """Returns the name of the split that the run was trained on, or "" if that is not reported."""
+    roles = {split["role"]: name for name, split in results["splits"].items()}
+    return roles.get("reference", "")
 
 
 def shifts_of(results: Results) -> list[str]:
@@ -103,96 +123,53 @@ def shifts_of(results: Results) -> list[str]:
     return [name for name, split in results["splits"].items() if split["role"] != "reference"]
 
 
-def mean_of_shifts(results: Results, metric: str) -> float | None:
-    """Returns the run's mean over its shifts, or None if it has no shifts or one of them lacks the
-    metric.
-    """
-    return cell([results["splits"][name].get(metric) for name in shifts_of(results)]).mean
+# ----------------------------------------------------------------------------------------- grouping
 
 
-POST_HOC = {"wise": "WiSE", "tpgm-c": "TPGM-C", "tpgm": "TPGM"}
-
-
-def post_hoc_kind(suffix: str) -> str:
-    """Returns the key of `POST_HOC` for a method's suffix such as `wise-0.9`, or "" if there is
-    none.
-    """
-    return next(
-        (kind for kind in POST_HOC if suffix.startswith(kind)), ""
-    )  # `tpgm-c` comes before `tpgm`
-
-
-def names(method: str) -> dict[str, Any]:
-    """Returns a method's label in tables, such as Lipsum-FT + WiSE 0.9 for `lipsum+wise-0.9`, and
-    its row.
-    """
-    from lipsum import METHODS  # imports JAX, which most calls of this module do without
-
-    base, *suffixes = method.split("+")
-    label = [
-        ", ".join(METHODS[name].label if name in METHODS else name for name in base.split(","))
-    ]
-    for suffix in suffixes:
-        kind = post_hoc_kind(suffix)
-        label.append(POST_HOC.get(kind, "") + suffix.removeprefix(kind).replace("-", " "))
-    return {
-        "label": " + ".join(label),
-        "row": list(METHODS).index(base) if base in METHODS else len(METHODS),
-    }
-
-
-def with_names(results: Results) -> Results:
-    """Adds what results.json of earlier versions lack: `names` and `settings`."""
-    return {"settings": {}} | results | ({} if "label" in results else names(results["method"]))
-
-
-def by_method(results: Iterable[Results]) -> dict[str, list[Results]]:
+def group_by_method(results: Iterable[Results]) -> dict[str, list[Results]]:
     """Returns the runs per method, in the order of `lipsum.METHODS`."""
     methods: dict[str, list[Results]] = {}
-    for result in sorted(results, key=lambda result: result["row"]):
-        methods.setdefault(result["method"], []).append(result)
+    for run in sorted(results, key=lambda run: run["row"]):
+        methods.setdefault(run["method"], []).append(run)
     return methods
 
 
 def varied_settings(runs: Sequence[Results]) -> list[str]:
-    """Returns the names of the settings that differ among the runs.
-
-    What some of them do not have does not differ.
-    """
-    known = [run["settings"] for run in runs if run["settings"]]
-    names = [
-        name for name in (known[0] if known else ()) if all(name in settings for settings in known)
-    ]
+    """Returns the names of the settings that all of the runs have and in which they differ."""
+    first, *others = [run["settings"] for run in runs]
     return [
         name
-        for name in names
-        if any(run["settings"].get(name) != runs[0]["settings"].get(name) for run in runs)
+        for name, value in first.items()
+        if all(name in settings for settings in others)
+        and any(settings[name] != value for settings in others)
     ]
 
 
-def groups(results: Iterable[Results]) -> dict[str, list[Results]]:
+def describe_settings(run: Results, names: Iterable[str]) -> str:
+    """Returns the values of some settings, such as `steps 100, learning rate 0.001`."""
+    return ", ".join(f"{name.replace('_', ' ')} {run['settings'][name]}" for name in names)
+
+
+def group_by_row(results: Iterable[Results]) -> dict[str, list[Results]]:
     """Returns the runs per table row: those that differ in their seed alone, under the row's label.
 
     The label is the method's, with the settings that vary among its runs. A method's rows are
-    sorted by those settings.
+    sorted by those settings. Zero-shot, the first, has a row per model and prompts.
     """
 
-    def position(value: Any) -> tuple[int | float, str]:
+    def position(value: Any) -> tuple[float, str]:
         return value if isinstance(value, int | float) else math.inf, str(value)
 
-    grouped: dict[str, list[Results]] = {}
-    for runs in by_method(results).values():
-        varied = varied_settings(runs)
-        for run in sorted(
-            runs, key=lambda run: [position(run["settings"].get(name)) for name in varied]
-        ):
-            values = ", ".join(
-                f"{name.replace('_', ' ')} {run['settings'].get(name)}" for name in varied
-            )
-            grouped.setdefault(runs[0]["label"] + (f" ({values})" if values else ""), []).append(
-                run
-            )
-    return grouped
+    rows: dict[str, list[Results]] = {}
+    results = list(results)
+    of_all = [name for name in varied_settings(results) if name in ("model", "templates")]
+    for runs in group_by_method(results).values():
+        varied = list(dict.fromkeys([*of_all, *varied_settings(runs)]))
+        runs.sort(key=lambda run: [position(run["settings"][name]) for name in varied])
+        for run in runs:
+            settings = f" ({describe_settings(run, varied)})" if varied else ""
+            rows.setdefault(run["label"] + settings, []).append(run)
+    return rows
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -219,7 +196,7 @@ METRICS = {
     "harmonic-mean": Metric(100, 1, max, "harmonic mean of seen and unseen, %"),
 }
 MetricName = Literal[*METRICS]  # pyrefly: ignore[invalid-literal] (names of the table above)
-Format = Literal["text", "markdown", "latex", "csv", "json"]
+Format = Literal["text", "markdown", "latex", "csv"]
 
 
 class Cell(NamedTuple):
@@ -241,7 +218,7 @@ class Table(NamedTuple):
     without_best: int = 0
 
 
-def cell(values: Sequence[float | None]) -> Cell:
+def average(values: Sequence[float | None]) -> Cell:
     """Returns the cell for one value per seed. It is empty if a value is missing."""
     numbers = [value for value in values if value is not None]
     if not numbers or len(numbers) < len(values):
@@ -249,68 +226,83 @@ def cell(values: Sequence[float | None]) -> Cell:
     return Cell(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
 
 
-def rows_of(
-    grouped: Mapping[str, list[Results]], values: Callable[..., list[float | None]]
+def average_shifts(run: Results, key: str) -> float | None:
+    """Returns a run's mean over its shifts, or None if it has none or one of them lacks the key."""
+    return average([run["splits"][name].get(key) for name in shifts_of(run)]).mean
+
+
+def average_rows(
+    rows: Mapping[str, Sequence[Results]], values: Callable[[Results], list[float | None]]
 ) -> dict[str, list[Cell]]:
     """Returns the cells per row. `values` maps a run to its numbers, one per column."""
     return {
-        label: [cell(column) for column in zip(*map(values, runs), strict=True)]
-        for label, runs in grouped.items()
+        label: [average(column) for column in zip(*map(values, runs), strict=True)]
+        for label, runs in rows.items()
     }
 
 
-def table(results: Sequence[Results], name: str) -> Table:
+def zero_shot_of(results: Sequence[Results]) -> list[Results]:
+    """Returns the results of the zero-shot models of runs, one per model and prompts."""
+    found = {}
+    for run in results:
+        settings = {name: run["settings"].get(name) for name in ("model", "templates")}
+        named = {"method": "zero-shot", "label": "zero-shot", "row": -1, "seed": 0, "post_hoc": {}}
+        new = run | named | {"settings": settings, "splits": run["zero_shot"]}
+        found.setdefault(tuple(settings.values()), new)
+    return list(found.values())
+
+
+def tabulate(results: Sequence[Results], name: str, average_of: str = "shifts") -> Table:
     """Returns a metric's table: rows for zero-shot and each method, columns for each split and the
-    shifts' mean.
+    shifts' mean; with `average_of` all, also the mean of all splits, as in Table 10.
+
+    Raises InputError if no run has the metric.
     """
     first, metric, key = results[0], METRICS[name], name.replace("-", "_")
-    shifts_mean = ["mean of shifts"] if shifts_of(first) else []
+    means = {"mean of shifts": shifts_of(first)}
+    if average_of == "all":
+        means["mean of all"] = list(first["splits"])
+    means = {column: splits for column, splits in means.items() if splits}
+    columns = [*first["splits"], *means]
 
     def values(run: Results) -> list[float | None]:
-        per_split = [run["splits"][split].get(key) for split in first["splits"]]
-        return per_split + [mean_of_shifts(run, key) for _ in shifts_mean]
+        numbers = {split: run["splits"][split].get(key) for split in first["splits"]}
+        for column, splits in means.items():
+            numbers[column] = average([numbers[split] for split in splits]).mean
+        return list(numbers.values())
 
-    rows = rows_of(
-        {"zero-shot": [first | {"splits": first["zero_shot"]}], **groups(results)}, values
-    )
-    if all(each.mean is None for cells in rows.values() for each in cells):
+    zero_shot = zero_shot_of(results)
+    trained = [run for run in results if run["method"] != "zero-shot"]
+    rows = average_rows(group_by_row([*zero_shot, *trained]), values)
+    if all(cell.mean is None for cells in rows.values() for cell in cells):
         raise InputError(
             f"{first['path']} has no {name}: seen, unseen and harmonic-mean need runs with --unseen"
         )
-    return Table(
-        metric.heading,
-        dict.fromkeys([*first["splits"], *shifts_mean], metric),
-        rows,
-        without_best=1,
-    )
+    return Table(metric.heading, dict.fromkeys(columns, metric), rows, len(zero_shot))
 
 
-def costs(results: Sequence[Results]) -> Table:
+def tabulate_costs(results: Sequence[Results]) -> Table:
     """Returns the table of appendix B.3, "Analysis on training costs": time per step and per run,
     and ratio to FT's.
+
+    Raises InputError if no run says how long a step took.
     """
-    timed = {
-        label: [run for run in runs if run.get("seconds_per_step")]
-        for label, runs in groups(results).items()
-    }
-    timed = {
-        label: runs for label, runs in timed.items() if runs
-    }  # linear probes and post-hoc methods take no steps
+    timed = {}
+    for label, runs in group_by_row(results).items():
+        # Linear probes and post-hoc methods take no steps.
+        if with_steps := [run for run in runs if run.get("seconds_per_step")]:
+            timed[label] = with_steps
     if not timed:
         raise InputError(
             "none of these runs says how long its steps took: give runs of twenty steps or more"
         )
     ft_runs = next((runs for runs in timed.values() if runs[0]["method"] == "ft"), [])
-    ft = cell([run["seconds_per_step"] for run in ft_runs]).mean
+    ft = average([run["seconds_per_step"] for run in ft_runs]).mean
 
     def values(run: Results) -> list[float | None]:
         seconds = run["seconds_per_step"]
-        return [
-            seconds,
-            seconds / ft if ft else None,
-            run["settings"]["batch_size"] / seconds,
-            run["seconds"],
-        ]
+        ratio = seconds / ft if ft else None
+        return [seconds, ratio, run["settings"]["batch_size"] / seconds, run["seconds"]]
 
     columns = {
         "seconds per step": Metric(1, 4, min),
@@ -318,52 +310,42 @@ def costs(results: Sequence[Results]) -> Table:
         "images per second": Metric(1, 1, max),
         "seconds in all": Metric(1, 1, min),
     }
-    return Table("training costs", columns, rows_of(timed, values))
+    return Table("training costs", columns, average_rows(timed, values))
 
 
-def rendered(table: Table, format: Format, bold: bool = False) -> str:
+# ---------------------------------------------------------------------------------------- rendering
+
+STYLES = {  # what separates columns, what stands before a deviation, how a text is bold
+    "text": ("  ", "±", "\033[1m{}\033[0m"),
+    "markdown": (" | ", "±", "**{}**"),
+    "latex": (" & ", r"$\pm$", r"\textbf{{{}}}"),
+}
+
+
+def render(table: Table, format: Format, bold: bool = False) -> str:
     """Returns the table as text.
 
     The best of each column is bold in Markdown and LaTeX, and in text if `bold`.
     """
-    if format in ("csv", "json"):
-        return machine_readable(table, format)
-    separator, plus_minus, before, after = {
-        "text": ("  ", "±", "\033[1m", "\033[0m"),
-        "markdown": (" | ", "±", "**", "**"),
-        "latex": (" & ", r"$\pm$", r"\textbf{", "}"),
-    }[format]
+    if format == "csv":
+        return render_csv(table)
+    separator, plus_minus, bold_text = STYLES[format]
 
-    def escaped(text: str) -> str:
+    def escape(text: str) -> str:
         return text.replace("%", r"\%").replace("_", r"\_") if format == "latex" else text
 
-    def shown(each: Cell, metric: Metric) -> str:
-        numbers = [
-            f"{metric.factor * value:.{metric.decimals}f}" for value in each if value is not None
-        ]
-        return f" {plus_minus} ".join(numbers) or "-"
-
-    labels = [escaped(text) for text in (table.heading, *table.rows)]
-    columns = [[label.ljust(max(map(len, labels))) for label in labels]]
+    labels = [escape(text) for text in (table.heading, *table.rows)]
+    width = max(map(len, labels))
+    columns = [[label.ljust(width) for label in labels]]
     for index, (name, metric) in enumerate(table.columns.items()):
-        texts = [escaped(name), *(shown(cells[index], metric) for cells in table.rows.values())]
-        rivals = list(enumerate(texts))[1 + table.without_best :]
-        means = {
-            row: float(text.split()[0]) for row, text in rivals if text != "-"
-        }  # those shown alike are equal
-        best = (
-            metric.best(means.values())
-            if len(means) > 1 and (bold or format != "text")
-            else math.nan
-        )
-        marked = [
-            before + text + after if means.get(row) == best else text
-            for row, text in enumerate(texts)
-        ]
-        width = max(map(len, texts))
-        columns.append(
-            [" " * (width - len(text)) + mark for text, mark in zip(texts, marked, strict=True)]
-        )
+        texts = [render_cell(cells[index], metric, plus_minus) for cells in table.rows.values()]
+        marked = best_rows(texts, metric, table.without_best) if bold or format != "text" else []
+        width = max(map(len, [escape(name), *texts]))
+        column = [escape(name).rjust(width)]
+        for row, text in enumerate(texts):
+            padding = " " * (width - len(text))
+            column.append(padding + (bold_text.format(text) if row in marked else text))
+        columns.append(column)
     head, *body = [separator.join(line) for line in zip(*columns, strict=True)]
     if format == "markdown":
         rule = " | ".join(["---", *["---:"] * len(table.columns)])
@@ -375,51 +357,63 @@ def rendered(table: Table, format: Format, bold: bool = False) -> str:
     return "\n".join([head, "-" * len(head), *body])
 
 
-def machine_readable(table: Table, format: Format) -> str:
-    """Returns the table as CSV or JSON, unrounded and in the units of the files: fractions, nats,
-    seconds.
+def render_cell(cell: Cell, metric: Metric, plus_minus: str) -> str:
+    """Returns mean ± deviation in the metric's unit, or - for an empty cell."""
+    numbers = [metric.factor * value for value in cell if value is not None]
+    texts = [f"{number:.{metric.decimals}f}" for number in numbers]
+    return f" {plus_minus} ".join(texts) or "-"
+
+
+def best_rows(texts: Sequence[str], metric: Metric, first: int) -> list[int]:
+    """Returns the rows, from `first` on, with the best mean of a column; none if there is no rival.
+
+    Means that are shown alike are equal.
     """
-    if format == "json":
-        rows = {}
-        for label, cells in table.rows.items():
-            rows[label] = dict(zip(table.columns, map(Cell._asdict, cells), strict=True))
-        return json.dumps({"table": table.heading.split(",")[0], "rows": rows}, indent=2)
+    means = {
+        row: float(text.split()[0])
+        for row, text in enumerate(texts)
+        if row >= first and text != "-"
+    }
+    if len(means) < 2:
+        return []
+    best = metric.best(means.values())
+    return [row for row, mean in means.items() if mean == best]
+
+
+def render_csv(table: Table) -> str:
+    """Returns the table as CSV, unrounded, in the units of the files: fractions, nats, seconds."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["", *(f"{column} {kind}" for column in table.columns for kind in Cell._fields)]
-    )
-    writer.writerows(
-        [label, *(value for each in cells for value in each)] for label, cells in table.rows.items()
-    )
+    writer.writerow(["", *(f"{name} {kind}" for name in table.columns for kind in Cell._fields)])
+    for label, cells in table.rows.items():
+        writer.writerow([label, *(value for cell in cells for value in cell)])
     return text.getvalue().rstrip("\n")
 
 
+# -------------------------------------------------------------------------------------- correlation
+
+
 def relative_accuracies(
-    results: Sequence[Results], shift: str, metric: str
+    results: Sequence[Results], shift: str, key: str
 ) -> list[tuple[float, float, Results]]:
     """Returns (relative accuracy, metric, run) on a shift, for each run that has both (figures 4
     and 13).
 
     The relative accuracy is the accuracy on the shift divided by that on the reference.
     """
-    reference = reference_of(results[0])
-    return [
-        (
-            run["splits"][shift]["accuracy"] / run["splits"][reference]["accuracy"],
-            run["splits"][shift][metric],
-            run,
-        )
-        for run in results
-        if run["splits"][shift].get(metric) is not None and run["splits"][reference]["accuracy"] > 0
-    ]
+    found = []
+    for run in results:
+        on_reference, on_shift = run["splits"][reference_of(run)], run["splits"][shift]
+        if on_shift.get(key) is not None and on_reference["accuracy"] > 0:
+            found.append((on_shift["accuracy"] / on_reference["accuracy"], on_shift[key], run))
+    return found
 
 
-def correlation(results: Sequence[Results], shift: str, metric: str) -> float | None:
-    """Returns Pearson's correlation of relative accuracy with `metric`, or None if fewer than three
+def correlate(results: Sequence[Results], shift: str, key: str) -> float | None:
+    """Returns Pearson's correlation of relative accuracy with a metric, or None if fewer than three
     runs differ.
     """
-    pairs = relative_accuracies(results, shift, metric)
+    pairs = relative_accuracies(results, shift, key)
     accuracies = [accuracy for accuracy, _, _ in pairs]
     values = [value for _, value, _ in pairs]
     if len(pairs) < 3 or len(set(accuracies)) == 1 or len(set(values)) == 1:
@@ -427,22 +421,16 @@ def correlation(results: Sequence[Results], shift: str, metric: str) -> float | 
     return statistics.correlation(accuracies, values)
 
 
-def correlations(results: Sequence[Results]) -> str:
-    """Returns two lines: the correlation of relative accuracy with energy gap and with distortion,
-    per shift.
-    """
-    lines = []
+def print_correlations(results: Sequence[Results]) -> None:
+    """Prints the correlation of relative accuracy with energy gap and distortion, per shift."""
     for name in ("energy gap", "distortion"):
-        found = {
-            shift: correlation(results, shift, name.replace(" ", "_"))
-            for shift in shifts_of(results[0])
-        }
-        numbers = ", ".join(
-            f"{shift} {value:.2f}" for shift, value in found.items() if value is not None
-        )
-        numbers = numbers or "needs three runs that differ"
-        lines.append(f"Pearson's correlation of relative accuracy with {name}: {numbers}")
-    return "\n".join(lines)
+        found = []
+        for shift in shifts_of(results[0]):
+            value = correlate(results, shift, name.replace(" ", "_"))
+            if value is not None:
+                found.append(f"{shift} {value:.2f}")
+        numbers = ", ".join(found) or "needs three runs that differ"
+        print(f"Pearson's correlation of relative accuracy with {name}: {numbers}")
 
 
 # ----------------------------------------------------------------------------------------- commands
@@ -454,22 +442,29 @@ Paths = Annotated[
 
 def print_accuracies(results: Sequence[Results]) -> None:
     """Prints the accuracy table, with which commands end."""
-    print(rendered(table(results, "accuracy"), "text", bold=sys.stdout.isatty()))
+    name_by_content(results)
+    print(render(tabulate(results, "accuracy"), "text", bold=sys.stdout.isatty()))
 
 
-def table_command(runs: Paths, metric: MetricName = "accuracy", format: Format = "text") -> None:
+def table_command(
+    runs: Paths,
+    metric: MetricName = "accuracy",
+    average_of: Annotated[Literal["shifts", "all"], tyro.conf.arg(name="average")] = "shifts",
+    format: Format = "text",
+) -> None:
     """Print the table of finished runs: a row per method, a column per split, mean ± standard
     deviation over seeds.
 
     Args:
         runs: Folders of runs, or folders that hold some.
         metric: What to show; seen, unseen and harmonic-mean are those of runs with --unseen.
-        format: csv and json are unrounded, in fractions and nats.
+        average_of: all: also the mean of all splits, the reference included, as in Table 10.
+        format: csv is unrounded, in fractions and nats.
     """
     results = read_results(runs)
-    print(rendered(table(results, metric), format, bold=sys.stdout.isatty()))
+    print(render(tabulate(results, metric, average_of), format, bold=sys.stdout.isatty()))
     if metric in ("energy-gap", "distortion") and format == "text":
-        print(correlations(results))
+        print_correlations(results)
 
 
 def costs_command(runs: Paths, format: Format = "text") -> None:
@@ -478,24 +473,23 @@ def costs_command(runs: Paths, format: Format = "text") -> None:
 
     Args:
         runs: Folders of runs, or folders that hold some.
-        format: csv and json are unrounded.
+        format: csv is unrounded.
     """
-    print(rendered(costs(read_results(runs)), format))
+    print(render(tabulate_costs(read_results(runs)), format))
 
 
 COMMAND_LINE = (tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed, tyro.conf.OmitArgPrefixes)
 COMMANDS: dict[str, Callable[..., None]] = {"table": table_command, "costs": costs_command}
 
 
-def run(more: Mapping[str, Callable[..., None]] | None = None) -> int:
+def run_command(more: Mapping[str, Callable[..., None]] | None = None) -> int:
     """Runs eval.py's command line: the commands above and `more`. Returns the exit code."""
     app = tyro.extras.SubcommandApp()
     for name, command in (COMMANDS | dict(more or {})).items():
         app.command(name=name)(command)
-    description = "Commands on finished runs: tables, figures, post-hoc methods."
     arguments = {
         "args": expanded(sys.argv[1:]),
         "prog": "python eval.py",
-        "description": description,
+        "description": "Commands on finished runs: tables, figures, post-hoc methods.",
     }
     return exit_code(lambda: app.cli(**arguments, config=COMMAND_LINE))

@@ -28,7 +28,10 @@ from support.run.options import (
     from_json,
     to_json,
 )
-from support.run.setup import CONTENT, Images, Setup, open_setups
+from support.run.setup import Images, Setup, open_setups
+
+# The options whose content counts, not the path that it was read from.
+CONTENT = {"model": "weights", "templates": "prompts", "class_names": "classes"}
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,11 @@ def open_runs(
     for run in opened[1:]:
         other = to_json(run.sources)
         for name, value in to_json(first.sources).items():
-            content = CONTENT.get(name)  # the same weights under two paths are one model
-            if content:
-                is_same = first.config[content] == run.config[content]
-            else:
-                is_same = other[name] == value
-            if not is_same:
-                problem = f"{run.folder} was made with other {content or name} than {first.folder}"
+            contents = [each.config["content"].get(name) for each in (first, run)]
+            is_same = contents[0] == contents[1] if name in CONTENT else other[name] == value
+            if not is_same:  # the same weights under two paths are one model
+                what = CONTENT.get(name, name)
+                problem = f"{run.folder} was made with other {what} than {first.folder}"
                 values = f"{flag(name)} {as_arguments(other[name])} and {as_arguments(value)}"
                 raise InputError(f"{problem} ({values}): give runs of the same one")
     sources = dataclasses.replace(first.sources, select_on=select_on or first.sources.select_on)
@@ -138,10 +139,10 @@ def open_runs(
 
 def check_content(path: Path, config: dict[str, Any], setup: Setup) -> None:
     """Raises InputError if the files by which a run was made have other content now."""
-    for name, content in setup.content.items():
-        if config[name] != content:
+    for name, kind in CONTENT.items():
+        if config["content"][name] != setup.content[name]:
             advice = "restore them, or train again with another --out"
-            raise InputError(f"{path} was made with other {name}: {advice}")
+            raise InputError(f"{path} was made with other {kind}: {advice}")
 
 
 def new_folder(runs: Sequence[FinishedRun], method: str, overwrite: bool) -> Path:

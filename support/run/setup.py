@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +23,6 @@ from support.errors import InputError, read_lines, unknown
 from support.layouts import minidomain
 from support.run.options import Execution, Sources
 
-# The options that may be files, whose content counts and not their place, and what config.json
-# keeps of it.
-CONTENT = {"model": "weights", "templates": "prompts", "class_names": "classes"}
-
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -36,7 +31,7 @@ class Model:
     clip: clip.CLIP
     tokenizer: Tokenizer
     templates: tuple[str, ...]
-    checksums: dict[str, int]  # of weights and prompts: files may change under their names
+    content: dict[str, int]  # checksums of weights and prompts
     tau: Float[Array, ""]
     moments: dict[int, Float[np.ndarray, "dim dim"]] = field(default_factory=dict)
 
@@ -94,9 +89,9 @@ class Setup:
     batch_size: int  # to evaluate with
 
     @property
-    def content(self) -> dict[str, Any]:
-        """What config.json keeps of the content of the files, by the values of `CONTENT`."""
-        return {"classes": list(self.classes), **self.model.checksums}
+    def content(self) -> dict[str, int]:
+        """Checksums by option: files may change under their names, or have several names."""
+        return self.model.content | {"class_names": zlib.crc32(repr(self.classes).encode())}
 
     def restrict_to_seen(self, classifier: lipsum.Classifier) -> lipsum.Classifier:
         """Returns the classifier over the classes of training and selection."""
@@ -187,11 +182,11 @@ def load_model(
 ) -> Model:
     """Loads the model and places it on the devices."""
     model, tokenizer = weights.load(sources.model)
-    checksums = {"weights": 0, "prompts": zlib.crc32(repr(templates).encode())}
+    content = {"model": 0, "templates": zlib.crc32(repr(tuple(templates)).encode())}
     for leaf in jax.tree.leaves(model):
-        checksums["weights"] = zlib.crc32(np.asarray(leaf).data, checksums["weights"])
+        content["model"] = zlib.crc32(np.asarray(leaf).data, content["model"])
     placed, tau = devices.place((model, jnp.exp(model.logit_scale)), mesh, execution.fsdp)
-    return Model(placed, tokenizer, tuple(templates), checksums, tau)
+    return Model(placed, tokenizer, tuple(templates), content, tau)
 
 
 # OpenAI's prompts for ImageNet, from notebooks/Prompt_Engineering_for_ImageNet.ipynb of openai/CLIP

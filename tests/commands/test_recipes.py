@@ -85,7 +85,7 @@ def run_line(line: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.Monke
         code = train.command_line(arguments)
     else:
         monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
-        code = tables.run(evaluation.COMMANDS)
+        code = tables.run_command(evaluation.COMMANDS)
     captured = capsys.readouterr()
     assert code == 0, f"{line}: {captured.err}"
     return captured.out
