@@ -10,6 +10,7 @@ texts [M, D], K classes.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -435,9 +436,9 @@ def value_and_gradient(
 def warmup_cosine(peak: Number, steps: int, warmup: float, final: float = 0.0) -> optax.Schedule:
     """Rate by step: linear from 0 to `peak` over the `warmup` fraction, then a half cosine.
 
-    The cosine ends at `final * peak`.
+    The warm-up is rounded down to whole steps. The cosine ends at `final * peak`.
     """
-    warmup_steps = round(warmup * steps)
+    warmup_steps = math.floor(warmup * steps)
     rise = optax.linear_schedule(0.0, peak, warmup_steps)
     fall = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1), final)
     return optax.join_schedules([rise, fall], [warmup_steps])
@@ -640,11 +641,15 @@ def over_rows(reduce: Callable[..., Array], per_row: Radii) -> Radii:
 
 
 def tpgm_projection(tuned: Tuned, gamma: Radii) -> Classifier:
-    """Equation 18 per tensor: `theta_0 + min(1, gamma / |d|) d`, with `d = theta_T - theta_0`."""
+    """Equation 18 per tensor: `theta_0 + min(1, gamma / |d|) d`, with `d = theta_T - theta_0`.
+
+    TPGM's authors add 1e-8 to `|d|`. In float32 this decides which radii stop at their bounds: where
+    `|d|` is below 0.25, the ratio stays below 1, and the radius keeps its gradient.
+    """
 
     def project(start: Array, end: Array, radius: Array, distance: Array) -> Array:
-        # Unlike that of jnp.minimum, the gradient is 0 at the bound: a radius at it stays there.
-        ratio = jnp.where(radius < distance, radius / jnp.where(distance > 0, distance, 1), 1)
+        ratio = radius / (distance + 1e-8)
+        ratio = jnp.where(ratio < 1, ratio, 1)  # unlike jnp.minimum's, the gradient at 1 is 0
         return (1 - ratio) * start + ratio * end  # exact at both ends
 
     with jax.numpy_rank_promotion("allow"):
