@@ -33,7 +33,10 @@ Energies = Float[Array, "batch texts"]
 
 
 class Settings(eqx.Module):
-    """Hyperparameters of training. The defaults are the paper's for DomainNet (appendix B)."""
+    """Hyperparameters of training.
+
+    The defaults are those of the paper (appendices B.1 to B.3) and its script for DomainNet.
+    """
 
     # Updates to make.
     steps: int = eqx.field(default=5_000, static=True)
@@ -97,7 +100,7 @@ class Frozen(eqx.Module):
     tau: Scalar
     settings: Settings = Settings()
     computation: Computation = eqx.field(default=Computation(), static=True)
-    context_head: Float[Array, "dim templates"] | None = None  # C of equation 14
+    context_head: Float[Array, "dim templates"] | None = None  # C of equation 15
     guidance_ids: Int[Array, "pool tokens"] | None = None  # the user's texts, tokenized
     second_moment: Float[Array, "dim dim"] | None = None  # C2
 
@@ -170,7 +173,7 @@ def expected_energy_gap(
 
 
 def feature_distortion(images: Features, zero_shot_images: Features) -> Scalar:
-    """Figures 3 and 9 to 12: the mean of `|F_theta(x) - F_theta0(x)|` over images."""
+    """Section 4.1, figures 3 and 9 to 12: the mean of `|F_theta(x) - F_theta0(x)|` over images."""
     return jnp.mean(jnp.linalg.norm(images - zero_shot_images, axis=1))
 
 
@@ -221,7 +224,7 @@ def text_second_moment(
     return features.T @ features / len(ids)
 
 
-# ------------------------------------------- the methods' losses, sections 4.1 and 5, appendix B
+# ------------------------- the methods' losses, sections 5.1 and 5.3, appendices B.2 and B.3
 #
 # The training loss is cross-entropy plus lambda times one of these.
 
@@ -293,7 +296,7 @@ def random_guidance(given: Given) -> TextFeatures:
 
 
 def fixed_guidance(given: Given) -> TextFeatures:
-    """The columns of the context head, equation 14: one text per template."""
+    """The columns of the context head, equation 15: one text per template."""
     assert given.frozen.context_head is not None
     return given.frozen.context_head.T
 
@@ -515,7 +518,7 @@ def training_step(method: Method, shardings: PyTree | None = None) -> Step:
     return step
 
 
-# ------------------------------------------------------------------------- linear probe, Table 4
+# ----------------------------------------------------------- linear probe, appendix B.1, Table 4
 
 
 @partial(jax.jit, static_argnames="maximal_steps")
@@ -643,8 +646,8 @@ def over_rows(reduce: Callable[..., Array], per_row: Radii) -> Radii:
 def tpgm_projection(tuned: Tuned, gamma: Radii) -> Classifier:
     """Equation 18 per tensor: `theta_0 + min(1, gamma / |d|) d`, with `d = theta_T - theta_0`.
 
-    TPGM's authors add 1e-8 to `|d|`. In float32 this decides which radii stop at their bounds: where
-    `|d|` is below 0.25, the ratio stays below 1, and the radius keeps its gradient.
+    TPGM's authors add 1e-8 to `|d|`. In float32 this decides which radii stay at their bounds:
+    where `|d|` is below 0.25, the ratio at the bound is below 1, and the gradient is not 0 there.
     """
 
     def project(start: Array, end: Array, radius: Array, distance: Array) -> Array:
