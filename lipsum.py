@@ -4,9 +4,9 @@ Paper: Nam et al., ICLR 2024, https://openreview.net/forum?id=2JF8mJRJ7M. One fu
 `python train.py --method lipsum` runs it.
 
 From top to bottom: the classifier (equations 1 to 3), the energy gap (4 to 6), random texts, the
-methods' losses (7, 8, 11 to 15, 20) and the table METHODS, the step (9, 16), the linear probe, and
-post-hoc methods (17 to 19). Shapes: images [B, H, W, 3], unit-norm features of images [B, D] and of
-texts [M, D], K classes.
+methods' losses (7, 8, 10 to 15, 20, 21) and the table METHODS, the step (9, 16), the linear probe,
+and post-hoc methods (17 to 19). Shapes: images [B, H, W, 3], unit-norm features of images [B, D]
+and of texts [M, D], K classes.
 """
 
 import functools
@@ -44,7 +44,8 @@ class Settings(eqx.Module):
     batch_size: int = eqx.field(default=256, static=True)
     # Peak learning rate of Adam.
     learning_rate: Number = 1e-5
-    # Fraction of the steps over which the rate rises from 0. Then it falls to 0 as a half cosine.
+    # Fraction of the steps, rounded down, over which the rate rises from 0. Then it falls to 0 as a
+    # half cosine.
     warmup: float = eqx.field(default=0.1, static=True)
     # Lambda, the weight of the method's loss beside cross-entropy. None: the method's own.
     weight: Number | None = None
@@ -346,9 +347,9 @@ class Method(NamedTuple):
 
 
 # One line per method. Lambda is 1 for Lipsum-FT in the authors' script, and therefore for its
-# ablations (Tables 3, 9). The paper's text lacks the digits for L2SP, KD, CAR-FT and EMA's decay.
-# Ours are the strongest of a sweep that keep within two points of FT on the embedded benchmark's
-# selection data (docs/settings.md).
+# ablations (Tables 3, 9). The paper's values for L2SP, KD, CAR-FT and EMA (B.2) are missing in the
+# text that this was written from. Ours are the strongest of a sweep that keep within two points of
+# FT on the embedded benchmark's selection data (docs/settings.md).
 METHODS = {
     "ft": Method("FT"),
     "scratch-ft": Method("Scratch-FT", start="zeros"),
