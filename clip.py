@@ -524,7 +524,7 @@ def zero_shot_head(features: PromptFeatures) -> Float[Array, "dim classes"]:
 
 
 def context_head(features: PromptFeatures) -> Float[Array, "dim templates"]:
-    """The context head `C` of equation 14: per template, the normalised mean over classes."""
+    """The context head `C` of equation 15: per template, the normalised mean over classes."""
     return normalize(jnp.mean(features, axis=1)).T
 
 

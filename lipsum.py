@@ -4,12 +4,13 @@ Paper: Nam et al., ICLR 2024, https://openreview.net/forum?id=2JF8mJRJ7M. One fu
 `python train.py --method lipsum` runs it.
 
 From top to bottom: the classifier (equations 1 to 3), the energy gap (4 to 6), random texts, the
-methods' losses (7, 8, 11 to 15, 20) and the table METHODS, the step (9, 16), the linear probe, and
-post-hoc methods (17 to 19). Shapes: images [B, H, W, 3], unit-norm features of images [B, D] and of
-texts [M, D], K classes.
+methods' losses (7, 8, 10 to 15, 20, 21) and the table METHODS, the step (9, 16), the linear probe,
+and post-hoc methods (17 to 19). Shapes: images [B, H, W, 3], unit-norm features of images [B, D]
+and of texts [M, D], K classes.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,10 @@ Energies = Float[Array, "batch texts"]
 
 
 class Settings(eqx.Module):
-    """Hyperparameters of training. The defaults are the paper's for DomainNet (appendix B)."""
+    """Hyperparameters of training.
+
+    The defaults are those of the paper (appendices B.1 to B.3) and its script for DomainNet.
+    """
 
     # Updates to make.
     steps: int = eqx.field(default=5_000, static=True)
@@ -40,7 +44,8 @@ class Settings(eqx.Module):
     batch_size: int = eqx.field(default=256, static=True)
     # Peak learning rate of Adam.
     learning_rate: Number = 1e-5
-    # Fraction of the steps over which the rate rises from 0. Then it falls to 0 as a half cosine.
+    # Fraction of the steps, rounded down, over which the rate rises from 0. Then it falls to 0 as a
+    # half cosine.
     warmup: float = eqx.field(default=0.1, static=True)
     # Lambda, the weight of the method's loss beside cross-entropy. None: the method's own.
     weight: Number | None = None
@@ -96,7 +101,7 @@ class Frozen(eqx.Module):
     tau: Scalar
     settings: Settings = Settings()
     computation: Computation = eqx.field(default=Computation(), static=True)
-    context_head: Float[Array, "dim templates"] | None = None  # C of equation 14
+    context_head: Float[Array, "dim templates"] | None = None  # C of equation 15
     guidance_ids: Int[Array, "pool tokens"] | None = None  # the user's texts, tokenized
     second_moment: Float[Array, "dim dim"] | None = None  # C2
 
@@ -169,7 +174,7 @@ def expected_energy_gap(
 
 
 def feature_distortion(images: Features, zero_shot_images: Features) -> Scalar:
-    """Figures 3 and 9 to 12: the mean of `|F_theta(x) - F_theta0(x)|` over images."""
+    """Section 4.1, figures 3 and 9 to 12: the mean of `|F_theta(x) - F_theta0(x)|` over images."""
     return jnp.mean(jnp.linalg.norm(images - zero_shot_images, axis=1))
 
 
@@ -220,7 +225,7 @@ def text_second_moment(
     return features.T @ features / len(ids)
 
 
-# ------------------------------------------- the methods' losses, sections 4.1 and 5, appendix B
+# ------------------------- the methods' losses, sections 5.1 and 5.3, appendices B.2 and B.3
 #
 # The training loss is cross-entropy plus lambda times one of these.
 
@@ -292,7 +297,7 @@ def random_guidance(given: Given) -> TextFeatures:
 
 
 def fixed_guidance(given: Given) -> TextFeatures:
-    """The columns of the context head, equation 14: one text per template."""
+    """The columns of the context head, equation 15: one text per template."""
     assert given.frozen.context_head is not None
     return given.frozen.context_head.T
 
@@ -342,9 +347,9 @@ class Method(NamedTuple):
 
 
 # One line per method. Lambda is 1 for Lipsum-FT in the authors' script, and therefore for its
-# ablations (Tables 3, 9). The paper's text lacks the digits for L2SP, KD, CAR-FT and EMA's decay.
-# Ours are the strongest of a sweep that keep within two points of FT on the embedded benchmark's
-# selection data (docs/settings.md).
+# ablations (Tables 3, 9). The paper's values for L2SP, KD, CAR-FT and EMA (B.2) are missing in the
+# text that this was written from. Ours are the strongest of a sweep that keep within two points of
+# FT on the embedded benchmark's selection data (docs/settings.md).
 METHODS = {
     "zero-shot": Method("zero-shot", trained=False),
     "ft": Method("FT"),
@@ -436,9 +441,9 @@ def value_and_gradient(
 def warmup_cosine(peak: Number, steps: int, warmup: float, final: float = 0.0) -> optax.Schedule:
     """Rate by step: linear from 0 to `peak` over the `warmup` fraction, then a half cosine.
 
-    The cosine ends at `final * peak`.
+    The warm-up is rounded down to whole steps. The cosine ends at `final * peak`.
     """
-    warmup_steps = round(warmup * steps)
+    warmup_steps = math.floor(warmup * steps)
     rise = optax.linear_schedule(0.0, peak, warmup_steps)
     fall = optax.cosine_decay_schedule(peak, max(steps - warmup_steps, 1), final)
     return optax.join_schedules([rise, fall], [warmup_steps])
@@ -515,7 +520,7 @@ def training_step(method: Method, shardings: PyTree | None = None) -> Step:
     return step
 
 
-# ------------------------------------------------------------------------- linear probe, Table 4
+# ----------------------------------------------------------- linear probe, appendix B.1, Table 4
 
 
 @partial(jax.jit, static_argnames="maximal_steps")
@@ -641,11 +646,15 @@ def over_rows(reduce: Callable[..., Array], per_row: Radii) -> Radii:
 
 
 def tpgm_projection(tuned: Tuned, gamma: Radii) -> Classifier:
-    """Equation 18 per tensor: `theta_0 + min(1, gamma / |d|) d`, with `d = theta_T - theta_0`."""
+    """Equation 18 per tensor: `theta_0 + min(1, gamma / |d|) d`, with `d = theta_T - theta_0`.
+
+    TPGM's authors add 1e-8 to `|d|`. In float32 this decides which radii stay at their bounds:
+    where `|d|` is below 0.25, the ratio at the bound is below 1, and the gradient is not 0 there.
+    """
 
     def project(start: Array, end: Array, radius: Array, distance: Array) -> Array:
-        # Unlike that of jnp.minimum, the gradient is 0 at the bound: a radius at it stays there.
-        ratio = jnp.where(radius < distance, radius / jnp.where(distance > 0, distance, 1), 1)
+        ratio = radius / (distance + 1e-8)
+        ratio = jnp.where(ratio < 1, ratio, 1)  # unlike jnp.minimum's, the gradient at 1 is 0
         return (1 - ratio) * start + ratio * end  # exact at both ends
 
     with jax.numpy_rank_promotion("allow"):

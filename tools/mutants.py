@@ -151,6 +151,7 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
             "[rise, fall], [warmup_steps])",
             "[rise, fall], [warmup_steps + 1])",
         ),
+        ("the warm-up is rounded", "math.floor(warmup * steps)", "round(warmup * steps)"),
         ("the rate does not reach 0", "max(steps - warmup_steps, 1)", "max(steps, 1)"),
         ("Adam's second beta", "b2=0.999", "b2=0.99"),
         ("Adam's epsilon", "eps=1e-8)", "eps=1e-6)"),
@@ -211,9 +212,10 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "TPGM: weights outside the fine-tuned ones' ball",
-            "jnp.where(radius < distance, radius / jnp.where(distance > 0, distance, 1), 1)",
-            "radius / jnp.where(distance > 0, distance, 1)",
+            "jnp.where(ratio < 1, ratio, 1)",
+            "ratio",
         ),
+        ("TPGM: the bare distance", "(distance + 1e-8)", "jnp.where(distance > 0, distance, 1)"),
         ("TPGM-C: a penalty on radii, not their squares", "jnp.sum(radius**2)", "jnp.sum(radius)"),
         (
             "TPGM: radii without an upper bound",

@@ -37,13 +37,14 @@ float64:
     probe/loss          the minimal cross-entropy of a linear probe
     probe/logits        the logits of that probe on its training data
 
-tpgm.npz contains TPGM at the size `nano`, on the same inputs in float64, as its authors' class
-computes it (Tian et al. 2023: the ratio of radius and distance through Hardtanh, whose gradient is
-0 at its bounds):
+tpgm.npz contains TPGM at the size `nano`, on the same inputs, as its authors' class computes it
+(Tian et al. 2023: the ratio of radius and distance + 1e-8 through Hardtanh, whose gradient is 0 at
+its bounds). TYPE is float32, in which 1e-8 vanishes beside a distance of 0.25 or more, or float64:
 
-    NORM/losses         the cross-entropy before each of 200 steps of Adam on the radii; NORM is
-                        frobenius or mars
-    NORM/radii/LEAF     the radii after them, under PyTorch's names
+    TYPE/NORM/losses        the cross-entropy before each of 200 steps of Adam on the radii; NORM is
+                            frobenius or mars
+    TYPE/NORM/radii/LEAF    the radii after them, under PyTorch's names
+    TYPE/NORM/bounds/LEAF   the upper bounds of the radii
 
 original.npz is not recorded here. It contains the inputs, outputs and gradients of the Lipsum-FT
 authors' own step (Flax, float32), and three optimizer steps, for weights that `test_lipsum.py`
@@ -309,18 +310,32 @@ def record_methods() -> None:
 def record_tpgm() -> None:
     """Writes tpgm.npz."""
     import torch
+
+    values: dict[str, Any] = {"versions": torch_versions()}
+    for precision in (torch.float32, torch.float64):
+        for norm in ("frobenius", "mars"):
+            prefix = f"{precision}".removeprefix("torch.") + f"/{norm}"
+            found = run_tpgm(norm, precision)
+            values |= {f"{prefix}/{name}": value for name, value in found.items()}
+    np.savez_compressed(REFERENCE / "tpgm.npz", **values)
+
+
+def run_tpgm(norm: str, precision: Any) -> dict[str, Any]:
+    """Returns losses, radii and bounds of 200 steps of TPGM."""
+    import torch
     from torch.nn.functional import cross_entropy, hardtanh, normalize
 
     inputs = seeded.fine_tuning(seeded.SEED)
     pixels = (inputs["images"].astype(np.float32) / np.float32(255) - MEAN) / DEVIATION
-    pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).double()
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(precision)
     labels = torch.from_numpy(inputs["labels"]).long()
-    model = build_model(seeded.ARCHITECTURES["nano"], "quick_gelu", inputs["zero_shot"]).double()
+    model = build_model(seeded.ARCHITECTURES["nano"], "quick_gelu", inputs["zero_shot"])
+    model = model.to(precision)
 
     def parameters(kind: str) -> dict:
         weights = {name: weight for name, weight in inputs[kind].items() if name.startswith("vis")}
         weights["head"] = inputs[f"{kind}_head"]
-        return {name: torch.from_numpy(weight).double() for name, weight in weights.items()}
+        return {name: torch.from_numpy(weight).to(precision) for name, weight in weights.items()}
 
     class Tower(torch.nn.Module):
         def forward(self):
@@ -329,40 +344,36 @@ def record_tpgm() -> None:
     tower = Tower()
     tower.model = model
     start, end = parameters("zero_shot"), parameters("trained")
-    values: dict[str, Any] = {}
-    for norm in ("frobenius", "mars"):
-        norms = {}
-        for name, weight in end.items():
-            moved = weight - start[name]
-            rows = moved.abs().flatten(1).sum(1) if moved.ndim > 1 else moved.abs().sum()
-            norms[name] = (
-                moved.norm() if norm == "frobenius" else rows.reshape(-1, *[1] * (moved.ndim - 1))
-            )
-        radii = {name: (each.min() / 2).clone().requires_grad_() for name, each in norms.items()}
-        adam = torch.optim.Adam(radii.values(), lr=1e-2)
-        losses = []
-        for _ in range(200):
-            projected = {
-                name: start[name]
-                + hardtanh(radii[name] / norms[name], 0, 1) * (end[name] - start[name])
-                for name in end
-            }
-            head = projected.pop("head")
-            named = {f"model.{name}": weight for name, weight in projected.items()}
-            features = normalize(torch.func.functional_call(tower, named, ()), dim=-1)
-            loss = cross_entropy(TAU * features @ head, labels)
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            with torch.no_grad():
-                for name, radius in radii.items():
-                    radius.clamp_(1e-8, norms[name].max().item())
-            losses.append(loss.item())
-        values[f"{norm}/losses"] = np.array(losses)
-        values |= {
-            f"{norm}/radii/{name}": radius.detach().numpy() for name, radius in radii.items()
+    norms = {}
+    for name, weight in end.items():
+        moved = weight - start[name]
+        rows = moved.abs().flatten(1).sum(1) if moved.ndim > 1 else moved.abs().sum()
+        norms[name] = (
+            moved.norm() if norm == "frobenius" else rows.reshape(-1, *[1] * (moved.ndim - 1))
+        )
+    radii = {name: (each.min() / 2).clone().requires_grad_() for name, each in norms.items()}
+    adam = torch.optim.Adam(radii.values(), lr=1e-2)
+    losses = []
+    for _ in range(200):
+        projected = {
+            name: start[name]
+            + hardtanh(radii[name] / (norms[name] + 1e-8), 0, 1) * (end[name] - start[name])
+            for name in end
         }
-    np.savez_compressed(REFERENCE / "tpgm.npz", **values)
+        head = projected.pop("head")
+        named = {f"model.{name}": weight for name, weight in projected.items()}
+        features = normalize(torch.func.functional_call(tower, named, ()), dim=-1)
+        loss = cross_entropy(TAU * features @ head, labels)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            for name, radius in radii.items():
+                radius.clamp_(1e-8, norms[name].max().item())
+        losses.append(loss.item())
+    bounds = {f"bounds/{name}": each.max().numpy() for name, each in norms.items()}
+    last = {f"radii/{name}": radius.detach().numpy() for name, radius in radii.items()}
+    return {"losses": np.array(losses), **last, **bounds}
 
 
 # ---------------------------------------------------------------------------------- the tokenizer

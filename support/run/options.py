@@ -165,15 +165,15 @@ DEFAULTS = {
         sources=Sources(data="imagenet", reference="imagenet", templates="openai"),
         settings=lipsum.Settings(steps=50_000),
     ),
-    # The paper names no prompts for CUB (B.3). It describes one way to make a zero-shot head (B.1),
-    # OpenAI's.
+    # The paper names neither prompts nor steps for CUB (B.3). It describes one way to make a
+    # zero-shot head (B.1), OpenAI's.
     "cub": Command(sources=Sources(data="cub", reference="cub", templates="openai")),
     "folder": Command(
         sources=Sources(data="folder", reference="val", templates="a photo of a {}.")
     ),
 }
-# What --protocol paper changes in these (section 5, appendix B and the authors' script, which has
-# no CUB).
+# What --protocol paper changes in these (section 4, appendices B and C, and the authors' script,
+# which has no CUB).
 PAPER: dict[str, dict[str, Any]] = {
     "domainnet": {
         "reference": "real",
