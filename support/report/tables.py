@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from support.errors import InputError, exit_code, expanded, read_json, warn
+from support.errors import InputError, exit_code, expanded, read_json, unknown, warn
 
 Results = dict[str, Any]  # the content of a results.json, with its `path`
 
@@ -259,10 +259,7 @@ def tabulate(results: Sequence[Results], name: str, average_of: str = "shifts") 
     Raises InputError if no run has the metric.
     """
     first, metric, key = results[0], METRICS[name], name.replace("-", "_")
-    means = {"mean of shifts": shifts_of(first)}
-    if average_of == "all":
-        means["mean of all"] = list(first["splits"])
-    means = {column: splits for column, splits in means.items() if splits}
+    means = mean_columns(first["splits"], shifts_of(first), average_of == "all")
     columns = [*first["splits"], *means]
 
     def values(run: Results) -> list[float | None]:
@@ -279,6 +276,44 @@ def tabulate(results: Sequence[Results], name: str, average_of: str = "shifts") 
             f"{first['path']} has no {name}: seen, unseen and harmonic-mean need runs with --unseen"
         )
     return Table(metric.heading, dict.fromkeys(columns, metric), rows, len(zero_shot))
+
+
+def mean_columns(splits: Iterable[str], shifts: list[str], of_all: bool) -> dict[str, list[str]]:
+    """Returns the splits that each column of means is over."""
+    means = {"mean of shifts": shifts, "mean of all": list(splits) if of_all else []}
+    return {column: averaged for column, averaged in means.items() if averaged}
+
+
+def tabulate_paper(name: str, results: Sequence[Results], average_of: str = "shifts") -> Table:
+    """Returns the paper's values for the methods of some runs, from the block `name`.
+
+    Raises InputError if paper.json has no such block.
+    """
+    paper = read_json(Path(__file__).with_name("paper.json"))
+    blocks = {block["name"]: block for block in paper["tables"]}
+    if name not in blocks:
+        raise unknown("table of the paper", name, blocks)
+    block = blocks[name]
+    splits, metric = block["splits"], METRICS[block["metric"]]
+    unit = 1 if block["metric"] in ("ece", "nll") else 100  # else the file has percent
+    shifts = [split for split in splits if split != block["reference"]]
+    means = mean_columns(splits, shifts, average_of == "all")
+    labels = {run["method"]: run["label"] for run in results} | {"zero-shot": "zero-shot"}
+    rows = {}
+    for row in block["rows"]:
+        label = row.get("label") or labels.get(row["method"])  # quoted or unnamed, or a method
+        if not label:
+            continue
+        settings = {key: row[key] for key in ("num_texts", "text_length") if key in row}
+        named = f" ({describe_settings({'settings': settings}, settings)})" if settings else ""
+        numbers = [mean / unit for mean in row["mean"]]
+        deviations = [each / unit for each in row.get("deviation", ())] or [None] * len(splits)
+        cells = list(map(Cell, numbers, deviations))
+        for averaged in means.values():
+            cells.append(average([statistics.fmean(numbers[splits.index(x)] for x in averaged)]))
+        rows[label + named] = cells
+    heading = f"the paper's {name.partition('/')[0]}: {metric.heading}"
+    return Table(heading, dict.fromkeys([*splits, *means], metric), rows)
 
 
 def tabulate_costs(results: Sequence[Results]) -> Table:
@@ -451,6 +486,7 @@ def table_command(
     metric: MetricName = "accuracy",
     average_of: Annotated[Literal["shifts", "all"], tyro.conf.arg(name="average")] = "shifts",
     format: Format = "text",
+    paper: str = "",
 ) -> None:
     """Print the table of finished runs: a row per method, a column per split, mean ± standard
     deviation over seeds.
@@ -460,9 +496,13 @@ def table_command(
         metric: What to show; seen, unseen and harmonic-mean are those of runs with --unseen.
         average_of: all: also the mean of all splits, the reference included, as in Table 10.
         format: csv is unrounded, in fractions and nats.
+        paper: Also print the paper's values for these methods, such as table-1/domainnet.
     """
     results = read_results(runs)
-    print(render(tabulate(results, metric, average_of), format, bold=sys.stdout.isatty()))
+    found = [tabulate(results, metric, average_of)]
+    if paper:
+        found.append(tabulate_paper(paper, results, average_of))
+    print(*(render(each, format, bold=sys.stdout.isatty()) for each in found), sep="\n\n")
     if metric in ("energy-gap", "distortion") and format == "text":
         print_correlations(results)
 
