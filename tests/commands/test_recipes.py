@@ -82,7 +82,7 @@ def run_line(line: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.Monke
     words = [[f"--{name}", *values] for name, values in given.items()]
     arguments = [*paths, *itertools.chain(*words)]
     if program == "train.py":
-        code = train.command_line(arguments)
+        code = train.exit_code_of(options.parse(arguments))
     else:
         monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
         code = tables.run_command(evaluation.COMMANDS)
