@@ -32,6 +32,15 @@ GUIDANCES = "car-ft kld-random mse-fixed lipsum"
 REFERENCES = "painting clipart infograph sketch"
 FIVE = "0 1 2 3 4"
 
+RECIPES: dict[str, Callable[[], Lines]] = {}
+
+
+def recipe(lines: Callable[..., Lines]) -> Callable[..., Lines]:
+    """Adds a recipe under its function's name, as `table-10`."""
+    RECIPES[lines.__name__.replace("_", "-")] = lines
+    return lines
+
+
 # ------------------------------------------------------------------------------- command lines
 
 
@@ -39,7 +48,7 @@ def train(
     data: str, methods: str, model: str = "b16", options: str = "", name: str = "", seed: str = FIVE
 ) -> str:
     """Returns the command that trains by the methods, in a folder per scenario and model."""
-    words = f"python train.py --protocol paper --data {data} --data-root ${data.upper()}"
+    words = f'python train.py --protocol paper --data {data} --data-root "${data.upper()}"'
     words += f" --model {MODELS[model]} --method {methods} --seed {seed} {options}".rstrip()
     return f"{words} --out paper/{name or f'{data}-{model}'} --resume"
 
@@ -73,6 +82,7 @@ def post_hoc(folder: str) -> Lines:
 # ------------------------------------------------------------------------------------- tables
 
 
+@recipe
 def table_1() -> Lines:
     """Accuracy, ViT-B/16."""
     for data in SCENARIOS:
@@ -80,6 +90,7 @@ def table_1() -> Lines:
         yield table(runs(f"{data}-b16", f"zero-shot {COMPARED}"), f"table-1/{data}")
 
 
+@recipe
 def table_2() -> Lines:
     """ECE and NLL, ViT-B/16."""
     for data in SCENARIOS:
@@ -89,12 +100,14 @@ def table_2() -> Lines:
             yield table(folders, f"table-2/{data}/{metric}", f"--metric {metric}")
 
 
+@recipe
 def table_3() -> Lines:
     """Loss and text guidance, DomainNet."""
     yield train("domainnet", GUIDANCES)
     yield table(runs("domainnet-b16", GUIDANCES), "table-3")
 
 
+@recipe
 def table_4() -> Lines:
     """Heads at the start of fine-tuning."""
     for data in SCENARIOS:
@@ -103,6 +116,7 @@ def table_4() -> Lines:
             yield table(runs(f"{data}-{model}", HEADS), f"table-4/{data}/{model}")
 
 
+@recipe
 def table_5() -> Lines:
     """Accuracy, ViT-B/32 and ViT-L/14."""
     for model in ("b32", "l14"):
@@ -112,6 +126,7 @@ def table_5() -> Lines:
             yield table(folders, f"table-5/{data}/{model}")
 
 
+@recipe
 def table_6(data: str = "domainnet", values: str = "table-6") -> Lines:
     """WiSE, TPGM and TPGM-C on FT and Lipsum-FT, DomainNet."""
     yield train(data, "ft lipsum")
@@ -120,11 +135,13 @@ def table_6(data: str = "domainnet", values: str = "table-6") -> Lines:
     yield table(found, values)
 
 
+@recipe
 def table_7() -> Lines:
     """WiSE, TPGM and TPGM-C on FT and Lipsum-FT, ImageNet."""
     yield from table_6("imagenet", "table-7")
 
 
+@recipe
 def table_8() -> Lines:
     """Length and number of the random texts."""
     for data in SCENARIOS:
@@ -133,6 +150,7 @@ def table_8() -> Lines:
         yield table(f"paper/table-8-{data}", f"table-8/{data}")
 
 
+@recipe
 def table_9() -> Lines:
     """Loss and text guidance, both scenarios."""
     for data in SCENARIOS:
@@ -140,6 +158,7 @@ def table_9() -> Lines:
         yield table(runs(f"{data}-b16", GUIDANCES), f"table-9/{data}")
 
 
+@recipe
 def table_10() -> Lines:
     """Other references, with the mean over all splits."""
     yield train("domainnet", COMPARED, options=f"--reference {REFERENCES}", name="table-10")
@@ -148,10 +167,11 @@ def table_10() -> Lines:
         yield table(found, f"table-10/{reference}", "--average all")
 
 
+@recipe
 def table_11() -> Lines:
     """Generalised zero-shot, CUB: three trials. CoOp and SHIP are the paper's quotations."""
     methods = "zero-shot ft car-ft lipsum"
-    options = "--unseen-file $CUB/unseen.txt"
+    options = '--unseen-file "$CUB/unseen.txt"'
     yield train("cub", methods, options=options, name="table-11", seed="0 1 2")
     for metric in ("seen", "unseen", "harmonic-mean"):
         yield table("paper/table-11", f"table-11/{metric}", f"--metric {metric}")
@@ -160,6 +180,7 @@ def table_11() -> Lines:
 # ------------------------------------------------------------------------- figures and section B.3
 
 
+@recipe
 def figure_2(
     data: str = "domainnet", steps: str = "1000 3000 5000", name: str = "figure-2"
 ) -> Lines:
@@ -169,6 +190,7 @@ def figure_2(
     yield figures(f"paper/{name}", name)
 
 
+@recipe
 def figure_3() -> Lines:
     """Feature distortion of FT and LP-FT per model; also Figures 9 to 12."""
     for data in SCENARIOS:
@@ -178,6 +200,7 @@ def figure_3() -> Lines:
         yield figures(found, f"figure-3-{data}")
 
 
+@recipe
 def figure_4() -> Lines:
     """Energy gap of all methods, with WiSE and TPGM; also Figure 13."""
     for data in SCENARIOS:
@@ -186,6 +209,7 @@ def figure_4() -> Lines:
         yield figures(runs(f"{data}-b16", f"{COMPARED} ft+wise* ft+tpgm*"), f"figure-4-{data}")
 
 
+@recipe
 def figure_5() -> Lines:
     """WiSE and TPGM-C on FT and Lipsum-FT; also Figure 14."""
     for data in SCENARIOS:
@@ -195,6 +219,7 @@ def figure_5() -> Lines:
         yield figures(found, f"figure-5-{data}")
 
 
+@recipe
 def figure_6() -> Lines:
     """Soups and ensembles. Ranges are those of B.2; which combinations it does not say."""
     for data, steps in {"domainnet": "3000 5000 7000", "imagenet": "30000 50000 70000"}.items():
@@ -207,11 +232,13 @@ def figure_6() -> Lines:
         yield figures(f"paper/{name}", name)
 
 
+@recipe
 def figure_7() -> Lines:
     """FT over rates and steps, ImageNet."""
     yield from figure_2("imagenet", "10000 30000 50000", "figure-7")
 
 
+@recipe
 def figure_15() -> Lines:
     """Energy vectors before and after fine-tuning; also the example images of Figure 16."""
     for data in SCENARIOS:
@@ -219,41 +246,19 @@ def figure_15() -> Lines:
         yield figures(runs(f"{data}-b16", COMPARED), f"figure-15-{data}", options="")
 
 
+@recipe
 def feat_kd() -> Lines:
     """FeatKD beside Lipsum-FT, ImageNet (B.3)."""
     yield train("imagenet", "feat-kd lipsum")
     yield table(runs("imagenet-b16", "feat-kd lipsum"), "appendix-b.3/feat-kd")
 
 
+@recipe
 def costs() -> Lines:
     """Training costs, ImageNet (B.3): KD, CAR-FT and Lipsum-FT take about 20 % more than FT."""
     yield train("imagenet", COMPARED)
     yield f"python eval.py costs {runs('imagenet-b16', COMPARED)}"
 
-
-MADE: tuple[Callable[[], Lines], ...] = (
-    table_1,
-    table_2,
-    table_3,
-    table_4,
-    table_5,
-    table_6,
-    table_7,
-    table_8,
-    table_9,
-    table_10,
-    table_11,
-    figure_2,
-    figure_3,
-    figure_4,
-    figure_5,
-    figure_6,
-    figure_7,
-    figure_15,
-    feat_kd,
-    costs,
-)
-RECIPES = {recipe.__name__.replace("_", "-"): recipe for recipe in MADE}
 
 # ------------------------------------------------------------------------------------- running
 
@@ -269,8 +274,10 @@ SHORT = {
     "--alphas": "1 0.5",
     "--penalty": "0.1 5",
 }
-SHORT_DEFAULTS = {"train.py": {"--steps": "4", "--batch-size": "16"}}
-SHORT_DEFAULTS["tpgm"] = {"--steps": "2", "--batch-size": "16"}
+SHORT_DEFAULTS = {
+    "train.py": {"--steps": "24", "--batch-size": "16"},  # 20 steps make a time per step
+    "tpgm": {"--steps": "2", "--batch-size": "16"},
+}
 
 
 def commands(name: str, out: Path, short: bool) -> list[str]:
@@ -294,11 +301,10 @@ def shorten(line: str) -> str:
 
 
 def run_line(line: str) -> None:
-    """Runs a command line in the project's folder. Raises InputError if it fails."""
+    """Runs a command line with this `python`. Raises InputError if it fails."""
     print(f"+ {line}", flush=True)
-    root = Path(__file__).parents[2]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # this `python`
-    ended = subprocess.run(line, shell=True, cwd=root, env=os.environ | {"PATH": path})
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ended = subprocess.run(line, shell=True, env=os.environ | {"PATH": path})
     if ended.returncode:
         raise InputError(f"the command above ended with {ended.returncode}: mend it, and run again")
 
@@ -318,13 +324,13 @@ def main(
         out: Folder of the runs and figures. None: paper, with --short paper-short.
     """
     if not name:
-        for each, recipe in RECIPES.items():
-            print(f"{each:10} {recipe.__doc__}")
+        for each, lines in RECIPES.items():
+            print(f"{each:10} {lines.__doc__}")
         return
-    lines = commands(name, out or Path("paper-short" if short else "paper"), short)
+    command_lines = commands(name, out or Path("paper-short" if short else "paper"), short)
     if run:
-        check_environment(lines)
-    for line in lines:
+        check_environment(command_lines)
+    for line in command_lines:
         run_line(line) if run else print(line)
 
 

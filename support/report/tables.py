@@ -308,10 +308,8 @@ def tabulate_paper(name: str, results: Sequence[Results], average_of: str = "shi
         named = f" ({describe_settings({'settings': settings}, settings)})" if settings else ""
         numbers = [mean / unit for mean in row["mean"]]
         deviations = [each / unit for each in row.get("deviation", ())] or [None] * len(splits)
-        cells = list(map(Cell, numbers, deviations))
-        for averaged in means.values():
-            cells.append(average([statistics.fmean(numbers[splits.index(x)] for x in averaged)]))
-        rows[label + named] = cells
+        averages = [statistics.fmean(numbers[splits.index(x)] for x in y) for y in means.values()]
+        rows[label + named] = [*map(Cell, numbers, deviations), *map(Cell, averages)]
     heading = f"the paper's {name.partition('/')[0]}: {metric.heading}"
     return Table(heading, dict.fromkeys([*splits, *means], metric), rows)
 
