@@ -44,22 +44,24 @@ OTHER = {"color": "0.68", "marker": "o", "markersize": 6, "zorder": 2}
 
 
 def look_of(method: str) -> dict[str, Any]:
-    """Returns the colour and marker of a method, the same in every figure.
-
-    A post-hoc result's marker is hollow.
-    """
+    """Returns the colour and marker of a method; that of a post-hoc result is hollow."""
     base, is_post_hoc, _ = method.partition("+")
     edge = {"markerfacecolor": "none"} if is_post_hoc else {"markeredgecolor": "white"}
     return LOOKS.get(base, OTHER) | edge
 
 
 class Label(NamedTuple):
-    """A text beside a point: the name of a method, or the value of a setting (rank 2)."""
+    """A text beside a point: the name of a method, or the value of a setting."""
 
     text: str
     point: Point
     method: str
-    rank: int
+    is_value: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it names one of the methods that have a look of their own."""
+        return self.method in LOOKS and not self.is_value
 
 
 class Panel(NamedTuple):
@@ -68,22 +70,17 @@ class Panel(NamedTuple):
     axes: Axes
     labels: list[Label]
 
-    def add_name(self, text: str, point: Point, method: str) -> None:
-        """Adds a label with the name of a method."""
-        self.labels.append(Label(text, point, method, rank=0 if method in LOOKS else 1))
-
-    def add_value(self, text: str, point: Point, method: str) -> None:
-        """Adds a label with the value of a setting of a method."""
-        self.labels.append(Label(text, point, method, rank=2))
-
     def plot(self, points: Points, method: str, name: str = "", **style: Any) -> None:
         """Draws points (x, y) as the method looks, and adds its name at the last."""
         self.axes.plot(*np.transpose(points), **look_of(method) | style)
         if name:
-            self.add_name(name, points[-1], method)
+            self.labels.append(Label(name, points[-1], method))
 
     def place_labels(self) -> None:
-        """Writes each label at a free place near its point, by rank, or not at all without one."""
+        """Writes each label at a free place near its point: main names first, values last.
+
+        One without a free place is left out.
+        """
         axes, lines, points = self.axes, [], []
         pixels = axes.figure.dpi / 72
         for line in axes.lines:
@@ -93,7 +90,7 @@ class Panel(NamedTuple):
         for error_bars in axes.collections:
             lines += error_bars.get_segments()
         x, y, radii = np.transpose(points)
-        labels = sorted(self.labels, key=lambda label: label.rank)
+        labels = sorted(self.labels, key=lambda label: (label.is_value, not label.is_main))
         looks = [look_of(label.method) for label in labels]
         colors = ["0.4" if look["color"] == OTHER["color"] else look["color"] for look in looks]
         axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # lines to labels do not widen them
@@ -107,8 +104,8 @@ class Panel(NamedTuple):
             text_scatter_sizes=[look["markersize"] / 2 * pixels for look in looks],
             x_lines=[line[:, 0] for line in lines],
             y_lines=[line[:, 1] for line in lines],
-            textsize=[8 if label.rank else 10 for label in labels],
-            fontweight=["normal" if label.rank else "bold" for label in labels],
+            textsize=[10 if label.is_main else 8 for label in labels],
+            fontweight=["bold" if label.is_main else "normal" for label in labels],
             textcolor=colors,
             linecolor=colors,
             linewidth=0.5,
@@ -124,9 +121,7 @@ class Panel(NamedTuple):
 
 
 def new_figure(count: int, **shared: bool) -> tuple[Figure, list[Panel]]:
-    """Returns a figure with a grid of panels, of a size at which eight points are readable on a
-    slide.
-    """
+    """Returns a figure with a grid of panels, in which eight points are readable on a slide."""
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(7.2, 5.2 * rows / columns), dpi=200, layout="constrained")
@@ -155,9 +150,7 @@ def trained(results: Iterable[Results]) -> dict[str, list[Results]]:
 
 
 def main_settings(results: Iterable[Results]) -> list[Results]:
-    """Returns each training method's runs with one choice of settings: the one with the most seeds,
-    else the first.
-    """
+    """Returns each training method's runs with the settings that have the most seeds."""
     found = []
     for runs in trained(results).values():
         found += max(tables.group_by_row(runs).values(), key=len)
@@ -171,8 +164,7 @@ def zero_shot_of(results: Sequence[Results]) -> Results:
 
 
 def accuracies_of(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray, "runs 2"]:
-    """Returns each run's accuracy on a shift, or its mean over all, and that on the reference, in
-    percent.
+    """Returns each run's accuracy on a shift, or the mean of all, and on the reference, in percent.
 
     Raises NoData if there are no shifts.
     """
@@ -189,9 +181,7 @@ def accuracies_of(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray,
 def finish_accuracies(
     figure: Figure, panels: Sequence[Panel], results: Sequence[Results], shifts: Sequence[str] = ()
 ) -> Figure:
-    """Completes a figure of reference against shifts, which has a panel per shift or shows their
-    mean, with zero-shot in each panel.
-    """
+    """Completes a figure of reference against each of `shifts`, or their mean, with zero-shot."""
     for panel, shift in zip(panels, shifts or [""] * len(panels), strict=True):
         panel.plot(accuracies_of([zero_shot_of(results)], shift), "zero-shot", "zero-shot")
     x = "accuracy on the shift, %" if shifts else "mean accuracy on the shifts, %"
@@ -202,11 +192,9 @@ def finish_accuracies(
 
 
 def draw_trade_off(results: Sequence[Results], shifts: Sequence[str] = ()) -> Figure:
-    """Figures 2 and 7: each method's accuracy on the reference against the mean over the shifts, or
-    against that on each of some shifts.
+    """Figures 2 and 7: accuracy on the reference against that on each of `shifts`, or their mean.
 
-    Means over seeds, standard deviations. A line joins runs that differ in one swept setting, the
-    learning rate if any.
+    Means over seeds, standard deviations. Lines join runs that differ in one swept setting.
     """
     figure, panels = new_figure(len(shifts) or 1)
     for panel, shift in zip(panels, shifts or [""], strict=True):
@@ -223,7 +211,8 @@ def draw_lines(panel: Panel, runs: Sequence[Results], shift: str) -> str:
     Returns the setting along which lines join them, or "".
     """
     method, joined = runs[0]["method"], ""
-    panel.add_name(runs[0]["label"], accuracies_of(main_settings(runs), shift).mean(0), method)
+    main = accuracies_of(main_settings(runs), shift).mean(axis=0)
+    panel.labels.append(Label(runs[0]["label"], main, method))
     swept, lines = group_by_line(runs)
     for name, rows in lines.items():
         seeds = [accuracies_of(row, shift) for row in rows]
@@ -232,11 +221,11 @@ def draw_lines(panel: Panel, runs: Sequence[Results], shift: str) -> str:
         panel.axes.errorbar(*means.T, y_errors, x_errors, elinewidth=0.8, **look_of(method))
         if len(rows) > 1:
             joined = swept.replace("_", " ")
-            if name and not shift:
-                panel.add_value(name, means[:2].mean(axis=0), method)
-            if method in LOOKS and not shift:
-                panel.add_value(str(rows[0][0]["settings"][swept]), means[0], method)
-                panel.add_value(str(rows[-1][0]["settings"][swept]), means[-1], method)
+            texts = {name: means[:2].mean(axis=0)} if name else {}
+            if method in LOOKS:
+                texts |= {str(rows[end][0]["settings"][swept]): means[end] for end in (0, -1)}
+            if not shift:
+                panel.labels.extend(Label(text, texts[text], method, True) for text in texts)
     return joined
 
 
@@ -260,8 +249,9 @@ def draw_trade_off_per_shift(results: Sequence[Results]) -> Figure:
 
 
 def draw_distortion(results: Sequence[Results]) -> Figure:
-    """Figures 3 and 9 to 12: feature distortion per method and split; means over seeds, standard
-    deviations.
+    """Figures 3 and 9 to 12: feature distortion per method and split.
+
+    Means over seeds, standard deviations.
     """
     splits = [tables.reference_of(results[0]), *tables.shifts_of(results[0])]
     runs = [run for run in main_settings(results) if "distortion" in run["splits"][splits[0]]]
@@ -284,9 +274,7 @@ def draw_distortion(results: Sequence[Results]) -> Figure:
 
 
 def draw_energy_gap(results: Sequence[Results]) -> Figure:
-    """Figures 4 and 13: relative accuracy against the energy gap, a panel per shift, a point per
-    run and zero-shot.
-    """
+    """Figures 4 and 13: relative accuracy of every run against its energy gap, for each shift."""
     shifts = tables.shifts_of(results[0])
     if not any(tables.relative_accuracies(results, shift, "energy_gap") for shift in shifts):
         raise NoData
@@ -349,7 +337,8 @@ def draw_soups(results: Sequence[Results]) -> Figure:
     for method, runs in trained(results).items():
         if any(method in run["method"].partition("+")[0].split(",") for run in made):
             panel.plot(accuracies_of(runs), method, linestyle="none")
-            panel.add_name(runs[0]["label"], accuracies_of(main_settings(runs))[0], method)
+            named = accuracies_of(main_settings(runs))[0]
+            panel.labels.append(Label(runs[0]["label"], named, method))
     for run in made:
         style = {"markersize": 10, "markeredgewidth": 2}
         panel.plot(accuracies_of([run]), run["method"], run["label"], **style)
@@ -382,8 +371,8 @@ def draw_weights(results: Sequence[Results]) -> Figure:
         for other, points in shared.items():
             panel.plot([*points.values()][::-1], other, label_method(other))
         for name, points in {method: curve, **shared}.items():
-            for value, point in points.items() if name != "ft" else ():
-                panel.add_value(value, point, name)
+            if name != "ft":
+                panel.labels.extend(Label(value, points[value], name, True) for value in points)
         panel.axes.set_title(f"{label_method(method)}, by {swept(method)}", fontsize=10)
     return finish_accuracies(figure, panels, results)
 
@@ -393,29 +382,27 @@ def draw_energy_vectors(
 ) -> Figure:
     """Figure 15: t-SNE of energy vectors before and after fine-tuning, a panel per method.
 
-    Takes each split's features, zero-shot (`before`) and per method (`after`). `C2^(1/2) F(x)` has
-    D coordinates and the same distances as the energy vectors over all the texts of
-    `second_moment`, such as 10,000.
+    `C2^(1/2) F(x)` has D coordinates and the same distances as the energy vectors over all texts of
+    `second_moment`.
     """
     values, vectors = np.linalg.eigh(second_moment)
     root = vectors * np.sqrt(np.maximum(values, 0))
     figure, panels = new_figure(len(after))
-    colors = {label_method(method): look["color"] for method, look in LOOKS.items()}
     style = {"marker": "o", "linestyle": "none", "markersize": 5 / len(after) ** 0.5}
     ends = np.cumsum([len(features) for features in before.values()])
-    for panel, (label, features) in zip(panels, after.items(), strict=True):
+    for (axes, labels), (method, features) in zip(panels, after.items(), strict=True):
         points = np.concatenate([*before.values(), *features.values()]) @ root
         points = points / points.std()  # t-SNE's stopping thresholds are absolute
         perplexity = min(30, (len(points) - 1) / 3)
         # Without n_jobs, it asks the system for its number of cores, and warns if that fails.
         placed = TSNE(random_state=0, perplexity=perplexity, n_jobs=1).fit_transform(points)
         old, new = np.split(placed, 2)
-        axes = panel.axes
-        axes.plot(*new.T, color=colors.get(label, OTHER["color"]), markeredgewidth=0, **style)
+        color = look_of(method)["color"]
+        axes.plot(*new.T, color=color, markeredgewidth=0, **style)
         axes.plot(*old.T, color="black", markeredgewidth=0.3, fillstyle="none", **style)
         for name, cloud in zip(before, np.split(old, ends[:-1]), strict=True):
-            panel.add_name(name, np.median(cloud, axis=0), "")
-        axes.set_title(label, fontsize=10, color=colors.get(label, "0.4"))
+            labels.append(Label(name, np.median(cloud, axis=0), ""))
+        axes.set_title(label_method(method), fontsize=10)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color="0.8")
     return finish(figure, panels, "hollow: zero-shot, full: fine-tuned")
@@ -424,9 +411,7 @@ def draw_energy_vectors(
 def draw_contact_sheet(
     splits: Sequence[data.Split], classes: Sequence[str], image_size: int, most: int = 10
 ) -> Figure:
-    """Figure 16: the first image of each of the first `most` classes (columns) in every split
-    (rows), preprocessed.
-    """
+    """Figure 16: the first image of each of `most` classes (columns) in each split (rows)."""
     classes = classes[:most]
     size = (0.7 * len(classes) + 0.9, 0.7 * len(splits) + 0.3)
     figure = Figure(figsize=size, layout="constrained")
@@ -447,19 +432,15 @@ def draw_contact_sheet(
 # -------------------------------------------------------------------------------------------- files
 
 SHIFTS = "runs with shifts, for example --shifts painting sketch"
-FROM_FILES: dict[str, tuple[Callable[[Sequence[Results]], Figure], str]] = {
+FROM_FILES: dict[str, tuple[Callable[[Sequence[Results]], Figure], str]] = {  # and what they need
     "trade_off": (draw_trade_off, SHIFTS),
     "trade_off_per_shift": (draw_trade_off_per_shift, SHIFTS),
     "distortion": (draw_distortion, "runs whose results.json contains the feature distortion"),
-    "energy_gap": (draw_energy_gap, f"{SHIFTS}, whose results.json contains the energy gap"),
-    "post_hoc_curves": (draw_post_hoc_curves, f"python eval.py wise RUN, or tpgm RUN, of {SHIFTS}"),
-    "soups": (draw_soups, f"python eval.py soup RUNS, or ensemble RUNS, of {SHIFTS}"),
-    "weights": (
-        draw_weights,
-        "python train.py --method kd --weight 0.3 1 3, or another method with several of them or "
-        f"--decay; {SHIFTS}",
-    ),
-}  # a figure's name, the function that draws it from results, and what it needs
+    "energy_gap": (draw_energy_gap, f"energy gaps of {SHIFTS}"),
+    "post_hoc_curves": (draw_post_hoc_curves, f"python eval.py wise or tpgm on {SHIFTS}"),
+    "soups": (draw_soups, f"python eval.py soup or ensemble on {SHIFTS}"),
+    "weights": (draw_weights, f"several --weight of a method, or --decay of ema, in {SHIFTS}"),
+}
 
 
 def write_figures(figures: Mapping[str, tuple[Callable[[], Figure], str]], folder: Path) -> None:
