@@ -302,7 +302,7 @@ def draw_post_hoc_curves(results: Sequence[Results]) -> Figure:
     Means over seeds.
     """
 
-    def strength(run: Results) -> tuple[float, float]:
+    def strength(run: Results) -> tuple[int | float, ...]:
         how = run.get("post_hoc", {})
         return how.get("penalty", 0), -how.get("alpha", 0)
 

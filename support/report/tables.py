@@ -132,7 +132,7 @@ def group_by_row(results: Iterable[Results]) -> dict[str, list[Results]]:
     A row's label is the method's, with the settings that vary among its runs, in their order.
     """
 
-    def position(value: Any) -> tuple[float, str]:
+    def position(value: Any) -> tuple[int | float, str]:
         return value if isinstance(value, int | float) else math.inf, str(value)
 
     rows: dict[str, list[Results]] = {}
