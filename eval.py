@@ -528,7 +528,7 @@ def energy_vectors_of(
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]], np.ndarray]:
     """Returns the content of figure 15, for the first 100 images of every split.
 
-    It is the features [images, dim] by split, zero-shot and per method label, and C2.
+    It is the features [images, dim] by split, zero-shot and per method, and C2.
     """
     splits = {
         name: data.take(split, np.arange(min(100, len(split))), name)
@@ -541,7 +541,7 @@ def energy_vectors_of(
             for name, split in splits.items()
         }
 
-    after = {run.results["label"]: features_of(run.classifier) for run in runs}
+    after = {run.results["method"]: features_of(run.classifier) for run in runs}
     return features_of(setup.zero_shot), after, setup.model.second_moment()
 
 

@@ -3,8 +3,8 @@
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py figures runs --out figures`
 writes them.
 
-Each `draw_` function returns one figure. Zero-shot, FT and Lipsum-FT have a colour, a grey value
-and a marker of their own, the others are grey. Names stand beside the points.
+Zero-shot, FT and Lipsum-FT have a colour, a grey value and a marker of their own, the others are
+grey. Names stand beside the points.
 """
 
 import math
@@ -26,13 +26,14 @@ from support.report.tables import Results
 
 Point = Sequence[float] | Float[np.ndarray, "2"]
 Points = Sequence[Point] | Float[np.ndarray, "points 2"]
+Features = Mapping[str, Float[np.ndarray, "_ dim"]]  # per split
 
 
 class NoData(Exception):
     """The runs lack the data of a figure. `FROM_FILES` says what would provide it."""
 
 
-# ------------------------------------------------------------------------------- looks and labels
+# ------------------------------------------------------------------------------------------ panels
 
 LOOKS = {
     "zero-shot": {"color": "black", "marker": "*", "markersize": 15, "zorder": 5},
@@ -43,38 +44,84 @@ OTHER = {"color": "0.68", "marker": "o", "markersize": 6, "zorder": 2}
 
 
 def look_of(method: str) -> dict[str, Any]:
-    """Returns the colour and marker of a method, the same in every figure.
-
-    A post-hoc result's marker is hollow.
-    """
+    """Returns the colour and marker of a method; that of a post-hoc result is hollow."""
     base, is_post_hoc, _ = method.partition("+")
-    hollow = {"markerfacecolor": "none"} if is_post_hoc else {"markeredgecolor": "white"}
-    return LOOKS.get(base, OTHER) | hollow
+    edge = {"markerfacecolor": "none"} if is_post_hoc else {"markeredgecolor": "white"}
+    return LOOKS.get(base, OTHER) | edge
 
 
 class Label(NamedTuple):
-    """A text for a point: the name of its method, or else the value of a setting."""
+    """A text beside a point: the name of a method, or the value of a setting."""
 
     text: str
     point: Point
     method: str
-    is_name: bool = True
-
-    @property
-    def color(self) -> str:
-        """The method's, darker if that is grey."""
-        return LOOKS.get(self.method.partition("+")[0], {"color": "0.4"})["color"]
+    is_value: bool = False
 
     @property
     def is_main(self) -> bool:
         """Whether it names one of the methods that have a look of their own."""
-        return self.is_name and self.method in LOOKS
+        return self.method in LOOKS and not self.is_value
 
 
-def new_figure(count: int, **shared: bool) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with a grid of `count` panels, of a size at which eight points are readable
-    on a slide.
-    """
+class Panel(NamedTuple):
+    """A panel of a figure, and the labels to write in it when all else is drawn."""
+
+    axes: Axes
+    labels: list[Label]
+
+    def plot(self, points: Points, method: str, name: str = "", **style: Any) -> None:
+        """Draws points (x, y) as the method looks, and adds its name at the last."""
+        self.axes.plot(*np.transpose(points), **look_of(method) | style)
+        if name:
+            self.labels.append(Label(name, points[-1], method))
+
+    def place_labels(self) -> None:
+        """Writes each label at a free place near its point: main names first, values last.
+
+        One without a free place is left out.
+        """
+        axes, lines, points = self.axes, [], []
+        pixels = axes.figure.dpi / 72
+        for line in axes.lines:
+            points += [(*xy, line.get_markersize() / 2 * pixels) for xy in line.get_xydata()]
+            if line.get_linestyle() != "None":
+                lines.append(line.get_xydata())
+        for error_bars in axes.collections:
+            lines += error_bars.get_segments()
+        x, y, radii = np.transpose(points)
+        labels = sorted(self.labels, key=lambda label: (label.is_value, not label.is_main))
+        looks = [look_of(label.method) for label in labels]
+        colors = ["0.4" if look["color"] == OTHER["color"] else look["color"] for look in looks]
+        axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # lines to labels do not widen them
+        textalloc.allocate(
+            axes,
+            *np.transpose([label.point for label in labels]),
+            [label.text for label in labels],
+            x_scatter=x,
+            y_scatter=y,
+            scatter_sizes=radii,
+            text_scatter_sizes=[look["markersize"] / 2 * pixels for look in looks],
+            x_lines=[line[:, 0] for line in lines],
+            y_lines=[line[:, 1] for line in lines],
+            textsize=[10 if label.is_main else 8 for label in labels],
+            fontweight=["bold" if label.is_main else "normal" for label in labels],
+            textcolor=colors,
+            linecolor=colors,
+            linewidth=0.5,
+            margin=0.004,
+            min_distance=0.006,
+            max_distance=0.5,
+            nbr_candidates=1000,
+            avoid_label_lines_overlap=True,
+            draw_all=False,
+            in_layout=False,
+            zorder=6,
+        )
+
+
+def new_figure(count: int, **shared: bool) -> tuple[Figure, list[Panel]]:
+    """Returns a figure with a grid of panels, in which eight points are readable on a slide."""
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(7.2, 5.2 * rows / columns), dpi=200, layout="constrained")
@@ -82,44 +129,16 @@ def new_figure(count: int, **shared: bool) -> tuple[Figure, list[Axes]]:
         axes.set(visible=index < count, xmargin=0.09, ymargin=0.09)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9, labelbottom=True, labelleft=True)
-    return figure, figure.axes[:count]
+    return figure, [Panel(axes, []) for axes in figure.axes[:count]]
 
 
-def plot(axes: Axes, points: Points, method: str, **style: Any) -> None:
-    """Draws points (x, y) as the method looks."""
-    axes.plot(*np.transpose(points), **look_of(method) | style)
-
-
-def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
-    """Writes each label at a free place near its point: main methods first, settings last.
-
-    One that has no free place is left out. Everything else must have been drawn.
-    """
-    labels = sorted(labels, key=lambda label: (not label.is_main, not label.is_name))
-    points = [(*xy, line.get_markersize()) for line in axes.lines for xy in line.get_xydata()]
-    lines = [line.get_xydata() for line in axes.lines if line.get_linestyle() != "None"]
-    for error_bars in axes.collections:
-        lines += error_bars.get_segments()
-    x, y, sizes = np.transpose(points)
-    axes.autoscale(False)  # lines to the labels would widen it
-    textalloc.allocate(
-        axes,
-        *np.transpose([label.point for label in labels]),
-        [label.text for label in labels],
-        x_scatter=x,
-        y_scatter=y,
-        scatter_sizes=sizes / 2 * axes.figure.dpi / 72,
-        x_lines=[line[:, 0] for line in lines],
-        y_lines=[line[:, 1] for line in lines],
-        textsize=[10 if label.is_main else 8 for label in labels],
-        fontweight=["bold" if label.is_main else "normal" for label in labels],
-        textcolor=[label.color for label in labels],
-        linecolor=[label.color for label in labels],
-        linewidth=0.5,
-        draw_all=False,
-        zorder=6,
-        in_layout=False,
-    )
+def finish(figure: Figure, panels: Sequence[Panel], x: str, y: str = "") -> Figure:
+    """Completes a figure with the titles of its axes and the labels in its panels."""
+    figure.supxlabel(x, fontsize=10)
+    figure.supylabel(y, fontsize=10)
+    for panel in panels:
+        panel.place_labels()
+    return figure
 
 
 # ---------------------------------------------------------------------------------- runs to points
@@ -131,9 +150,7 @@ def trained(results: Iterable[Results]) -> dict[str, list[Results]]:
 
 
 def main_settings(results: Iterable[Results]) -> list[Results]:
-    """Returns each training method's runs with one choice of settings: the one with the most seeds,
-    else the first.
-    """
+    """Returns each training method's runs with the settings that have the most seeds."""
     found = []
     for runs in trained(results).values():
         found += max(tables.group_by_row(runs).values(), key=len)
@@ -147,8 +164,7 @@ def zero_shot_of(results: Sequence[Results]) -> Results:
 
 
 def accuracies_of(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray, "runs 2"]:
-    """Returns each run's accuracy on a shift, or its mean over all, and that on the reference, in
-    percent.
+    """Returns each run's accuracy on a shift, or the mean of all, and on the reference, in percent.
 
     Raises NoData if there are no shifts.
     """
@@ -162,107 +178,87 @@ def accuracies_of(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray,
     return np.array(points)
 
 
-def group_by_line(runs: Sequence[Results]) -> tuple[str, dict[str, list[list[Results]]]]:
-    """Returns the setting along which a line joins runs of a method, and the rows of runs per line.
-
-    It is the learning rate if that varies. A line's name contains the other settings that vary.
-    """
-    varied = tables.varied_settings(runs)
-    joined = "learning_rate" if "learning_rate" in varied else "".join(varied[-1:])
-    lines: dict[str, list[list[Results]]] = {}
-    for row in tables.group_by_row(runs).values():
-        others = tables.describe_settings(row[0], [name for name in varied if name != joined])
-        lines.setdefault(others, []).append(row)
-    return joined, lines
+def finish_accuracies(
+    figure: Figure, panels: Sequence[Panel], results: Sequence[Results], shifts: Sequence[str] = ()
+) -> Figure:
+    """Completes a figure of reference against each of `shifts`, or their mean, with zero-shot."""
+    for panel, shift in zip(panels, shifts or [""] * len(panels), strict=True):
+        panel.plot(accuracies_of([zero_shot_of(results)], shift), "zero-shot", "zero-shot")
+    x = "accuracy on the shift, %" if shifts else "mean accuracy on the shifts, %"
+    return finish(figure, panels, x, f"accuracy on {tables.reference_of(results[0])}, %")
 
 
 # ----------------------------------------------------------------------------------------- figures
 
 
-def draw_mean(axes: Axes, runs: Sequence[Results], shift: str = "") -> Label:
-    """Draws the mean point of a method's runs. Returns the method's name as a label."""
-    point = accuracies_of(runs, shift).mean(axis=0)
-    plot(axes, [point], runs[0]["method"])
-    return Label(runs[0]["label"], point, runs[0]["method"])
+def draw_trade_off(results: Sequence[Results], shifts: Sequence[str] = ()) -> Figure:
+    """Figures 2 and 7: accuracy on the reference against that on each of `shifts`, or their mean.
 
-
-def accuracy_titles(results: Sequence[Results], shift: str = "mean") -> tuple[str, str]:
-    """Returns the titles of both axes of a figure of reference against shifts."""
-    x = "mean accuracy on the shifts, %" if shift == "mean" else "accuracy on the shift, %"
-    return x, f"accuracy on {tables.reference_of(results[0])}, %"
-
-
-def finish(figure: Figure, labels: Mapping[Axes, Sequence[Label]], x: str, y: str = "") -> Figure:
-    """Completes a figure with the titles of its axes and the labels of each panel."""
-    figure.supxlabel(x, fontsize=10)
-    figure.supylabel(y, fontsize=10)
-    for axes, own in labels.items():
-        place_labels(axes, own)
-    return figure
-
-
-def draw_trade_off(results: Sequence[Results], shifts: Sequence[str] = ("",)) -> Figure:
-    """Figures 2 and 7: each method's accuracy on the reference against that on a shift, or the mean
-    of all ("").
-
-    Means over seeds, standard deviations. A line joins runs that differ in one swept setting, the
-    learning rate if any.
+    Means over seeds, standard deviations. Lines join runs that differ in one swept setting.
     """
-    figure, panels = new_figure(len(shifts))
-    labels: dict[Axes, list[Label]] = {}
-    for axes, shift in zip(panels, shifts, strict=True):
-        labels[axes] = [draw_mean(axes, [zero_shot_of(results)], shift)]
-        ends = []
-        for method, runs in trained(results).items():
-            point = accuracies_of(main_settings(runs), shift).mean(axis=0)
-            labels[axes].append(Label(runs[0]["label"], point, method))
-            joined, lines = group_by_line(runs)
-            for name, rows in lines.items():
-                labels[axes] += draw_line(axes, name, rows, joined, shift)
-                if len(rows) > 1:
-                    ends.append(joined.replace("_", " "))
-        joined_by = f"at the ends of lines: {' or '.join(dict.fromkeys(ends))}" if ends else ""
-        axes.set_title(f"{shift}   {joined_by}".strip(), fontsize=9, loc="left")
-    return finish(figure, labels, *accuracy_titles(results, shifts[0]))
+    figure, panels = new_figure(len(shifts) or 1)
+    for panel, shift in zip(panels, shifts or [""], strict=True):
+        joined = [draw_lines(panel, runs, shift) for runs in trained(results).values()]
+        ends = " or ".join(dict.fromkeys(name for name in joined if name))
+        title = f"at the ends of lines: {ends}" if ends and not shift else shift
+        panel.axes.set_title(title, fontsize=9, loc="left")
+    return finish_accuracies(figure, panels, results, shifts)
 
 
-def draw_line(
-    axes: Axes, name: str, rows: Sequence[Sequence[Results]], joined: str, shift: str
-) -> list[Label]:
-    """Draws the means of rows of runs, joined by a line, and their standard deviations.
+def draw_lines(panel: Panel, runs: Sequence[Results], shift: str) -> str:
+    """Draws the runs of one method, with the values of settings if the shifts' mean is shown.
 
-    Returns the line's name and the values of the joined setting at its ends as labels.
+    Returns the setting along which lines join them, or "".
     """
-    method = rows[0][0]["method"]
-    per_row = [accuracies_of(runs, shift) for runs in rows]
-    means = np.array([points.mean(axis=0) for points in per_row])
-    x_errors, y_errors = np.transpose([points.std(0, ddof=len(points) > 1) for points in per_row])
-    axes.errorbar(*means.T, y_errors, x_errors, elinewidth=0.8, **look_of(method))
-    labels = []
-    if len(rows) > 1 and name:
-        labels.append(Label(name, means[:2].mean(axis=0), method, is_name=False))
-    if len(rows) > 1 and method in LOOKS:
-        for end in (0, -1):
-            value = str(rows[end][0]["settings"][joined])
-            labels.append(Label(value, means[end], method, is_name=False))
-    return labels
+    method, joined = runs[0]["method"], ""
+    main = accuracies_of(main_settings(runs), shift).mean(axis=0)
+    panel.labels.append(Label(runs[0]["label"], main, method))
+    swept, lines = group_by_line(runs)
+    for name, rows in lines.items():
+        seeds = [accuracies_of(row, shift) for row in rows]
+        means = np.array([points.mean(axis=0) for points in seeds])
+        x_errors, y_errors = np.transpose([points.std(0, ddof=len(points) > 1) for points in seeds])
+        panel.axes.errorbar(*means.T, y_errors, x_errors, elinewidth=0.8, **look_of(method))
+        if len(rows) > 1:
+            joined = swept.replace("_", " ")
+            texts = {name: means[:2].mean(axis=0)} if name else {}
+            if method in LOOKS:
+                texts |= {str(rows[end][0]["settings"][swept]): means[end] for end in (0, -1)}
+            if not shift:
+                panel.labels.extend(Label(text, texts[text], method, True) for text in texts)
+    return joined
+
+
+def group_by_line(runs: Sequence[Results]) -> tuple[str, dict[str, list[list[Results]]]]:
+    """Returns the setting along which lines join runs of a method, and the rows of runs per line.
+
+    It is the learning rate if that varies. A line's name contains the other settings that vary.
+    """
+    varied = tables.varied_settings(runs)
+    swept = "learning_rate" if "learning_rate" in varied else "".join(varied[-1:])
+    lines: dict[str, list[list[Results]]] = {}
+    for row in tables.group_by_row(runs).values():
+        others = tables.describe_settings(row[0], [name for name in varied if name != swept])
+        lines.setdefault(others, []).append(row)
+    return swept, lines
 
 
 def draw_trade_off_per_shift(results: Sequence[Results]) -> Figure:
     """Figure 8: the trade-off on each shift."""
-    return draw_trade_off(results, tables.shifts_of(results[0]) or [""])
+    return draw_trade_off(results, tables.shifts_of(results[0]))
 
 
 def draw_distortion(results: Sequence[Results]) -> Figure:
-    """Figures 3 and 9 to 12: feature distortion per method and split; means over seeds, standard
-    deviations.
+    """Figures 3 and 9 to 12: feature distortion per method and split.
+
+    Means over seeds, standard deviations.
     """
     splits = [tables.reference_of(results[0]), *tables.shifts_of(results[0])]
-    runs_with_it = [run for run in results if "distortion" in run["splits"][splits[0]]]
-    methods = tables.group_by_method(main_settings(runs_with_it))
-    if not methods:
+    runs = [run for run in main_settings(results) if "distortion" in run["splits"][splits[0]]]
+    if not runs:
         raise NoData
-    figure, (axes,) = new_figure(1)
+    methods = tables.group_by_method(runs)
+    figure, ((axes, _),) = new_figure(1)
     for column, (method, runs) in enumerate(methods.items()):
         values = np.array([[run["splits"][name]["distortion"] for name in splits] for run in runs])
         (level, *means), (_, *errors) = values.mean(axis=0), values.std(axis=0, ddof=len(runs) > 1)
@@ -278,31 +274,26 @@ def draw_distortion(results: Sequence[Results]) -> Figure:
 
 
 def draw_energy_gap(results: Sequence[Results]) -> Figure:
-    """Figures 4 and 13: relative accuracy against the energy gap, a panel per shift, a point per
-    run and zero-shot.
-    """
+    """Figures 4 and 13: relative accuracy of every run against its energy gap, for each shift."""
     shifts = tables.shifts_of(results[0])
     if not any(tables.relative_accuracies(results, shift, "energy_gap") for shift in shifts):
         raise NoData
-    zero_shot = zero_shot_of(results)
     figure, panels = new_figure(len(shifts))
-    labels: dict[Axes, list[Label]] = {axes: [] for axes in panels}
-    for axes, shift in zip(panels, shifts, strict=True):
+    zero_shot = zero_shot_of(results)
+    named = [zero_shot, *(runs[0] for runs in trained(main_settings(results)).values())]
+    for panel, shift in zip(panels, shifts, strict=True):
         shown = tables.relative_accuracies([*results, zero_shot], shift, "energy_gap")
         for relative, gap, run in shown:
+            name = run["label"] if run in named else ""
             size = 0.7 * look_of(run["method"])["markersize"]
-            plot(axes, [(gap, relative)], run["method"], markersize=size, markeredgewidth=0.7)
-        for method, runs in tables.group_by_method([*main_settings(results), zero_shot]).items():
-            found = tables.relative_accuracies(runs, shift, "energy_gap")
-            if found:
-                point = np.mean([(gap, relative) for relative, gap, _ in found], axis=0)
-                labels[axes].append(Label(runs[0]["label"], point, method))
+            panel.plot([(gap, relative)], run["method"], name, markersize=size, markeredgewidth=0.7)
         pearson = tables.correlate(results, shift, "energy_gap")
-        axes.set_title(shift + ("" if pearson is None else f"   PCC {pearson:.2f}"), fontsize=10)
-        axes.set_xscale("symlog", linthresh=1e-3)  # gaps span three orders of magnitude
+        title = shift if pearson is None else f"{shift}   PCC {pearson:.2f}"
+        panel.axes.set_title(title, fontsize=10)
+        panel.axes.set_xscale("symlog", linthresh=1e-3)  # gaps span three orders of magnitude
     has_hollow = any("+" in run["method"] for run in results)
     x = "energy gap, squared cosine" + "   (hollow: after post-hoc methods)" * has_hollow
-    return finish(figure, labels, x, f"accuracy relative to {tables.reference_of(results[0])}")
+    return finish(figure, panels, x, f"accuracy relative to {tables.reference_of(results[0])}")
 
 
 def draw_post_hoc_curves(results: Sequence[Results]) -> Figure:
@@ -311,33 +302,30 @@ def draw_post_hoc_curves(results: Sequence[Results]) -> Figure:
     Means over seeds.
     """
 
-    def distance_from_tuned(run: Results) -> tuple[float, float]:
+    def strength(run: Results) -> tuple[int | float, ...]:
         how = run.get("post_hoc", {})
         return how.get("penalty", 0), -how.get("alpha", 0)
 
     main = tables.group_by_method(main_settings(results))
     curves: dict[tuple[str, str], list[list[Results]]] = {}
-    for runs in tables.group_by_row(sorted(results, key=distance_from_tuned)).values():
+    for runs in tables.group_by_row(sorted(results, key=strength)).values():
         base, _, suffix = runs[0]["method"].partition("+")
         kind = post_hoc_kind(suffix)
-        if not kind or "+" in suffix:
-            continue
-        if (base, kind) not in curves:  # alpha 1 is the run itself
-            curves[base, kind] = [main[base]] if kind == "wise" and base in main else []
-        curves[base, kind].append(runs)
+        if kind and "+" not in suffix:
+            # WiSE's alpha of 1 is the run itself.
+            start = [main[base]] if kind == "wise" and base in main else []
+            curves.setdefault((base, kind), start).append(runs)
     if not curves:
         raise NoData
-    figure, (axes,) = new_figure(1)
-    labels = [draw_mean(axes, [zero_shot_of(results)])]
+    figure, (panel,) = new_figure(1)
     for (base, kind), rows in curves.items():
-        points = [accuracies_of(runs).mean(axis=0) for runs in rows]
+        means = [accuracies_of(runs).mean(axis=0) for runs in rows]
         style = {"linestyle": {"wise": "-", "tpgm": "none", "tpgm-c": "--"}[kind], "markersize": 5}
-        plot(axes, points, f"{base}+{kind}", **style)
-        labels.append(Label(rows[-1][0]["label"], points[-1], f"{base}+{kind}"))
+        panel.plot(means, f"{base}+{kind}", rows[-1][0]["label"], **style)
     for method, runs in main.items():
         if method in {base for base, _ in curves}:
-            labels.append(draw_mean(axes, runs))
-    return finish(figure, {axes: labels}, *accuracy_titles(results))
+            panel.plot([accuracies_of(runs).mean(axis=0)], method, runs[0]["label"])
+    return finish_accuracies(figure, [panel], results)
 
 
 def draw_soups(results: Sequence[Results]) -> Figure:
@@ -345,18 +333,16 @@ def draw_soups(results: Sequence[Results]) -> Figure:
     made = [run for run in results if run["method"].endswith(("+soup", "+ensemble"))]
     if not made:
         raise NoData
-    figure, (axes,) = new_figure(1)
-    labels = [draw_mean(axes, [zero_shot_of(results)])]
+    figure, (panel,) = new_figure(1)
     for method, runs in trained(results).items():
         if any(method in run["method"].partition("+")[0].split(",") for run in made):
-            plot(axes, accuracies_of(runs), method, linestyle="none")
-            point = accuracies_of(main_settings(runs)).mean(axis=0)
-            labels.append(Label(runs[0]["label"], point, method))
+            panel.plot(accuracies_of(runs), method, linestyle="none")
+            named = accuracies_of(main_settings(runs))[0]
+            panel.labels.append(Label(runs[0]["label"], named, method))
     for run in made:
-        (point,) = accuracies_of([run])
-        plot(axes, [point], run["method"], markersize=10, markeredgewidth=2)
-        labels.append(Label(run["label"], point, run["method"]))
-    return finish(figure, {axes: labels}, *accuracy_titles(results))
+        style = {"markersize": 10, "markeredgewidth": 2}
+        panel.plot(accuracies_of([run]), run["method"], run["label"], **style)
+    return finish_accuracies(figure, [panel], results)
 
 
 def draw_weights(results: Sequence[Results]) -> Figure:
@@ -364,34 +350,31 @@ def draw_weights(results: Sequence[Results]) -> Figure:
 
     Means over seeds.
     """
-    curves: dict[str, dict[str, Point]] = {}  # point per value
+
+    def swept(method: str) -> str:
+        return "decay" if method == "ema" else "weight"
+
+    curves: dict[str, dict[str, Point]] = {}  # a point per value
     for method, runs in trained(results).items():
-        setting = "decay" if method == "ema" else "weight"
+        setting = swept(method)
         if tables.varied_settings(runs) == ([] if method == "ft" else [setting]):
-            curves[method] = {
-                f"{row[0]['settings'].get(setting, 0):.4g}": accuracies_of(row).mean(axis=0)
-                for row in tables.group_by_row(runs).values()
-            }
+            curves[method] = {}
+            for row in tables.group_by_row(runs).values():
+                value = f"{row[0]['settings'].get(setting, 0):.4g}"
+                curves[method][value] = accuracies_of(row).mean(axis=0)
     shared = {method: curves.pop(method) for method in ("ft", "lipsum") if method in curves}
     if not curves:
         raise NoData
     figure, panels = new_figure(len(curves), sharex=True, sharey=True)
-    labels: dict[Axes, list[Label]] = {}
-    for axes, (method, curve) in zip(panels, curves.items(), strict=True):
-        labels[axes] = [draw_mean(axes, [zero_shot_of(results)])]
-        plot(axes, [*curve.values()], method, color="0.3", zorder=6)
-        labels[axes] += [Label(value, point, method, False) for value, point in curve.items()]
+    for panel, (method, curve) in zip(panels, curves.items(), strict=True):
+        panel.plot([*curve.values()], method, color="0.3", zorder=6)
         for other, points in shared.items():
-            plot(axes, [*points.values()], other)
-            labels[axes].append(Label(label_method(other), [*points.values()][0], other))
-            if other != "ft":
-                labels[axes] += [Label(value, xy, other, False) for value, xy in points.items()]
-        setting = "decay" if method == "ema" else "weight"
-        axes.set_title(f"{label_method(method)}, by {setting}", fontsize=10)
-    return finish(figure, labels, *accuracy_titles(results))
-
-
-Features = Mapping[str, Float[np.ndarray, "_ dim"]]  # per split
+            panel.plot([*points.values()][::-1], other, label_method(other))
+        for name, points in {method: curve, **shared}.items():
+            if name != "ft":
+                panel.labels.extend(Label(value, points[value], name, True) for value in points)
+        panel.axes.set_title(f"{label_method(method)}, by {swept(method)}", fontsize=10)
+    return finish_accuracies(figure, panels, results)
 
 
 def draw_energy_vectors(
@@ -399,40 +382,36 @@ def draw_energy_vectors(
 ) -> Figure:
     """Figure 15: t-SNE of energy vectors before and after fine-tuning, a panel per method.
 
-    Takes each split's features, zero-shot (`before`) and per method (`after`). `C2^(1/2) F(x)` has
-    D coordinates and the same distances as the energy vectors over all the texts of
-    `second_moment`, such as 10,000.
+    `C2^(1/2) F(x)` has D coordinates and the same distances as the energy vectors over all texts of
+    `second_moment`.
     """
     values, vectors = np.linalg.eigh(second_moment)
     root = vectors * np.sqrt(np.maximum(values, 0))
     figure, panels = new_figure(len(after))
-    colors = {label_method(method): look["color"] for method, look in LOOKS.items()}
     style = {"marker": "o", "linestyle": "none", "markersize": 5 / len(after) ** 0.5}
     ends = np.cumsum([len(features) for features in before.values()])
-    labels: dict[Axes, list[Label]] = {}
-    for axes, (label, features) in zip(panels, after.items(), strict=True):
+    for (axes, labels), (method, features) in zip(panels, after.items(), strict=True):
         points = np.concatenate([*before.values(), *features.values()]) @ root
         points = points / points.std()  # t-SNE's stopping thresholds are absolute
         perplexity = min(30, (len(points) - 1) / 3)
         # Without n_jobs, it asks the system for its number of cores, and warns if that fails.
         placed = TSNE(random_state=0, perplexity=perplexity, n_jobs=1).fit_transform(points)
         old, new = np.split(placed, 2)
-        axes.plot(*new.T, color=colors.get(label, OTHER["color"]), markeredgewidth=0, **style)
+        color = look_of(method)["color"]
+        axes.plot(*new.T, color=color, markeredgewidth=0, **style)
         axes.plot(*old.T, color="black", markeredgewidth=0.3, fillstyle="none", **style)
-        clouds = zip(before, np.split(old, ends[:-1]), strict=True)
-        labels[axes] = [Label(name, np.median(cloud, axis=0), "") for name, cloud in clouds]
-        axes.set_title(label, fontsize=10, color=colors.get(label, "0.4"))
+        for name, cloud in zip(before, np.split(old, ends[:-1]), strict=True):
+            labels.append(Label(name, np.median(cloud, axis=0), ""))
+        axes.set_title(label_method(method), fontsize=10)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(visible=True, color="0.8")
-    return finish(figure, labels, "hollow: zero-shot, full: fine-tuned")
+    return finish(figure, panels, "hollow: zero-shot, full: fine-tuned")
 
 
 def draw_contact_sheet(
     splits: Sequence[data.Split], classes: Sequence[str], image_size: int, most: int = 10
 ) -> Figure:
-    """Figure 16: the first image of each of the first `most` classes (columns) in every split
-    (rows), preprocessed.
-    """
+    """Figure 16: the first image of each of `most` classes (columns) in each split (rows)."""
     classes = classes[:most]
     size = (0.7 * len(classes) + 0.9, 0.7 * len(splits) + 0.3)
     figure = Figure(figsize=size, layout="constrained")
@@ -453,25 +432,21 @@ def draw_contact_sheet(
 # -------------------------------------------------------------------------------------------- files
 
 SHIFTS = "runs with shifts, for example --shifts painting sketch"
-FROM_FILES: dict[str, tuple[Callable[[Sequence[Results]], Figure], str]] = {
+FROM_FILES: dict[str, tuple[Callable[[Sequence[Results]], Figure], str]] = {  # and what they need
     "trade_off": (draw_trade_off, SHIFTS),
     "trade_off_per_shift": (draw_trade_off_per_shift, SHIFTS),
     "distortion": (draw_distortion, "runs whose results.json contains the feature distortion"),
-    "energy_gap": (draw_energy_gap, f"{SHIFTS}, whose results.json contains the energy gap"),
-    "post_hoc_curves": (draw_post_hoc_curves, f"python eval.py wise RUN, or tpgm RUN, of {SHIFTS}"),
-    "soups": (draw_soups, f"python eval.py soup RUNS, or ensemble RUNS, of {SHIFTS}"),
-    "weights": (
-        draw_weights,
-        "python train.py --method kd --weight 0.3 1 3, or another method with several of them or "
-        f"--decay; {SHIFTS}",
-    ),
-}  # a figure's name, the function that draws it from results, and what it needs
+    "energy_gap": (draw_energy_gap, f"energy gaps of {SHIFTS}"),
+    "post_hoc_curves": (draw_post_hoc_curves, f"python eval.py wise or tpgm on {SHIFTS}"),
+    "soups": (draw_soups, f"python eval.py soup or ensemble on {SHIFTS}"),
+    "weights": (draw_weights, f"several --weight of a method, or --decay of ema, in {SHIFTS}"),
+}
 
 
 def write_figures(figures: Mapping[str, tuple[Callable[[], Figure], str]], folder: Path) -> None:
-    """Writes each figure as PNG and SVG. Prints the paths, or what a figure needs that is not there.
+    """Writes each figure as PNG and SVG. Prints the paths, or what a figure lacks.
 
-    Takes a figure's function and what it needs, by the figure's name.
+    Takes the function that draws a figure and what it needs, by the figure's name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, (draw, needs) in figures.items():

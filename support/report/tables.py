@@ -1,8 +1,6 @@
-"""Tables of finished runs, made from their results.json alone: accuracy, calibration, training
-costs, correlation.
+"""Tables of finished runs, made from their results.json alone.
 
-Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py table runs` prints the table of
-finished runs.
+Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python eval.py table runs` prints one.
 
 Files and CSV contain accuracy and ECE as fractions and NLL in nats. The other formats show percent
 and nats.
@@ -31,20 +29,16 @@ REQUIRED = ["method", "label", "row", "data", "seed", "settings", "content", "sp
 
 
 def read_results(runs: Sequence[Path]) -> list[Results]:
-    """Returns every `results.json` in or under the given folders.
+    """Returns every `results.json` in or under the given folders, but skips broken ones.
 
-    An unreadable one is skipped with a warning.
-
-    Raises InputError if none is left, if two runs differ in data or splits, or if two are the same
-    run.
+    Raises InputError if none is left, or if two cannot share a table or are the same run.
     """
     paths: dict[Path, Path] = {}
     for run in runs:
         found = sorted(run.rglob("results.json"))
         if not found:
             raise InputError(f"{run} holds no results.json: give the folders of finished runs")
-        for path in found:
-            paths.setdefault(path.resolve(), path)
+        paths |= {path.resolve(): path for path in found}
     results = []
     for path in paths.values():
         try:
@@ -151,13 +145,13 @@ def describe_settings(run: Results, names: Iterable[str]) -> str:
 
 
 def group_by_row(results: Iterable[Results]) -> dict[str, list[Results]]:
-    """Returns the runs per table row: those that differ in their seed alone, under the row's label.
+    """Returns the runs per table row: those that differ in their seed alone.
 
-    The label is the method's, with the settings that vary among its runs. A method's rows are
-    sorted by those settings. Zero-shot, the first, has a row per model and prompts.
+    A row's label is the method's, with the settings that vary among its runs, in their order. The
+    first is zero-shot, with a row per model and prompts.
     """
 
-    def position(value: Any) -> tuple[float, str]:
+    def position(value: Any) -> tuple[int | float, str]:
         return value if isinstance(value, int | float) else math.inf, str(value)
 
     rows: dict[str, list[Results]] = {}
@@ -207,10 +201,7 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of cells, one per column.
-
-    The first `without_best` rows do not compete for the best of a column.
-    """
+    """Rows of cells, one per column. The first `without_best` rows are never bold."""
 
     heading: str
     columns: dict[str, Metric]
@@ -253,8 +244,9 @@ def zero_shot_of(results: Sequence[Results]) -> list[Results]:
 
 
 def tabulate(results: Sequence[Results], name: str, average_of: str = "shifts") -> Table:
-    """Returns a metric's table: rows for zero-shot and each method, columns for each split and the
-    shifts' mean; with `average_of` all, also the mean of all splits, as in Table 10.
+    """Returns a metric's table: zero-shot and methods by splits and the shifts' mean.
+
+    With `average_of` all, it has the mean of all splits, too.
 
     Raises InputError if no run has the metric.
     """
@@ -315,8 +307,7 @@ def tabulate_paper(name: str, results: Sequence[Results], average_of: str = "shi
 
 
 def tabulate_costs(results: Sequence[Results]) -> Table:
-    """Returns the table of appendix B.3, "Analysis on training costs": time per step and per run,
-    and ratio to FT's.
+    """Returns the table of appendix B.3, "Analysis on training costs".
 
     Raises InputError if no run says how long a step took.
     """
@@ -398,15 +389,9 @@ def render_cell(cell: Cell, metric: Metric, plus_minus: str) -> str:
 
 
 def best_rows(texts: Sequence[str], metric: Metric, first: int) -> list[int]:
-    """Returns the rows, from `first` on, with the best mean of a column; none if there is no rival.
-
-    Means that are shown alike are equal.
-    """
-    means = {
-        row: float(text.split()[0])
-        for row, text in enumerate(texts)
-        if row >= first and text != "-"
-    }
+    """Returns the rows, from `first` on, that show the best mean of a column with two rivals."""
+    rivals = [row for row, text in enumerate(texts) if row >= first and text != "-"]
+    means = {row: float(texts[row].split()[0]) for row in rivals}
     if len(means) < 2:
         return []
     best = metric.best(means.values())
@@ -429,11 +414,7 @@ def render_csv(table: Table) -> str:
 def relative_accuracies(
     results: Sequence[Results], shift: str, key: str
 ) -> list[tuple[float, float, Results]]:
-    """Returns (relative accuracy, metric, run) on a shift, for each run that has both (figures 4
-    and 13).
-
-    The relative accuracy is the accuracy on the shift divided by that on the reference.
-    """
+    """Returns (accuracy on a shift / on the reference, metric there, run) where both exist."""
     found = []
     for run in results:
         on_reference, on_shift = run["splits"][reference_of(run)], run["splits"][shift]
@@ -443,9 +424,7 @@ def relative_accuracies(
 
 
 def correlate(results: Sequence[Results], shift: str, key: str) -> float | None:
-    """Returns Pearson's correlation of relative accuracy with a metric, or None if fewer than three
-    runs differ.
-    """
+    """Returns Pearson's correlation of relative accuracy with a metric; None of too few runs."""
     pairs = relative_accuracies(results, shift, key)
     accuracies = [accuracy for accuracy, _, _ in pairs]
     values = [value for _, value, _ in pairs]

@@ -21,6 +21,7 @@ import lipsum
 import train
 from support import errors, weights
 from support.report import tables
+from support.report.labels import describe_method
 from support.run import finished as finished_runs
 from support.run import options
 
@@ -246,8 +247,8 @@ def test_figures(
     runs = (finished / "ft", finished / "lipsum", finished / "ft+wise-0.25")
     evaluation.figures_command(given(*runs), tmp_path)
     output = capsys.readouterr().out
-    assert "soups: nothing to show yet, it needs python eval.py soup RUNS" in output
-    assert "weights: nothing to show yet, it needs python train.py --method kd --weight" in output
+    assert "soups: nothing to show yet, it needs python eval.py soup or ensemble on runs" in output
+    assert "weights: nothing to show yet, it needs several --weight of a method" in output
     names = {
         "trade_off",
         "trade_off_per_shift",
@@ -270,7 +271,7 @@ def test_figures(
         evaluation.figures_command(given(*runs), tmp_path)
 
 
-def test_the_figure_of_weights_shows_means_over_seeds(finished: Path) -> None:
+def test_the_figure_of_weights_shows_means_over_seeds(finished: Path, monkeypatch) -> None:
     """A panel per method with several lambdas; Lipsum-FT's curve and FT's point are in each."""
     figures = pytest.importorskip("support.report.figures")
     ft, *_ = tables.read_results([finished / "ft"])
@@ -286,7 +287,7 @@ def test_the_figure_of_weights_shows_means_over_seeds(finished: Path) -> None:
             "splits": splits,
         }
 
-    kd = lipsum_run | tables.names("kd") | {"method": "kd"}
+    kd = lipsum_run | describe_method("kd") | {"method": "kd"}
     runs = [
         variant(ft, 0, 0, (0.9, 0.1)),
         *(variant(lipsum_run, 0, weight, (0.8, weight / 10)) for weight in (2.0, 1.0)),
@@ -296,28 +297,28 @@ def test_the_figure_of_weights_shows_means_over_seeds(finished: Path) -> None:
             for seed in (0, 1)
         ),
     ]
-    figure = figures.weights_plot(runs)
-    (panel,) = figure.axes
+    placed = []
+    monkeypatch.setattr(figures.Panel, "place_labels", lambda panel: placed.extend(panel.labels))
+    (axes,) = figures.draw_weights(runs).axes
     lines = {
         line.get_marker() + line.get_color(): np.round(line.get_xydata(), 6).tolist()
-        for line in panel.get_lines()
+        for line in axes.get_lines()
     }
     zero_shot = lines.pop("*black")
     assert lines == {
         "s" + figures.LOOKS["ft"]["color"]: [[10, 90]],
         "o" + figures.LOOKS["lipsum"]["color"]: [[20, 80], [10, 80]],
-        "o0.3": [[30, 55], [3, 55]],
+        "o0.3": [[3, 55], [30, 55]],
     }
-    assert np.shape(zero_shot) == (1, 2) and panel.get_title() == "KD, by weight"
-    labels = {text.get_text(): np.round(text.xy, 6).tolist() for text in panel.texts}
-    assert labels.pop("zero-shot") == np.round(zero_shot[0], 6).tolist()
-    assert labels == {
+    assert np.shape(zero_shot) == (1, 2) and axes.get_title() == "KD, by weight"
+    assert {label.text: np.round(label.point, 6).tolist() for label in placed} == {
         "FT": [10, 90],
         "Lipsum-FT": [10, 80],
         "1": [10, 80],
         "2": [20, 80],
         "0.3": [3, 55],
         "3": [30, 55],
+        "zero-shot": zero_shot[0],
     }
 
 

@@ -1,7 +1,7 @@
-"""Figures of a crowded set of results: no text lies on another, and what a figure compares differs
-in grey too.
+"""Figures of a crowded set of results: no text lies on another or on a point, and what a figure
+compares differs in grey too.
 
-Run them with `python -m pytest tests/support/test_figures.py`.
+Run them with `python -m pytest tests/commands/test_figures.py`.
 """
 
 import itertools
@@ -12,6 +12,7 @@ import pytest
 
 import lipsum
 from support.report import tables
+from support.report.labels import describe_method
 
 matplotlib = pytest.importorskip("matplotlib")
 figures = pytest.importorskip("support.report.figures")
@@ -20,7 +21,7 @@ from matplotlib import colors  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
-from matplotlib.transforms import Bbox  # noqa: E402
+from matplotlib.transforms import BboxBase  # noqa: E402
 
 SPLITS = ("real", "painting", "clipart", "infograph", "sketch")
 SETTINGS = {"steps": 250, "learning_rate": 0.001, "weight": 1.0, "decay": 0.99}
@@ -36,19 +37,14 @@ def result(method: str, seed: int, accuracy: float, gap: float, **more: object) 
             name: {
                 "role": "shift" if index else "reference",
                 "accuracy": accuracy if index else 0.75 + (37 * accuracy) % 0.05,
+                "energy_gap": gap * (1 + index),
+                "distortion": gap**0.5 * (1 + index / 5),
             }
-            | {"energy_gap": gap * (1 + index), "distortion": gap**0.5 * (1 + index / 5)}
             for index, name in enumerate(SPLITS)
         }
 
-    zero_shot = splits(0.85, 0.0)
-    content = {
-        "method": method,
-        "seed": seed,
-        "settings": SETTINGS,
-        "splits": splits(accuracy, gap),
-    }
-    return tables.with_names(content | {"zero_shot": zero_shot} | more)
+    content = {"method": method, "seed": seed, "settings": SETTINGS, **describe_method(method)}
+    return content | {"splits": splits(accuracy, gap), "zero_shot": splits(0.85, 0.0)} | more
 
 
 def crowded() -> Iterable[tables.Results]:
@@ -92,43 +88,63 @@ def weights() -> Iterable[tables.Results]:
         yield result(method, 0, 0.76 + value / 20 + len(method) / 200, 0.001, settings=settings)
 
 
-def overlapping(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], set[str]]:
-    """The pairs of drawn texts that overlap, and all texts, which are inside the figure.
+def contains(outer: BboxBase, inner: BboxBase) -> bool:
+    return (
+        outer.x0 <= inner.x0
+        and inner.x1 <= outer.x1
+        and outer.y0 <= inner.y0
+        and inner.y1 <= outer.y1
+    )
 
-    Slanted ones form no pairs.
+
+def check_texts(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Returns all drawn texts, which are inside the figure.
+
+    Straight ones do not overlap. Labels are inside their axes and on no point.
     """
-    boxes: dict[Text, Bbox] = {}
+    boxes: dict[Text, BboxBase] = {}
     draw = Text.draw
 
     def recorded(text: Text, renderer: RendererAgg) -> None:
-        boxes[text] = Text.get_window_extent(text, renderer).padded(-0.5)
+        if text.get_text() and text.get_visible():
+            boxes[text] = Text.get_window_extent(text, renderer).padded(-0.5)
         draw(text, renderer)
 
     with monkeypatch.context() as patched:
         patched.setattr(Text, "draw", recorded)
         FigureCanvasAgg(figure).draw()
-    boxes = {text: box for text, box in boxes.items() if text.get_text() and text.get_visible()}
-    assert all(
-        figure.bbox.fully_containsx(x) and figure.bbox.fully_containsy(y)
-        for box in boxes.values()
-        for x, y in box.get_points()
-    )
+    assert all(contains(figure.bbox, box) for box in boxes.values())
     straight = [text for text in boxes if text.get_rotation() % 90 == 0]
-    pairs = [(a, b) for a, b in itertools.combinations(straight, 2) if boxes[a].overlaps(boxes[b])]
-    return [f"{a.get_text()} and {b.get_text()}" for a, b in pairs], {
-        text.get_text() for text in boxes
-    }
+    for one, other in itertools.combinations(straight, 2):
+        assert not boxes[one].overlaps(boxes[other]), f"{one} lies on {other}"
+    for axes in filter(figures.Axes.get_visible, figure.axes):
+        marked = [line.get_xydata() for line in axes.lines if line.get_marker() != "None"]
+        points = axes.transData.transform(np.concatenate(marked)) if marked else []
+        for text in axes.texts:
+            assert contains(axes.bbox, boxes[text]), f"{text} leaves its axes"
+            assert not any(boxes[text].contains(*point) for point in points), f"{text} on a point"
+    return {text.get_text() for text in boxes}
 
 
 @pytest.mark.parametrize("name", figures.FROM_FILES)
 def test_no_text_lies_on_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zero-shot, FT and Lipsum-FT are named; the trade-off and the distortion name all methods."""
+    """Zero-shot, FT and Lipsum-FT are named in each panel; the trade-off and the distortion name
+    all methods. Labels have the same places every time.
+    """
     results = list(weights() if name == "weights" else crowded())
-    pairs, texts = overlapping(figures.FROM_FILES[name](results), monkeypatch)
-    assert not pairs
-    assert {"FT", "Lipsum-FT"} <= texts and ("zero-shot" in texts or name == "distortion")
-    if name in ("trade_off", "distortion"):
-        assert {method.label for method in lipsum.METHODS.values()} <= texts
+    draw, _ = figures.FROM_FILES[name]
+    figure, again = draw(results), draw(results)
+    texts = check_texts(figure, monkeypatch)
+    all_methods = {method.label for method in lipsum.METHODS.values()}
+    if name == "distortion":
+        assert all_methods <= texts
+    else:
+        for axes, same in zip(figure.axes, again.axes, strict=True):
+            labels = [(text.get_text(), *text.get_position()) for text in axes.texts]
+            assert labels == [(text.get_text(), *text.get_position()) for text in same.texts]
+            named = {label[0] for label in labels}
+            assert {"zero-shot", "FT", "Lipsum-FT"} <= named
+            assert name != "trade_off" or all_methods <= named
     if name == "post_hoc_curves":
         assert {"FT + WiSE 0.5", "Lipsum-FT + TPGM-C 0.9", "FT + TPGM"} <= texts
     if name == "weights":
@@ -143,10 +159,11 @@ def test_lines_join_runs_that_differ_in_one_setting(monkeypatch: pytest.MonkeyPa
     for steps, rate in itertools.product((100, 250), (0.0003, 0.001, 0.003)):
         settings = SETTINGS | {"steps": steps, "learning_rate": rate}
         runs.append(result("ft", 0, 0.7 + 20 * rate + steps / 1e4, 0.001, settings=settings))
-    figure = figures.trade_off_plot(runs)
-    on_shifts = [np.round(line.get_xdata(), 6).tolist() for line in figure.axes[0].get_lines()]
+    figure = figures.draw_trade_off(runs)
+    marked = [line for line in figure.axes[0].get_lines() if line.get_marker() != "None"]
+    on_shifts = [np.round(line.get_xdata(), 6).tolist() for line in marked]
     assert on_shifts == [[71.6, 73.0, 77.0], [73.1, 74.5, 78.5], [85.0]]
-    pairs, texts = overlapping(figure, monkeypatch)
+    texts = check_texts(figure, monkeypatch)
     expected = {
         "at the ends of lines: learning rate",
         "steps 100",
@@ -156,7 +173,7 @@ def test_lines_join_runs_that_differ_in_one_setting(monkeypatch: pytest.MonkeyPa
         "FT",
         "zero-shot",
     }
-    assert not pairs and expected <= texts and "0.001" not in texts
+    assert expected <= texts and "0.001" not in texts
 
 
 def test_post_hoc_curves_are_in_the_order_of_their_setting() -> None:
@@ -172,11 +189,10 @@ def test_post_hoc_curves_are_in_the_order_of_their_setting() -> None:
         result(f"ft+tpgm-c-{p}", 0, 0.8 + p / 100, 0.001, post_hoc={"penalty": p})
         for p in (10.0, 0.5, 2.0)
     ]
-    lines = figures.post_hoc_curves_plot(runs).axes[0].get_lines()
     on_shifts = {
         line.get_linestyle(): np.round(line.get_xdata(), 6).tolist()
-        for line in lines
-        if len(line.get_xdata()) > 1
+        for line in figures.draw_post_hoc_curves(runs).axes[0].get_lines()
+        if len(line.get_xdata()) > 1 and line.get_marker() != "None"
     }
     assert on_shifts == {"-": [70.0, 71.0, 73.0, 75.0], "--": [80.5, 82.0, 90.0]}
 
@@ -185,24 +201,22 @@ def test_names_of_clouds_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None
     """Energy vectors: every panel has its method's name and, beside the clouds, the splits'."""
     random = np.random.default_rng(0)
     before = {name: random.normal(size=(20, 4)) + 3 * random.normal(size=4) for name in SPLITS}
-    after = {
-        label: {name: each + 0.1 for name, each in before.items()}
-        for label in ("FT", "Lipsum-FT", "KD")
-    }
-    pairs, texts = overlapping(figures.energy_vectors(before, after, np.eye(4)), monkeypatch)
-    assert not pairs and {*SPLITS, *after} <= texts
+    moved = {name: each + 0.1 for name, each in before.items()}
+    after = dict.fromkeys(("ft", "lipsum", "kd"), moved)
+    figure = figures.draw_energy_vectors(before, after, np.eye(4))
+    assert {"FT", "Lipsum-FT", "KD"} <= check_texts(figure, monkeypatch)
+    for axes in figure.axes[: len(after)]:
+        assert {text.get_text() for text in axes.texts} == set(SPLITS)
 
 
 def test_looks_differ_in_grey_and_in_marker() -> None:
     """Grey by Rec. 601, as printers and Pillow convert it."""
-    looks = [figures.look(method) for method in ("zero-shot", "lipsum", "ft", "kd")]
+    looks = [figures.look_of(method) for method in ("zero-shot", "lipsum", "ft", "kd")]
     greys = [np.dot(colors.to_rgb(look["color"]), (0.299, 0.587, 0.114)) for look in looks]
     assert np.diff(greys).min() > 0.2 and greys[-1] < 0.75
     assert len({look["marker"] for look in looks[:3]}) == 3
-    assert {
-        method for method in lipsum.METHODS if figures.look(method)["color"] != looks[-1]["color"]
-    } == {
-        "ft",
-        "lipsum",
+    others = {
+        name for name in lipsum.METHODS if figures.look_of(name)["color"] == looks[-1]["color"]
     }
-    assert figures.look("ft+wise-0.5")["markerfacecolor"] == "none"
+    assert lipsum.METHODS.keys() - others == {"ft", "lipsum"}
+    assert figures.look_of("ft+wise-0.5")["markerfacecolor"] == "none"

@@ -1,11 +1,12 @@
 """Tables against values computed by hand, in every format; broken results.json; runs that cannot
 share a table.
 
-Run them with `python -m pytest tests/support/test_tables.py`.
+Run them with `python -m pytest tests/commands/test_tables.py`.
 """
 
 import csv
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from support.errors import InputError
 from support.report import tables
+from support.report.labels import describe_method
 
 
 def write_run(
@@ -33,18 +35,21 @@ def write_run(
                 "accuracy": a,
                 "ece": a / 2,
                 "nll": 1 - a,
+                "energy_gap": a**2,
             }
-            | {"energy_gap": a**2}
             for index, (name, a) in enumerate(accuracies.items())
         }
 
     folder.mkdir(parents=True)
-    zero_shot = splits(dict.fromkeys(accuracies, 0.5))
     content = {
         "method": method,
+        **describe_method(method),
+        "model": "ViT-B/16",
+        "data": "domainnet",
         "seed": seed,
+        "settings": {},
         "splits": splits(accuracies),
-        "zero_shot": zero_shot,
+        "zero_shot": splits(dict.fromkeys(accuracies, 0.5)),
     } | more
     (folder / "results.json").write_text(json.dumps(content))
 
@@ -58,8 +63,8 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_table_matches_hand_computed_values(runs: Path) -> None:
-    table = tables.table(tables.read_results([runs]), "accuracy")
-    text = tables.rendered(table, "text").splitlines()
+    results = tables.read_results([runs])
+    text = tables.render(tables.tabulate(results, "accuracy"), "text").splitlines()
     deviation = 100 * 0.1 / math.sqrt(2)
     assert [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text] == [
         ["accuracy, %", "photo", "art", "sketch", "mean of shifts"],
@@ -75,11 +80,10 @@ def test_table_matches_hand_computed_values(runs: Path) -> None:
         ["Lipsum-FT", "85.0", "60.0", "40.0", "50.0"],
     ]
     assert len({len(line) for line in text}) == 1
-    results = tables.read_results([runs])
-    assert "0.150 ± 0.071" in tables.rendered(tables.table(results, "nll"), "text")
-    assert "42.5 ± 3.5" in tables.rendered(tables.table(results, "ece"), "text")
+    assert "0.150 ± 0.071" in tables.render(tables.tabulate(results, "nll"), "text")
+    assert "42.5 ± 3.5" in tables.render(tables.tabulate(results, "ece"), "text")
     with pytest.raises(InputError, match="has no harmonic-mean"):
-        tables.table(results, "harmonic-mean")
+        tables.tabulate(results, "harmonic-mean")
 
 
 def test_best_of_each_column_is_bold(runs: Path) -> None:
@@ -87,75 +91,53 @@ def test_best_of_each_column_is_bold(runs: Path) -> None:
     is.
     """
     results = tables.read_results([runs])
-    markdown = tables.rendered(tables.table(results, "accuracy"), "markdown").splitlines()
+    markdown = tables.render(tables.tabulate(results, "accuracy"), "markdown").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown]
     assert cells[1] == ["---", "---:", "---:", "---:", "---:"]
     assert [cell.startswith("**") for cell in cells[3]] == [False, True, False, False, False]
     assert cells[4] == ["Lipsum-FT", "**85.0**", "**60.0**", "**40.0**", "**50.0**"]
-    latex = tables.rendered(tables.table(results, "ece"), "latex").splitlines()
+    latex = tables.render(tables.tabulate(results, "ece"), "latex").splitlines()
     assert latex[0] == r"\begin{tabular}{lrrrr}" and r"ECE, \%" in latex[2]
     assert latex[5].split("&")[2].strip() == r"\textbf{20.0 $\pm$ 7.1}"
-    bold = tables.rendered(tables.table(results, "accuracy"), "text", bold=True)
-    plain = tables.rendered(tables.table(results, "accuracy"), "text")
+    bold = tables.render(tables.tabulate(results, "accuracy"), "text", bold=True)
+    plain = tables.render(tables.tabulate(results, "accuracy"), "text")
     assert (
         bold.count("\033[1m") == 5 and bold.replace("\033[1m", "").replace("\033[0m", "") == plain
     )
 
 
-def test_csv_and_json_are_unrounded(runs: Path) -> None:
-    table = tables.table(tables.read_results([runs]), "accuracy")
-    rows = list(csv.reader(io.StringIO(tables.rendered(table, "csv"))))
+def test_csv_is_unrounded(runs: Path) -> None:
+    table = tables.tabulate(tables.read_results([runs]), "accuracy")
+    rows = list(csv.reader(io.StringIO(tables.render(table, "csv"))))
     assert rows[0][:3] == ["", "photo mean", "photo deviation"]
     np.testing.assert_allclose(
         [float(rows[2][3]), float(rows[2][4])], [0.4, 0.2 / math.sqrt(2)], rtol=1e-12
     )
     assert rows[3][1:3] == ["0.85", ""]
-    content = json.loads(tables.rendered(table, "json"))
-    assert content["rows"]["Lipsum-FT"]["sketch"] == {"mean": 0.4, "deviation": None}
 
 
 def test_each_value_of_a_swept_setting_has_its_own_row(tmp_path: Path) -> None:
-    for rate in (0.1, 0.2):
-        for seed in (0, 1):
-            settings = {"learning_rate": rate, "weight": 1.0}
-            write_run(
-                tmp_path / f"{rate}-{seed}",
-                "ft",
-                seed,
-                {"photo": rate, "art": 0.5},
-                settings=settings,
-            )
-    write_run(
-        tmp_path / "kd",
-        "kd",
-        0,
-        {"photo": 0.5, "art": 0.5},
-        settings={"learning_rate": 0.2, "weight": 3.0},
-    )
-    rows = tables.table(tables.read_results([tmp_path]), "accuracy").rows
+    for rate, seed in itertools.product((0.2, 0.1), (0, 1)):
+        settings = {"learning_rate": rate, "weight": 1.0}
+        accuracies = {"photo": rate, "art": 0.5}
+        write_run(tmp_path / f"{rate}-{seed}", "ft", seed, accuracies, settings=settings)
+    settings = {"learning_rate": 0.2, "weight": 3.0}
+    write_run(tmp_path / "kd", "kd", 0, {"photo": 0.5, "art": 0.5}, settings=settings)
+    rows = tables.tabulate(tables.read_results([tmp_path]), "accuracy").rows
     assert list(rows) == ["zero-shot", "FT (learning rate 0.1)", "FT (learning rate 0.2)", "KD"]
     assert rows["FT (learning rate 0.2)"][0] == (0.2, 0.0)
 
 
 def test_costs_match_hand_computed_values(tmp_path: Path) -> None:
-    settings = {"batch_size": 10}
-    for method, seconds in (("ft", 0.5), ("lipsum", 0.75)):
-        accuracies = {"photo": 0.5, "art": 0.5}
-        write_run(
-            tmp_path / method,
-            method,
-            0,
-            accuracies,
-            settings=settings,
-            seconds=9.0,
-            seconds_per_step=seconds,
-        )
-    write_run(
-        tmp_path / "lp", "lp", 0, accuracies, settings=settings, seconds=1.0, seconds_per_step=None
-    )
-    table = tables.costs(tables.read_results([tmp_path]))
+    accuracies = {"photo": 0.5, "art": 0.5}
+    more = {"settings": {"batch_size": 10}, "seconds": 9.0}
+    for method, seconds in (("ft", 0.5), ("lipsum", 0.75), ("lp", None)):
+        write_run(tmp_path / method, method, 0, accuracies, seconds_per_step=seconds, **more)
+    table = tables.tabulate_costs(tables.read_results([tmp_path]))
     assert list(table.rows) == ["FT", "Lipsum-FT"]
     assert [cell.mean for cell in table.rows["Lipsum-FT"]] == [0.75, 1.5, 10 / 0.75, 9.0]
+    with pytest.raises(InputError, match="give runs of twenty steps or more"):
+        tables.tabulate_costs(tables.read_results([tmp_path / "lp"]))
 
 
 def test_correlation_matches_its_definition(tmp_path: Path) -> None:
@@ -168,11 +150,10 @@ def test_correlation_matches_its_definition(tmp_path: Path) -> None:
     relative, gaps = np.array([0.2, 0.4, 0.8]), np.array([0.01, 0.04, 0.16])
     deviations = [values - values.mean() for values in (relative, gaps)]
     expected = deviations[0] @ deviations[1] / math.prod(np.linalg.norm(deviations, axis=1))
-    np.testing.assert_allclose(
-        tables.correlation(results, "art", "energy_gap"), expected, rtol=1e-12
-    )
-    assert tables.correlation(results[:2], "art", "energy_gap") is None
-    assert tables.correlation(results, "art", "distortion") is None
+    found = tables.correlate(results, "art", "energy_gap")
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert tables.correlate(results[:2], "art", "energy_gap") is None
+    assert tables.correlate(results, "art", "distortion") is None
 
 
 @pytest.mark.parametrize(
@@ -181,14 +162,14 @@ def test_correlation_matches_its_definition(tmp_path: Path) -> None:
         (
             {},
             {"photo": 0.8, "clipart": 0.3},
-            r"has splits photo \(10 images\), art .*has photo .*clipart",
+            r"has splits art \(10 images\), photo .*has clipart .*photo",
         ),
         (
             {"data": "minidomain"},
             {"photo": 0.8, "art": 0.3},
-            "has data set None, .* has minidomain",
+            "has data set domainnet, .* has minidomain",
         ),
-        ({"model": "tiny"}, {"photo": 0.8, "art": 0.3}, "has model None, .* has tiny"),
+        ({"model": "tiny"}, {"photo": 0.8, "art": 0.3}, "has model ViT-B/16, .* has tiny"),
         ({}, {"art": 0.8, "photo": 0.3}, "has reference photo, .* has art"),
         ({}, {"photo": 0.8, "art": 0.3}, "a/results.json and .*b/results.json are the same run"),
     ],
@@ -204,7 +185,7 @@ def test_incomparable_runs_raise_an_error_that_names_them(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"method": "f', "cannot be read"), ("{}", "lacks method, seed"), ("[1]", "lacks")],
+    [('{"method": "f', "cannot be read"), ("{}", "lacks method, label, row"), ("[1]", "lacks")],
 )
 def test_broken_results_are_skipped_with_a_warning(
     content: str, message: str, runs: Path, capsys
@@ -220,3 +201,19 @@ def test_broken_results_are_skipped_with_a_warning(
         tables.read_results([runs / "lipsum"])
     with pytest.raises(InputError, match=r"holds no results\.json"):
         tables.read_results([runs / "nothing"])
+
+
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        ("ft", "FT"),
+        ("mine", "mine"),
+        ("lipsum+wise-0.9", "Lipsum-FT + WiSE 0.9"),
+        ("ft+tpgm", "FT + TPGM"),
+        ("kd+tpgm-c-0.5-mars", "KD + TPGM-C 0.5 mars"),
+        ("ft,lipsum+soup", "FT, Lipsum-FT + soup"),
+        ("ft+wise-0.5+tpgm", "FT + WiSE 0.5 + TPGM"),
+    ],
+)
+def test_labels(method: str, label: str) -> None:
+    assert describe_method(method)["label"] == label

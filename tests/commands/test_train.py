@@ -39,8 +39,8 @@ def test_run_from_start_to_table(command: Command, capsys: pytest.CaptureFixture
         "FT",
         "Lipsum-FT",
     ] and "±" in table[4]
-    assert "\n".join(table) == tables.rendered(
-        tables.table(tables.read_results([command.out]), "accuracy"), "text"
+    assert "\n".join(table) == tables.render(
+        tables.tabulate(tables.read_results([command.out]), "accuracy"), "text"
     )
 
     folder = command.out / "lipsum" / "seed-1"
