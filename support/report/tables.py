@@ -196,11 +196,6 @@ def average(values: Sequence[float | None]) -> Cell:
     return Cell(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
 
 
-def average_shifts(run: Results, key: str) -> float | None:
-    """Returns a run's mean over its shifts, or None if it has none or one of them lacks the key."""
-    return average([run["splits"][name].get(key) for name in shifts_of(run)]).mean
-
-
 def average_rows(
     rows: Mapping[str, Sequence[Results]], values: Callable[[Results], list[float | None]]
 ) -> dict[str, list[Cell]]:
@@ -216,12 +211,15 @@ def tabulate(results: Sequence[Results], name: str) -> Table:
 
     Raises InputError if no run has the metric.
     """
-    first, metric, key = results[0], METRICS[name], name.replace("-", "_")
-    columns = [*first["splits"], *(["mean of shifts"] if shifts_of(first) else [])]
+    first = results[0]
+    shifts = shifts_of(first)
+    columns = [*first["splits"], *(["mean of shifts"] if shifts else [])]
 
     def values(run: Results) -> list[float | None]:
-        numbers = {name: split.get(key) for name, split in run["splits"].items()}
-        numbers["mean of shifts"] = average_shifts(run, key)
+        numbers = {
+            split: found.get(name.replace("-", "_")) for split, found in run["splits"].items()
+        }
+        numbers["mean of shifts"] = average([numbers[shift] for shift in shifts]).mean
         return [numbers[column] for column in columns]
 
     zero_shot = first | {"splits": first["zero_shot"]}
@@ -230,6 +228,7 @@ def tabulate(results: Sequence[Results], name: str) -> Table:
         raise InputError(
             f"{first['path']} has no {name}: seen, unseen and harmonic-mean need runs with --unseen"
         )
+    metric = METRICS[name]
     return Table(metric.heading, dict.fromkeys(columns, metric), rows, without_best=1)
 
 
