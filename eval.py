@@ -514,9 +514,10 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
         main = figures.main_settings(results)
         folders = {run["method"]: run["path"].parent for run in reversed(main)}
         opened, setup = finished.open_runs(tuple(reversed(folders.values())), runs.moved)
-        splits, image_size = list(setup.data.reports.values()), setup.model.clip.config.image_size
         vectors = energy_vectors_of(opened, setup)
         drawn["energy_vectors"] = partial(figures.draw_energy_vectors, *vectors), ""
+        splits = list(setup.data.reports.values())
+        image_size = setup.model.clip.config.image_size
         sheet = partial(figures.draw_contact_sheet, splits, setup.classes, image_size)
         drawn["contact_sheet"] = sheet, ""
     figures.write_figures(drawn, out)

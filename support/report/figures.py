@@ -72,7 +72,7 @@ class Panel(NamedTuple):
 
     def plot(self, points: Points, method: str, name: str = "", **style: Any) -> None:
         """Draws points (x, y) as the method looks, and adds its name at the last."""
-        self.axes.plot(*np.transpose(points), **look_of(method) | style)
+        self.axes.plot(*np.asarray(points).T, **look_of(method) | style)
         if name:
             self.labels.append(Label(name, points[-1], method))
 
@@ -81,25 +81,27 @@ class Panel(NamedTuple):
 
         One without a free place is left out.
         """
-        axes, lines, points = self.axes, [], []
+        axes = self.axes
         pixels = axes.figure.dpi / 72
+        points, radii, lines = [], [], []
         for line in axes.lines:
-            points += [(*xy, line.get_markersize() / 2 * pixels) for xy in line.get_xydata()]
+            points += [*line.get_xydata()]
+            radii += [line.get_markersize() / 2 * pixels] * len(line.get_xydata())
             if line.get_linestyle() != "None":
                 lines.append(line.get_xydata())
         for error_bars in axes.collections:
             lines += error_bars.get_segments()
-        x, y, radii = np.transpose(points)
         labels = sorted(self.labels, key=lambda label: (label.is_value, not label.is_main))
         looks = [look_of(label.method) for label in labels]
         colors = ["0.4" if look["color"] == OTHER["color"] else look["color"] for look in looks]
         axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # lines to labels do not widen them
         textalloc.allocate(
             axes,
-            *np.transpose([label.point for label in labels]),
-            [label.text for label in labels],
-            x_scatter=x,
-            y_scatter=y,
+            x=[label.point[0] for label in labels],
+            y=[label.point[1] for label in labels],
+            text_list=[label.text for label in labels],
+            x_scatter=[x for x, _ in points],
+            y_scatter=[y for _, y in points],
             scatter_sizes=radii,
             text_scatter_sizes=[look["markersize"] / 2 * pixels for look in looks],
             x_lines=[line[:, 0] for line in lines],
@@ -115,6 +117,7 @@ class Panel(NamedTuple):
             nbr_candidates=1000,
             avoid_label_lines_overlap=True,
             draw_all=False,
+            va="bottom",
             in_layout=False,
             zorder=6,
         )
@@ -170,12 +173,13 @@ def accuracies_of(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray,
     """
     points = []
     for run in runs:
-        if not tables.shifts_of(run):
+        accuracies = {name: split["accuracy"] for name, split in run["splits"].items()}
+        shifts = [shift] if shift else tables.shifts_of(run)
+        if not shifts:
             raise NoData
-        splits = run["splits"]
-        on_shift = splits[shift]["accuracy"] if shift else tables.average_shifts(run, "accuracy")
-        points.append((100 * on_shift, 100 * splits[tables.reference_of(run)]["accuracy"]))
-    return np.array(points)
+        on_shifts = [accuracies[name] for name in shifts]
+        points.append((np.mean(on_shifts), accuracies[tables.reference_of(run)]))
+    return 100 * np.array(points)
 
 
 def finish_accuracies(
@@ -210,7 +214,8 @@ def draw_lines(panel: Panel, runs: Sequence[Results], shift: str) -> str:
 
     Returns the setting along which lines join them, or "".
     """
-    method, joined = runs[0]["method"], ""
+    method = runs[0]["method"]
+    joined = ""
     main = accuracies_of(main_settings(runs), shift).mean(axis=0)
     panel.labels.append(Label(runs[0]["label"], main, method))
     swept, lines = group_by_line(runs)

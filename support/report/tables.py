@@ -217,11 +217,6 @@ def average(values: Sequence[float | None]) -> Cell:
     return Cell(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
 
 
-def average_shifts(run: Results, key: str) -> float | None:
-    """Returns a run's mean over its shifts, or None if it has none or one of them lacks the key."""
-    return average([run["splits"][name].get(key) for name in shifts_of(run)]).mean
-
-
 def average_rows(
     rows: Mapping[str, Sequence[Results]], values: Callable[[Results], list[float | None]]
 ) -> dict[str, list[Cell]]:
@@ -252,7 +247,6 @@ def tabulate(results: Sequence[Results], name: str, average_of: str = "shifts") 
     """
     first, metric, key = results[0], METRICS[name], name.replace("-", "_")
     means = mean_columns(first["splits"], shifts_of(first), average_of == "all")
-    columns = [*first["splits"], *means]
 
     def values(run: Results) -> list[float | None]:
         numbers = {split: run["splits"][split].get(key) for split in first["splits"]}
@@ -267,7 +261,9 @@ def tabulate(results: Sequence[Results], name: str, average_of: str = "shifts") 
         raise InputError(
             f"{first['path']} has no {name}: seen, unseen and harmonic-mean need runs with --unseen"
         )
-    return Table(metric.heading, dict.fromkeys(columns, metric), rows, len(zero_shot))
+    return Table(
+        metric.heading, dict.fromkeys([*first["splits"], *means], metric), rows, len(zero_shot)
+    )
 
 
 def mean_columns(splits: Iterable[str], shifts: list[str], of_all: bool) -> dict[str, list[str]]:
