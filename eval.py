@@ -506,10 +506,13 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
         from support.report import figures  # needs the extra; everything else does without
     except ImportError as error:
         raise InputError(f"figures need {error.name}: pip install '.[plots]'") from error
-    results = tables.read_results(runs.folders)
-    drawn: dict[str, tuple[Callable, str]] = {
-        name: (partial(draw, results), needs) for name, (draw, needs) in figures.FROM_FILES.items()
-    }
+    results = [run for run in tables.read_results(runs.folders) if run["method"] != "zero-shot"]
+    models = tables.group_by_model(results)
+    drawn: dict[str, tuple[Callable, str]] = {}
+    for name, (draw, needs) in figures.FROM_FILES.items():
+        of_all = name == "distortion"  # in panels
+        for model, own in {"": results}.items() if of_all else models.items():
+            drawn[f"{name} {model}".strip().replace("/", "-")] = partial(draw, own), needs
     if not files_only:
         main = figures.main_settings(results)
         folders = {run["method"]: run["path"].parent for run in reversed(main)}
@@ -521,7 +524,8 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
         sheet = partial(figures.draw_contact_sheet, splits, setup.classes, image_size)
         drawn["contact_sheet"] = sheet, ""
     figures.write_figures(drawn, out)
-    tables.print_correlations(results)
+    if len(models) == 1:
+        tables.print_correlations(results)
 
 
 def energy_vectors_of(

@@ -140,7 +140,8 @@ def finish(figure: Figure, panels: Sequence[Panel], x: str, y: str = "") -> Figu
     figure.supxlabel(x, fontsize=10)
     figure.supylabel(y, fontsize=10)
     for panel in panels:
-        panel.place_labels()
+        if panel.labels:
+            panel.place_labels()
     return figure
 
 
@@ -158,12 +159,6 @@ def main_settings(results: Iterable[Results]) -> list[Results]:
     for runs in trained(results).values():
         found += max(tables.group_by_row(runs).values(), key=len)
     return found
-
-
-def zero_shot_of(results: Sequence[Results]) -> Results:
-    """Returns the results of the zero-shot model, which all runs share."""
-    name = {"method": "zero-shot", "label": "zero-shot"}
-    return results[0] | name | {"splits": results[0]["zero_shot"]}
 
 
 def accuracies_of(runs: Sequence[Results], shift: str = "") -> Float[np.ndarray, "runs 2"]:
@@ -187,7 +182,7 @@ def finish_accuracies(
 ) -> Figure:
     """Completes a figure of reference against each of `shifts`, or their mean, with zero-shot."""
     for panel, shift in zip(panels, shifts or [""] * len(panels), strict=True):
-        panel.plot(accuracies_of([zero_shot_of(results)], shift), "zero-shot", "zero-shot")
+        panel.plot(accuracies_of(tables.zero_shot_of(results), shift), "zero-shot", "zero-shot")
     x = "accuracy on the shift, %" if shifts else "mean accuracy on the shifts, %"
     return finish(figure, panels, x, f"accuracy on {tables.reference_of(results[0])}, %")
 
@@ -254,28 +249,33 @@ def draw_trade_off_per_shift(results: Sequence[Results]) -> Figure:
 
 
 def draw_distortion(results: Sequence[Results]) -> Figure:
-    """Figures 3 and 9 to 12: feature distortion per method and split.
+    """Figures 3 and 9 to 12: feature distortion per method and split, a panel per model.
 
     Means over seeds, standard deviations.
     """
     splits = [tables.reference_of(results[0]), *tables.shifts_of(results[0])]
-    runs = [run for run in main_settings(results) if "distortion" in run["splits"][splits[0]]]
-    if not runs:
+    models = tables.group_by_model([x for x in results if "distortion" in x["splits"][splits[0]]])
+    if not models:
         raise NoData
+    figure, panels = new_figure(len(models), sharey=True)
+    for (axes, _), (model, runs) in zip(panels, models.items(), strict=True):
+        draw_distortions(axes, main_settings(runs), splits)
+        axes.set_title(model, fontsize=10)
+    title = f"level: {splits[0]} (reference), points from left: {', '.join(splits[1:])}"
+    return finish(figure, panels, title, "mean distance of features from the zero-shot ones")
+
+
+def draw_distortions(axes: Axes, runs: Sequence[Results], splits: Sequence[str]) -> None:
+    """Draws the feature distortion of the runs of a model: a column per method."""
     methods = tables.group_by_method(runs)
-    figure, ((axes, _),) = new_figure(1)
     for column, (method, runs) in enumerate(methods.items()):
         values = np.array([[run["splits"][name]["distortion"] for name in splits] for run in runs])
         (level, *means), (_, *errors) = values.mean(axis=0), values.std(axis=0, ddof=len(runs) > 1)
         style = look_of(method) | {"linestyle": "none", "markersize": 5, "elinewidth": 0.8}
         axes.errorbar(column + np.linspace(-0.3, 0.3, len(means)), means, errors, **style)
         axes.plot([column - 0.4, column + 0.4], [level, level], color=style["color"], linewidth=2.5)
-    title = f"level: {splits[0]} (reference), points from left: {', '.join(splits[1:])}"
-    axes.set_title(title, fontsize=9, loc="left")
     names = [label_method(method) for method in methods]
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
-    axes.set_ylabel("mean distance of features from the zero-shot ones")
-    return figure
 
 
 def draw_energy_gap(results: Sequence[Results]) -> Figure:
@@ -284,7 +284,7 @@ def draw_energy_gap(results: Sequence[Results]) -> Figure:
     if not any(tables.relative_accuracies(results, shift, "energy_gap") for shift in shifts):
         raise NoData
     figure, panels = new_figure(len(shifts))
-    zero_shot = zero_shot_of(results)
+    (zero_shot,) = tables.zero_shot_of(results)
     named = [zero_shot, *(runs[0] for runs in trained(main_settings(results)).values())]
     for panel, shift in zip(panels, shifts, strict=True):
         shown = tables.relative_accuracies([*results, zero_shot], shift, "energy_gap")

@@ -144,7 +144,20 @@ def describe_settings(run: Results, names: Iterable[str]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {run['settings'][name]}" for name in names)
 
 
-def group_by_row(results: Iterable[Results]) -> dict[str, list[Results]]:
+def group_by_model(results: Sequence[Results]) -> dict[str, list[Results]]:
+    """Returns the runs per model and prompts, by what differs among them: "" if nothing does."""
+    models: dict[str, list[Results]] = {}
+    for run in results:
+        models.setdefault(describe_settings(run, varied_models(results)), []).append(run)
+    return models
+
+
+def varied_models(runs: Sequence[Results]) -> list[str]:
+    """Returns which of model and prompts differ among the runs."""
+    return [name for name in varied_settings(runs) if name in ("model", "templates")]
+
+
+def group_by_row(results: Sequence[Results]) -> dict[str, list[Results]]:
     """Returns the runs per table row: those that differ in their seed alone.
 
     A row's label is the method's, with the settings that vary among its runs, in their order. The
@@ -155,10 +168,8 @@ def group_by_row(results: Iterable[Results]) -> dict[str, list[Results]]:
         return value if isinstance(value, int | float) else math.inf, str(value)
 
     rows: dict[str, list[Results]] = {}
-    results = list(results)
-    of_all = [name for name in varied_settings(results) if name in ("model", "templates")]
     for runs in group_by_method(results).values():
-        varied = list(dict.fromkeys([*of_all, *varied_settings(runs)]))
+        varied = list(dict.fromkeys([*varied_models(results), *varied_settings(runs)]))
         runs.sort(key=lambda run: [position(run["settings"][name]) for name in varied])
         for run in runs:
             settings = f" ({describe_settings(run, varied)})" if varied else ""
@@ -229,13 +240,12 @@ def average_rows(
 
 def zero_shot_of(results: Sequence[Results]) -> list[Results]:
     """Returns the results of the zero-shot models of runs, one per model and prompts."""
-    found = {}
-    for run in results:
-        settings = {name: run["settings"].get(name) for name in ("model", "templates")}
-        named = {"method": "zero-shot", "label": "zero-shot", "row": -1, "seed": 0, "post_hoc": {}}
-        new = run | named | {"settings": settings, "splits": run["zero_shot"]}
-        found.setdefault(tuple(settings.values()), new)
-    return list(found.values())
+    found = []
+    for first, *_ in group_by_model(results).values():
+        settings = {name: first["settings"].get(name) for name in ("model", "templates")}
+        new = {"method": "zero-shot", "label": "zero-shot", "row": -1, "settings": settings}
+        found.append(first | new | {"splits": first["zero_shot"]})
+    return found
 
 
 def tabulate(results: Sequence[Results], name: str, average_of: str = "shifts") -> Table:

@@ -52,9 +52,10 @@ def crowded() -> Iterable[tables.Results]:
     methods.
     """
     random = np.random.default_rng(0)
-    for seed, method in itertools.product(range(3), lipsum.METHODS):
+    methods = [method for method in lipsum.METHODS if method != "zero-shot"]
+    for seed, method in itertools.product(range(3), methods):
         yield result(method, seed, 0.8 + random.normal() / 50, 0.002 * np.exp(random.normal()))
-    assert len(lipsum.METHODS) == 13
+    assert len(methods) == 13
     for method, steps, rate in itertools.product(
         ("ft", "lipsum", "kd"), (100, 250), (0.0003, 0.003, 0.01)
     ):

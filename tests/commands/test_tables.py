@@ -48,6 +48,7 @@ def write_run(
         "data": "domainnet",
         "seed": seed,
         "settings": {},
+        "content": {},
         "splits": splits(accuracies),
         "zero_shot": splits(dict.fromkeys(accuracies, 0.5)),
     } | more
