@@ -6,6 +6,8 @@ Run them with `python -m pytest tests/commands/test_figures.py`.
 
 import itertools
 from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,6 +177,20 @@ def test_lines_join_runs_that_differ_in_one_setting(monkeypatch: pytest.MonkeyPa
         "zero-shot",
     }
     assert expected <= texts and "0.001" not in texts
+
+
+def test_what_runs_without_shifts_lack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the distortion is drawn."""
+    run = result("ft", 0, 0.7, 0.001)
+    run |= {kind: {"real": run[kind]["real"]} for kind in ("splits", "zero_shot")}
+    drawn = {
+        name: (partial(draw, [run]), need) for name, (draw, need) in figures.FROM_FILES.items()
+    }
+    figures.write_figures(drawn, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"distortion.png", "distortion.svg"}
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("nothing to show yet, it needs" in line for line in lines) == len(drawn) - 1
+    assert all("with shifts" in line for line in lines if "nothing to show" in line)
 
 
 def test_post_hoc_curves_are_in_the_order_of_their_setting() -> None:
