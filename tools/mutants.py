@@ -453,8 +453,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "the reference is called a shift",
-            '"shift" if results else "reference"',
-            '"reference" if results else "shift"',
+            '"reference" if name == setup.sources.reference else "shift"',
+            '"shift" if name == setup.sources.reference else "reference"',
         ),
         (
             "seen and unseen change places",

@@ -231,8 +231,8 @@ def test_distortion_has_a_panel_per_model() -> None:
     runs = []
     for number, model in enumerate(("ViT-B/32", "ViT-L/14")):
         settings = SETTINGS | {"model": model, "templates": "openai"}
-        for method in ("ft", "lp-ft")[: number + 1]:
-            runs.append(result(method, 0, 0.8, 0.01 * (1 + number), settings=settings))
+        methods = ("ft", "lp-ft")[: number + 1]
+        runs += [result(method, 0, 0.8, 0.01, settings=settings) for method in methods]
     figure = figures.draw_distortion(runs)
     panels = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title() for axes in panels] == ["model ViT-B/32", "model ViT-L/14"]
