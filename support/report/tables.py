@@ -146,9 +146,10 @@ def describe_settings(run: Results, names: Iterable[str]) -> str:
 
 def group_by_model(results: Sequence[Results]) -> dict[str, list[Results]]:
     """Returns the runs per model and prompts, by what differs among them: "" if nothing does."""
+    varied = varied_models(results)
     models: dict[str, list[Results]] = {}
     for run in results:
-        models.setdefault(describe_settings(run, varied_models(results)), []).append(run)
+        models.setdefault(describe_settings(run, varied), []).append(run)
     return models
 
 
@@ -160,16 +161,17 @@ def varied_models(runs: Sequence[Results]) -> list[str]:
 def group_by_row(results: Sequence[Results]) -> dict[str, list[Results]]:
     """Returns the runs per table row: those that differ in their seed alone.
 
-    A row's label is the method's, with the settings that vary among its runs, in their order. The
-    first is zero-shot, with a row per model and prompts.
+    A row's label is the method's, with the settings that vary among its runs, in their order, and
+    with model and prompts if those vary among all runs.
     """
 
     def position(value: Any) -> tuple[int | float, str]:
         return value if isinstance(value, int | float) else math.inf, str(value)
 
+    of_all = varied_models(results)
     rows: dict[str, list[Results]] = {}
     for runs in group_by_method(results).values():
-        varied = list(dict.fromkeys([*varied_models(results), *varied_settings(runs)]))
+        varied = list(dict.fromkeys([*of_all, *varied_settings(runs)]))
         runs.sort(key=lambda run: [position(run["settings"][name]) for name in varied])
         for run in runs:
             settings = f" ({describe_settings(run, varied)})" if varied else ""
@@ -251,9 +253,8 @@ def zero_shot_of(results: Sequence[Results]) -> list[Results]:
 def tabulate(results: Sequence[Results], name: str, average_of: str = "shifts") -> Table:
     """Returns a metric's table: zero-shot and methods by splits and the shifts' mean.
 
-    With `average_of` all, it has the mean of all splits, too.
-
-    Raises InputError if no run has the metric.
+    With `average_of` all, it has the mean of all splits, too. Zero-shot has a row per model and
+    prompts. Raises InputError if no run has the metric.
     """
     first, metric, key = results[0], METRICS[name], name.replace("-", "_")
     means = mean_columns(first["splits"], shifts_of(first), average_of == "all")
