@@ -90,7 +90,9 @@ def test_resume_keeps_finished_runs_and_refuses_other_settings(
     assert errors.exit_code(lambda: train.main(changed(command, resume=True, weight=(2.0,)))) == 2
     assert "made with other settings (--weight 1.0, now 2.0)" in capsys.readouterr().err
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"classes": ["other"]}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"content": config["content"] | {"class_names": 0}})
+    )
     assert errors.exit_code(lambda: train.main(changed(command, resume=True))) == 2
     assert "was made with other classes" in capsys.readouterr().err
     (folder / "config.json").write_text(json.dumps(config))
