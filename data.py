@@ -9,6 +9,7 @@ contain uint8 images; `clip.standardize` turns them into floats on the device.
 
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -86,6 +87,17 @@ def take(split: Split, indices: Int[np.ndarray, " taken"], name: str) -> Split:
     else:
         images = tuple(images[index] for index in indices)
     return replace(split, name=name, images=images, labels=split.labels[indices])
+
+
+def digest(split: Split) -> int:
+    """Returns a checksum of the names and labels of a split, or of its pixels and labels."""
+    images = split.images
+    if isinstance(images, np.ndarray):
+        content = np.ascontiguousarray(images).data
+    else:
+        names = images.names if isinstance(images, Files) else [str(each) for each in images]
+        content = "\n".join(names).encode()
+    return zlib.crc32(np.ascontiguousarray(split.labels).data, zlib.crc32(content))
 
 
 def hold_out(train: Split, every: int = 10, name: str = "val") -> tuple[Split, Split]:

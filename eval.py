@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +38,7 @@ from support import devices, disk, layouts
 from support.report.labels import describe_method
 from support.run import checks, finished
 from support.run.finished import FinishedRun
-from support.run.options import Places, SelectOn, absolute, to_json
+from support.run.options import Places, SelectOn, absolute, to_json, usable_cpus
 from support.run.setup import Images, Setup, seen_classes
 
 # -------------------------------------------------------------------------------------- metrics
@@ -266,7 +265,7 @@ def evaluate_command(
         reports = layouts.read_reports(
             data_set, places.data_root, shifts, classes, places.split_roots, class_names
         )
-        data.check_images(list(reports.values()), os.cpu_count() or 1)
+        data.check_images(list(reports.values()), usable_cpus())
         unused = next(iter(reports.values()))  # nothing is trained or selected on
         seen = seen_classes(classes, run.sources.unseen)
         return data.Data(unused, unused, reports), classes, seen

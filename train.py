@@ -15,10 +15,10 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
-from support.errors import exit_code, quiet_interrupts, warn
+from support.errors import InputError, exit_code, quiet_interrupts, warn
 
 if __name__ == "__main__":
     quiet_interrupts()
@@ -43,6 +43,8 @@ from support.run.processes import (
     Stopped,
     broadcast,
     connect,
+    failing_together,
+    flush_and_exit,
     from_main_process,
     keep_freed_memory,
 )
@@ -342,7 +344,12 @@ def main(command: Command) -> None:
     Raises InputError, and Stopped after a signal.
     """
     signals = Signals()
-    with signals.heard(), contextlib.ExitStack() as locks:
+    with (
+        failing_together(),
+        lack_of_memory_named(command),
+        signals.heard(),
+        contextlib.ExitStack() as locks,
+    ):
         command = options.resolved(command)
         runs = options.runs(command)
         checks.check_options(command, runs)
@@ -374,6 +381,27 @@ def main(command: Command) -> None:
     if devices.is_main_process():  # the table is read from files
         for _, own in groups:
             tables.print_accuracies(tables.read_results([run.folder for run in own]))
+
+
+@contextlib.contextmanager
+def lack_of_memory_named(command: Command) -> Iterator[None]:
+    """Turns a lack of memory in the block into an InputError, with the options that may help."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        execution = command.execution
+        unused = {
+            f"--batch-size below {command.settings.batch_size}": command.settings.batch_size > 1,
+            "--accumulate": execution.accumulate == 1,
+            "--remat": not execution.remat,
+            "--fsdp": not execution.fsdp and jax.device_count() > 1,
+            "--precision bfloat16": execution.precision != "bfloat16",
+        }
+        advice = ", ".join(option for option, helps in unused.items() if helps)
+        peak = f"a peak of {devices.peak_memory() / 2**30:.1f} GiB"
+        raise InputError(f"out of memory after {peak}: try {advice}") from error
 
 
 def fine_tune_all(runs: Sequence[Run], setup: Setup, signals: Signals, resume: bool) -> None:
@@ -422,7 +450,6 @@ def command_line(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     code = command_line(sys.argv[1:])
-    if code and jax.distributed.is_initialized():  # the usual way out waits for the others
-        sys.stdout.flush()
-        os._exit(code)
+    if code and jax.distributed.is_initialized():
+        flush_and_exit(code)
     sys.exit(code)

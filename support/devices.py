@@ -3,6 +3,8 @@
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M. `python train.py --fsdp` uses it.
 """
 
+import resource
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -73,6 +75,14 @@ def evaluation_batch_size(batch_size: int, accumulate: int = 1) -> int:
     """
     per_device = batch_size // (accumulate * jax.device_count())
     return min(max(per_device, 1), EVALUATED_AT_ONCE) * jax.device_count()
+
+
+def peak_memory() -> int:
+    """Returns the most bytes that were in use at once, on a device if it counts them, or here."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    in_process = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return statistics.get("peak_bytes_in_use", in_process)
 
 
 def own_part() -> Part:

@@ -150,6 +150,7 @@ def quiet_interrupts() -> None:
         os.write(2, b"interrupted\n")
         os._exit(130)
 
-    # Otherwise it is ignored, as in the background.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Otherwise it is ignored, as in the background. A notebook or shell of Python goes on.
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_default and not hasattr(sys, "ps1"):
         signal.signal(signal.SIGINT, end)

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 import clip
@@ -49,6 +50,11 @@ def processes_differ(command: Command, runs: Sequence[Run]) -> Problems:
     if any(other != own for other in gathered(own)):
         advice = "give each the same command except for --process"
         yield f"the processes have different options: {advice}"
+
+
+def steps_are_not_compiled(command: Command, runs: Sequence[Run]) -> Problems:
+    if jax.config.jax_disable_jit:
+        yield "JAX_DISABLE_JIT is set, steps and evaluation are compiled: unset it"
 
 
 def no_runs(command: Command, runs: Sequence[Run]) -> Problems:
@@ -109,6 +115,7 @@ def batches_do_not_divide(command: Command, runs: Sequence[Run]) -> Problems:
 
 WITHOUT_DATA = [
     processes_differ,
+    steps_are_not_compiled,
     no_runs,
     numbers_out_of_range,
     methods_contradict_options,

@@ -34,6 +34,13 @@ def help_for(metavar: str, default: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
+def usable_cpus(most: int = 16) -> int:
+    """Returns how many CPUs this process may use: a job's share of its machine, or `most`."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return min(len(os.sched_getaffinity(0)), most)
+    return min(os.cpu_count() or 1, most)
+
+
 SelectOn = Literal["val", "test"]
 
 
@@ -92,8 +99,8 @@ class Execution(lipsum.Computation, Places):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # Spread weights, optimizer and frozen weights over the devices instead of copying them to each.
     fsdp: bool = False
-    # Threads that decode images.
-    workers: int = os.cpu_count() or 1
+    # Threads that decode images. By default one per CPU that the process may use, at most 16.
+    workers: int = usable_cpus()
     # Steps between checkpoints, of which the two newest are kept. Every evaluation also saves one.
     checkpoint_every: int = 1_000
     # Also write the metrics for TensorBoard (needs pip install '.[tensorboard]').

@@ -11,12 +11,16 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
@@ -47,15 +51,17 @@ def connect(cluster: Cluster) -> None:
             raise InputError(f"--coordinator is {address!r}: {advice}")
         meet(f"process {number} of {count} at {address}", address, count, number)
     all_devices()  # raises, if there are none, what the user can read
+    if jax.process_count() > 1:
+        threading.Thread(target=watch_the_others, daemon=True).start()
     errors.shows_warnings = is_main_process()
     if not is_main_process():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # silences libraries, too
 
 
 def meet(name: str, *arguments: Any, **options: Any) -> None:
-    """Waits for the other processes."""
+    """Waits for the other processes. From then on, the loss of one ends all within a minute."""
     print(f"{name}: waits up to five minutes for the others", flush=True)
-    jax.distributed.initialize(*arguments, **options)
+    jax.distributed.initialize(*arguments, heartbeat_timeout_seconds=50, **options)
 
 
 # Per scheduler that JAX knows, the variables that it sets for each process that it starts: the
@@ -79,7 +85,8 @@ def join_cluster() -> None:
             return
     in_job = "SLURM_JOB_ID" in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ
     if not in_job or "TPU_WORKER_HOSTNAMES" in os.environ:
-        with contextlib.suppress(ValueError):  # no TPU pod: one process
+        # ValueError: no TPU pod. RuntimeError: this process, a notebook's, used its devices before.
+        with contextlib.suppress(ValueError, RuntimeError):
             jax.distributed.initialize()
 
 
@@ -124,6 +131,79 @@ def broadcast(tree: Any) -> Any:
     return jax.tree.map(send, tree) if jax.process_count() > 1 else tree
 
 
+# ------------------------------------------------------------------------------- common failure
+
+# In the store that JAX's processes share, the first one that fails writes why, and each writes that
+# it ends.
+FAILURE, ENDS = "lipsum/failure", "lipsum/ends"
+_ending = threading.Lock()  # held by the thread that ends the process
+
+
+def shared_store() -> Any:
+    """Returns the store of names and texts that the processes share. JAX has no public name yet."""
+    return distributed.global_state.client
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Ends all processes, each with the reason, if one of them fails in the block.
+
+    The others would wait for it in a collective.
+    """
+    try:
+        yield
+    except Stopped:  # all processes get it
+        raise
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if not isinstance(error, InputError):
+            end_with_the_others(1_000)  # a collective broke, since another process ended
+            traceback.print_exc()
+        reason = str(error).split("\n")[0] or type(error).__name__
+        end_process(2 if isinstance(error, InputError) else 1, reason, f"error: {reason}")
+
+
+def end_with_the_others(milliseconds: int) -> None:
+    """Ends this process with another one's reason, if one fails within the time."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # none failed
+        code, reason = json.loads(shared_store().blocking_key_value_get(FAILURE, milliseconds))
+        end_process(code, reason, f"error: {reason}")
+
+
+def watch_the_others() -> None:
+    """Ends this process when another one fails; runs in a thread."""
+    while jax.distributed.is_initialized():
+        end_with_the_others(60_000)
+        time.sleep(1)
+
+
+def end_process(code: int, reason: str, line: str) -> None:
+    """Prints a line, tells the others the reason unless they know one, and ends this process.
+
+    Process 0, which holds the store, ends after the others.
+    """
+    with _ending:
+        print(line, file=sys.stderr)
+        store, number = shared_store(), jax.process_index()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            store.key_value_set(FAILURE, json.dumps([code, f"process {number}: {reason}"]))
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            store.key_value_set(f"{ENDS}/{number}", "")
+            for other in range(jax.process_count()) if number == 0 else ():
+                store.blocking_key_value_get(f"{ENDS}/{other}", 10_000)
+        if number == 0:
+            time.sleep(1)
+        flush_and_exit(code)
+
+
+def flush_and_exit(code: int) -> None:
+    """Ends the process at once. The usual way out waits for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 # -------------------------------------------------------------------------------------- signals
 
 _largest = jax.jit(jnp.max)
@@ -150,7 +230,10 @@ class Signals:
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """Handles the signals within the block."""
+        """Handles the signals within the block; in the main thread, the only one that gets them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         handled = [signal.SIGTERM, signal.SIGINT]
         # nohup makes processes ignore SIGHUP.
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:

@@ -22,6 +22,7 @@ from support import devices, layouts, weights
 from support.errors import InputError, read_lines, unknown
 from support.layouts import minidomain
 from support.run.options import Execution, Sources
+from support.run.processes import gathered
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +175,10 @@ def read_data(sources: Sources, execution: Execution) -> Images:
         images = data.Data(train, selection, images.reports)
     splits = [images.train, images.selection, *images.reports.values()]
     data.check_images(splits, execution.workers)
+    digests = gathered([data.digest(split) for split in splits])
+    if others := [number for number, each in enumerate(digests) if each != digests[0]]:
+        problem = f"process {others[0]} finds other images than process 0"
+        raise InputError(f"{problem}: give all the same files under {execution.data_root}")
     return images, classes, seen
 
 

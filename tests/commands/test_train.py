@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -546,3 +548,24 @@ def test_every_layout_trains_and_evaluates(
     assert "Lipsum-FT" in capsys.readouterr().out
     results = json.loads((command.out / "lipsum/seed-0/results.json").read_text())
     assert next(iter(results["splits"])) == reference and results["steps"] == 2
+
+
+def test_from_python_in_a_thread(command: options.Command) -> None:
+    """A second run of the process, outside its main thread; signal handlers stay as they were."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    failed = []
+
+    def run(out: Path) -> None:
+        try:
+            train.main(changed(command, method=("ft",), steps=2, out=out))
+        except BaseException as error:
+            failed.append(error)
+
+    train.main(changed(command, method=("ft",), steps=2, out=command.out / "a"))
+    thread = threading.Thread(target=run, args=(command.out / "b",))
+    thread.start()
+    thread.join()
+    assert not failed and [signal.getsignal(number) for number in numbers] == before
+    a, b = (command.out / out / "ft" / "seed-0" / "results.json" for out in "ab")
+    assert json.loads(a.read_text())["splits"] == json.loads(b.read_text())["splits"]
