@@ -39,7 +39,7 @@ def config_of(sizes: dict[str, int], activation: str = "quick_gelu") -> clip.Con
     ]
     vocabulary = sizes["vocabulary_size"]
     return clip.Config(
-        sizes["image_size"],
+        clip.Preparation(sizes["image_size"]),
         sizes["patch_size"],
         *towers,
         sizes["embedding_size"],
@@ -89,9 +89,9 @@ def assert_batches_raise(split: data.Split, message: str) -> None:
     """From the thread that decodes to whoever asks for batches, in evaluation and in training."""
     for workers in (1, 4):
         with raises(message):
-            list(data.evaluation_batches(split, 8, 2, workers))
+            list(data.evaluation_batches(split, clip.Preparation(8), 2, workers))
         with raises(message):
-            take(data.training_batches(split, 8, 2, 0, workers), len(split))
+            take(data.training_batches(split, clip.Preparation(8), 2, 0, workers), len(split))
 
 
 def refused(call: Callable[[], Any], *words: object) -> None:

@@ -12,11 +12,12 @@ import json
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 
@@ -27,6 +28,7 @@ from support.weights.archives import read_weights, refuse_damaged
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-clip"
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+OPEN_CLIP = "open_clip_config.json"
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # beside OpenAI's files
 
 Arrays = dict[str, np.ndarray]  # a state dict: weights by name, in PyTorch's layout
@@ -66,6 +68,23 @@ _KINDS = {
 }
 
 
+_OFF = (False, "", [], {})  # values of a key that is not in use
+
+
+def unsupported(
+    part: Mapping[str, Any], read: Container[str], allowed: Mapping[str, Sequence]
+) -> list[str]:
+    """Returns a problem per key that is neither read, nor null, nor has an allowed value.
+
+    Keys that are in neither must be off.
+    """
+    return [
+        f"{key} {value!r} is not supported"
+        for key, value in part.items()
+        if key not in read and value is not None and value not in allowed.get(key, _OFF)
+    ]
+
+
 def make_config(values: dict[str, Any], source: str, problems: list[str]) -> clip.Config:
     """Returns the configuration with the given values of fields, such as `vision.width`.
 
@@ -91,6 +110,7 @@ def make_config(values: dict[str, Any], source: str, problems: list[str]) -> cli
             "restore it, or choose another model"
         )
     sizes = [field.name for field in dataclasses.fields(clip.Transformer)]
+    values["preparation"] = clip.Preparation(values.pop("image_size"))
     for tower in ("vision", "text"):
         values[tower] = clip.Transformer(*(values.pop(f"{tower}.{size}") for size in sizes))
     return clip.Config(**values)
@@ -164,9 +184,9 @@ def open_clip_config(path: Path) -> clip.Config:
         vision = _OPEN_CLIP_TOWER | _OPEN_CLIP_VISION | whole["vision_cfg"]
         text = _OPEN_CLIP_TOWER | _OPEN_CLIP_TEXT | whole["text_cfg"]
         problems = [
-            f"{key} {value!r} is not supported"
-            for key, value in [*whole.items(), *vision.items(), *text.items()]
-            if value and key not in _OPEN_CLIP_KEYS and value not in _OPEN_CLIP_VALUES.get(key, [])
+            problem
+            for part in (whole, vision, text)
+            for problem in unsupported(part, _OPEN_CLIP_KEYS, _OPEN_CLIP_VALUES)
         ]
         tokenizer = text.get("hf_tokenizer_name")
         if tokenizer and not (path.parent / "tokenizer.json").exists():
@@ -202,11 +222,13 @@ _OPENAI = [
     ("context_length", "positional_embedding", 0),
     ("vocabulary_size", "token_embedding.weight", 0),
 ]
+_WIDTHS_OF_16_HEADS = (1280, 1408, 1664, 1792)  # towers of ViT-H, g, bigG and e of open_clip
 
 
 def openai_config(state: Mapping[str, np.ndarray], source: str) -> clip.Config:
-    """Returns the configuration that the shapes of OpenAI's entries imply. Heads have width 64.
+    """Returns the configuration that the shapes of OpenAI's entries imply.
 
+    Heads have width 64, except in the widest published vision towers, which have 16 heads.
     Raises InputError if such an entry is missing or empty, or lacks the axis.
     """
     problems: list[str] = []
@@ -224,46 +246,110 @@ def openai_config(state: Mapping[str, np.ndarray], source: str) -> clip.Config:
         blocks = [name for name in state if name.startswith(f"{prefix}resblocks.")]
         numbers = {name.removeprefix(f"{prefix}resblocks.").partition(".")[0] for name in blocks}
         values[f"{tower}.layers"] = len(numbers)
-        values[f"{tower}.heads"], remainder = divmod(values[f"{tower}.width"], 64)
-        if remainder:
+        width = values[f"{tower}.width"]
+        is_wide = tower == "vision" and width in _WIDTHS_OF_16_HEADS
+        values[f"{tower}.heads"] = 16 if is_wide else width // 64
+        if width % 64 and not is_wide:
             problems.append(f"{tower}.width is no multiple of 64, and no config.json says heads")
     return make_config(values, f"weights {source}", problems)
 
 
-# Where each format specifies how images are prepared: file, section, keys of mean and deviation.
-_IMAGES = [
-    ("preprocessor_config.json", "", "image_mean", "image_std"),
-    ("processor_config.json", "image_processor", "image_mean", "image_std"),
-    ("open_clip_config.json", "preprocess_cfg", "mean", "std"),
-]
+# Where each format specifies how images are prepared: file, section. The first counts.
+_SECTIONS = {
+    "processor_config.json": "image_processor",
+    "preprocessor_config.json": "",
+    OPEN_CLIP: "preprocess_cfg",
+}
+# Keys that are read or change nothing here, and keys of which some values are implemented.
+_PROCESSOR_KEYS = {"size", "do_center_crop", "crop_size", "image_mean", "image_std"}
+_PROCESSOR_KEYS |= {"do_convert_rgb", "processor_class", "_valid_processor_keys", "data_format"}
+_PROCESSORS = ["CLIPFeatureExtractor", "CLIPImageProcessor"]
+_PROCESSORS += ["CLIPImageProcessorFast", "CLIPImageProcessorPil"]
+_PROCESSOR_VALUES = {
+    "do_resize": [True],
+    "do_rescale": [True],
+    "do_normalize": [True],
+    "rescale_factor": [1 / 255],
+    "resample": [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC],
+    "feature_extractor_type": _PROCESSORS,
+    "image_processor_type": _PROCESSORS,
+}
+_PREPROCESS_KEYS = {"size", "mean", "std", "fill_color"}
+_PREPROCESS_VALUES = {
+    "mode": ["RGB"],
+    "resize_mode": ["shortest", "squash"],
+    "interpolation": ["bilinear", "bicubic"],
+}
 
 
-def with_image_statistics(config: clip.Config, folder: Path) -> clip.Config:
-    """Returns the configuration with the mean and deviation that a folder's files specify, if any.
+def _side(value: Any) -> int:
+    """Returns the side of a square that a number or both sides specify, and 0 for other values."""
+    if isinstance(value, dict) and value.keys() == {"height", "width"}:
+        value = [*value.values()]
+    sides = value if isinstance(value, list) and len(value) in (1, 2) else [value]
+    return sides[0] if sides[0] == sides[-1] and type(sides[0]) is int else 0
 
-    Raises InputError if they are not three numbers each, or if images are not to be standardised.
+
+def _three(value: Any) -> tuple[float, ...]:
+    """Returns three numbers, or three times the one given, and nothing for other values."""
+    numbers = value if isinstance(value, list | tuple) else [value] * 3
+    is_right = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    return tuple(map(float, numbers)) if is_right and len(numbers) == 3 else ()
+
+
+def read_preparation(path: Path, section: Mapping[str, Any], size: int) -> clip.Preparation:
+    """Returns the preparation in a section of a file, of a model for images of `size` pixels.
+
+    What it lacks is OpenAI's. Raises InputError, which names the keys whose values are not
+    implemented.
     """
-    for name, section, *keys in _IMAGES:
-        path = folder / name
-        if not path.exists():
-            continue
-        with refuse_damaged(str(path), "restore it"):
-            content = read_json(path)
-            part = (content.get(section) or {}) if section else content
-            if not part.keys() & {*keys}:
-                continue
-            mean, deviation = np.array([part.get(key) for key in keys], np.float64)
-            is_right = mean.shape == (3,) and np.all(np.isfinite([mean, deviation]))
-            is_skipped = part.get("do_normalize") is False or part.get("do_rescale") is False
-            if is_skipped or not is_right or min(deviation) <= 0:
-                raise InputError(
-                    f"{path}: {' and '.join(keys)} are {mean} and {deviation}, not three numbers, "
-                    "or images are not standardised: restore it, or choose another model"
-                )
-        return dataclasses.replace(
-            config, image_mean=tuple(mean.tolist()), image_deviation=tuple(deviation.tolist())
+    part = {key: value for key, value in section.items() if value is not None}
+    edge = part.get("size", size)
+    if path.name == OPEN_CLIP:
+        problems = unsupported(part, _PREPROCESS_KEYS, _PREPROCESS_VALUES)
+        squash = part.get("resize_mode") == "squash"
+        interpolation = part.get("interpolation", "bicubic")
+        names = ("mean", "std")
+        is_right = {"size": _side(edge) == size}
+    else:
+        problems = unsupported(part, _PROCESSOR_KEYS, _PROCESSOR_VALUES)
+        if isinstance(edge, dict) and edge.keys() == {"shortest_edge"}:
+            edge = edge["shortest_edge"]
+        squash = isinstance(edge, dict | list)
+        is_bilinear = part.get("resample") == Image.Resampling.BILINEAR
+        interpolation = "bilinear" if is_bilinear else "bicubic"
+        names = ("image_mean", "image_std")
+        crops = part.get("do_center_crop", True) is True
+        is_right = {
+            "size": _side(edge) >= size if crops else _side(edge) == size,
+            "do_center_crop": crops or squash,  # otherwise images are not square
+            "crop_size": not crops or _side(part.get("crop_size", size)) == size,
+        }
+    mean = _three(part.get(names[0], clip.Preparation.mean))
+    deviation = _three(part.get(names[1], clip.Preparation.deviation))
+    is_right |= {names[0]: bool(mean), names[1]: min(deviation, default=0) > 0}
+    problems += [f"{key} {part[key]!r} is not supported" for key in is_right if not is_right[key]]
+    if problems:
+        raise InputError(
+            f"{path}: images of {size} pixels are not prepared here as it says "
+            f"({few(problems, '; ', 6)}): restore it, or choose another model"
         )
-    return config
+    return clip.Preparation(size, _side(edge) - size, squash, interpolation, mean, deviation)
+
+
+def find_preparation(folder: Path, size: int, is_open_clip: bool) -> clip.Preparation | None:
+    """Returns what the files of a folder specify, those of the model's own format first.
+
+    Returns None if there is nothing. Raises like `read_preparation`.
+    """
+    for name in sorted(_SECTIONS, key=lambda name: is_open_clip != (name == OPEN_CLIP)):
+        path = folder / name
+        if path.exists():
+            with refuse_damaged(str(path), "restore it"):
+                content = read_json(path)
+                if part := content.get(_SECTIONS[name]) if _SECTIONS[name] else content:
+                    return read_preparation(path, part, size)
+    return None
 
 
 # -------------------------------------------------------------------------------------- tokenizers
@@ -346,28 +432,36 @@ def unwrap(state: Arrays, source: str) -> tuple[Arrays, str]:
 def read_model(path: Path) -> tuple[Arrays, str, clip.Config]:
     """Returns the state dict of a file or folder, the style of its names, and the configuration.
 
-    A file's configuration is beside it. Without one, activation and heads are OpenAI's, with a
-    warning unless the file is OpenAI's. Raises InputError if something is missing or damaged.
+    A file's configuration is beside it. What nothing specifies is as OpenAI has it, with a warning
+    unless the file is OpenAI's. Raises InputError if something is missing or damaged.
     """
+    read_config = {"config.json": hugging_face_config, OPEN_CLIP: open_clip_config}
+    assumed = []
     if path.is_dir():
         files = hub.choose({file.name for file in path.iterdir()})
         if not files:
             formats = ", nor ".join(" with ".join(files) for files in hub.MODEL)
             raise InputError(f"{path} has neither {formats}: put the missing files there")
-        read_config = hugging_face_config if files[0] == "config.json" else open_clip_config
-        config = read_config(path / files[0])
-        return *unwrap(read_weights(path / files[1]), str(path)), config
-    state, style = unwrap(read_weights(path), str(path))
-    if style == "hugging_face":
-        return state, style, hugging_face_config(path.parent / "config.json")
-    if (path.parent / "open_clip_config.json").exists():
-        return state, style, open_clip_config(path.parent / "open_clip_config.json")
-    config = openai_config(state, str(path))
-    if "input_resolution" not in state:  # which OpenAI's own files have
-        warn(
-            f"{path} does not specify activation and heads, taken: quick_gelu (not gelu), "
-            f"{config.vision.heads} and {config.text.heads} heads of width 64"
-        )
+        folder, name = path, files[0]
+        config = read_config[name](path / name)
+        state, style = unwrap(read_weights(path / files[1]), str(path))
+    else:
+        folder = path.parent
+        state, style = unwrap(read_weights(path), str(path))
+        name = "config.json" if style == "hugging_face" else OPEN_CLIP
+        if style == "hugging_face" or (folder / name).exists():
+            config = read_config[name](folder / name)
+        else:
+            config = openai_config(state, str(path))
+            heads = f"{config.vision.heads} and {config.text.heads} heads"
+            assumed = [f"activation and heads (taken: quick_gelu, not gelu; {heads})"]
+    preparation = find_preparation(folder, config.image_size, name == OPEN_CLIP)
+    if preparation:
+        config = dataclasses.replace(config, preparation=preparation)
+    else:
+        assumed.append("how images are prepared (taken: OpenAI's mean, deviation, crop and filter)")
+    if assumed and "input_resolution" not in state:  # which OpenAI's own files have
+        warn(f"{path} does not specify {', nor '.join(assumed)}")
     return state, style, config
 
 
@@ -384,8 +478,6 @@ def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
         raise unknown("model preset", name, ["tiny", *hub.OPENAI])
     state, style, config = read_model(path)
     folder = path if path.is_dir() else path.parent
-    config = with_image_statistics(config, folder)
-
     present = {file.name for file in folder.iterdir()}
     if style == "hugging_face" or hub.choose(present, hub.TOKENIZER):
         tokenizer = hugging_face_tokenizer(folder)
@@ -410,7 +502,8 @@ def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
 
 def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.float32) -> None:
     """Writes a folder that `load` and `transformers` (`CLIPModel`, `CLIPProcessor`) can open."""
-    config = model.config
+    config, preparation = model.config, model.config.preparation
+    edge = preparation.size + preparation.margin
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors writes an array's buffer as it is: a transposed array must be contiguous first.
     state = clip.to_state_dict(model, "hugging_face")
@@ -421,12 +514,14 @@ def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.f
         "config.json": hugging_face_json(config),
         "preprocessor_config.json": {
             "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": config.image_size},
-            "resample": 3,
-            "crop_size": {"height": config.image_size, "width": config.image_size},
+            "size": {"height": edge, "width": edge}
+            if preparation.squash
+            else {"shortest_edge": edge},
+            "resample": Image.Resampling[preparation.interpolation.upper()],
+            "crop_size": dict.fromkeys(("height", "width"), preparation.size),
             **dict.fromkeys(steps, True),
-            "image_mean": config.image_mean,
-            "image_std": config.image_deviation,
+            "image_mean": preparation.mean,
+            "image_std": preparation.deviation,
         },
         "tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer",

@@ -183,9 +183,8 @@ def test_predict(finished: Path, root: Path, capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     assert [lines[0], lines[3]] == [str(image) for image in images] and len(lines) == 6
     classifier, model = finished_runs.read_classifier(run / "best")
-    features = clip.image_features(
-        classifier.vision, jnp.asarray(data.read_image(data.ListedFile(images[0], ""), 16))[None]
-    )
+    pixels = data.read_image(data.ListedFile(images[0], ""), classifier.vision.preparation)
+    features = clip.image_features(classifier.vision, jnp.asarray(pixels)[None])
     probabilities = np.asarray(
         jax.nn.softmax(jnp.exp(model.logit_scale) * (features @ classifier.head))
     )[0]
@@ -343,7 +342,7 @@ def test_best_opens_in_transformers(finished: Path, root: Path, tmp_path: Path) 
             torch.tensor(inputs["pixel_values"])
         ).pooler_output.numpy()
     features /= np.linalg.norm(features, axis=1, keepdims=True)
-    pixels = data.read_image(data.ListedFile(path), ours.config.image_size)
+    pixels = data.read_image(data.ListedFile(path), ours.config.preparation)
     actual = np.asarray(clip.image_features(ours.vision, jnp.asarray(pixels)[None]))
     np.testing.assert_allclose(actual, features, atol=2e-6)
     np.testing.assert_allclose(tau * actual @ head, tau * features @ head, atol=2e-6 * tau)

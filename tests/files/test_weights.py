@@ -153,8 +153,8 @@ def test_saved_processor(saved: Path) -> None:
     assert content["size"] == {"shortest_edge": 16}
     assert content["crop_size"] == {"height": 16, "width": 16}
     assert content["resample"] == 3
-    assert content["image_mean"] == list(CONFIG.image_mean)
-    assert content["image_std"] == list(CONFIG.image_deviation)
+    assert content["image_mean"] == list(CONFIG.preparation.mean)
+    assert content["image_std"] == list(CONFIG.preparation.deviation)
 
 
 def edit(path: Path, *keys: str, value: Any) -> None:
@@ -268,8 +268,8 @@ OPEN_CLIP = {
 def open_clip_model() -> clip.CLIP:
     """A model with exact GELU, heads that are not 64 wide, and statistics of its own."""
     vision, text = clip.Transformer(64, 2, 2, 192), clip.Transformer(128, 2, 4, 550)
-    statistics = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    config = clip.Config(16, 8, vision, text, 32, 12, 516, 514, 515, "gelu", 1e-5, *statistics)
+    images = clip.Preparation(16, mean=(0.5, 0.5, 0.5), deviation=(0.25, 0.25, 0.25))
+    config = clip.Config(images, 8, vision, text, 32, 12, 516, 514, 515, "gelu", 1e-5)
     return clip.CLIP(config, jax.random.key(3))
 
 
