@@ -411,9 +411,8 @@ def from_state_dict(
     entries = eqx.filter_eval_shape(to_state_dict, skeleton, style)
     expected = {name: leaf.shape for name, leaf in entries.items()}
     state = {name: array for name, array in state.items() if name not in _IGNORED[style]}
-    scale = state.get("logit_scale")
-    if scale is not None and scale.shape == (1,):  # as some checkpoints store it
-        state["logit_scale"] = scale[0]
+    if "logit_scale" in state and state["logit_scale"].shape == (1,):  # as some checkpoints have it
+        state["logit_scale"] = state["logit_scale"].reshape(())
     problems = [f"lacks {name}" for name in expected if name not in state]
     problems += [f"unexpected {name!r}" for name in state if name not in expected]
     for name in expected.keys() & state.keys():
@@ -424,8 +423,8 @@ def from_state_dict(
         elif not np.all(np.isfinite(state[name])):
             problems.append(f"{name} is not finite")
         elif name == "logit_scale" and state[name] > MAXIMAL_LOGIT_SCALE:
-            value = float(state[name])
-            problems.append(f"logit_scale is {value:.4g}, not a logarithm: store its logarithm")
+            scale = float(state[name])
+            problems.append(f"logit_scale is {scale:.4g}, not a logarithm: store its logarithm")
     if problems:
         raise InputError(
             f"weights {source} do not fit the model's sizes; download them and their configuration "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import shutil
 import struct
@@ -11,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_batches_raise, pixels, raises, smooth, take
+from conftest import REFERENCE
+from helpers import CONFIG, assert_batches_raise, pixels, raises, smooth, take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
@@ -22,6 +25,8 @@ import clip
 import data
 from support import devices
 from support.run import processes
+from support.weights import formats
+from tools import seeded
 
 EIGHT = clip.Preparation(8)
 
@@ -139,6 +144,50 @@ def test_centre_crop_rounds_ties_to_even(surplus: int, cut: int) -> None:
     ramp = np.broadcast_to(np.arange(8 + surplus, dtype=np.uint8), (8, 8 + surplus))
     assert data.evaluation_image(Image.fromarray(ramp.copy()), EIGHT)[0, 0, 0] == cut
     assert data.evaluation_image(Image.fromarray(ramp.T.copy()), EIGHT)[0, 0, 0] == cut
+
+
+PREPARED = np.load(REFERENCE / "preparation.npz")
+PREPARATIONS = {
+    name.removesuffix("/section"): formats.read_preparation(
+        Path(str(PREPARED[name.replace("section", "file")])), json.loads(str(PREPARED[name])), 16
+    )
+    for name in PREPARED.files
+    if name.endswith("/section")
+}
+
+
+@pytest.mark.parametrize("name", PREPARATIONS)
+def test_preparations_of_transformers_and_open_clip(name: str) -> None:
+    """Of all pixels: what the library makes of the same files and images."""
+    preparation = PREPARATIONS[name]
+    expected = PREPARED[f"{name}/pixels"]
+    images = seeded.pictures(seeded.SEED)[: len(expected)]
+    assert len(images) >= 5
+    bytes_ = [data.evaluation_image(Image.fromarray(image), preparation) for image in images]
+    config = dataclasses.replace(CONFIG, preparation=preparation)
+    tower = clip.VisionTower(config, jax.random.key(0))
+    actual = clip.standardize(jnp.asarray(np.stack(bytes_)), tower)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
+
+
+def test_preparations_differ() -> None:
+    """All but the two that say the same in other words."""
+    distinct = {(name.startswith("open_clip"), each) for name, each in PREPARATIONS.items()}
+    assert len(PREPARATIONS) == 12 and len(distinct) == 10
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_training_crops_have_the_filter_of_the_model(interpolation: str) -> None:
+    original = Image.fromarray(pixels(50, 40))
+    preparation = clip.Preparation(16, 4, squash=True, interpolation=interpolation)
+    random = np.random.default_rng(0)
+    left, top, w, h = data.random_crop(50, 40, random)
+    crop = original.resize(
+        (16, 16), Image.Resampling[interpolation.upper()], (left, top, left + w, top + h)
+    )
+    expected = np.asarray(crop)[:, ::-1] if random.random() < 0.5 else np.asarray(crop)
+    actual = data.training_image(original, preparation, np.random.default_rng(0))
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("transparency", [None, 2, b"\x00\x80\xff\x10\x00"], ids=repr)
@@ -388,9 +437,8 @@ def test_draft_does_not_shift_the_crop(tmp_path: Path) -> None:
     for seed in range(8):
         left, _, w, _ = data.random_crop(1_601, 1_601, np.random.default_rng(seed))
         with Image.open(tmp_path / "image.jpg") as image:
-            row = data.training_image(image, preparation, np.random.default_rng(seed)).mean(
-                axis=(0, 2)
-            )
+            found = data.training_image(image, clip.Preparation(32), np.random.default_rng(seed))
+        row = found.mean(axis=(0, 2))
         centres = left + (np.arange(32) + 0.5) * w / 32 - 0.5
         expected = np.interp(centres, np.arange(1_601), ramp)
         assert image.size == (201, 201)
