@@ -59,7 +59,7 @@ class Preparation:
     size: int  # pixels
     margin: int = 0  # pixels
     squash: bool = False
-    interpolation: str = "bicubic"
+    resample: int = 3  # Pillow's filter: 2 is bilinear, 3 is bicubic
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # per channel
     deviation: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image, PngImagePlugin
 
-import clip
+from clip import Preparation
 from support.devices import WHOLE, Part, progress
 from support.errors import InputError, few
 
@@ -243,15 +243,8 @@ def crop_extreme_aspect(image: Image.Image) -> Image.Image:
     return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
-def _filter_of(preparation: clip.Preparation) -> Image.Resampling:
-    return Image.Resampling[preparation.interpolation.upper()]
-
-
-def evaluation_image(image: Image.Image, preparation: clip.Preparation) -> Square:
-    """Prepares an image as the model's files specify: resizes it, crops the centre, makes it RGB.
-
-    The arithmetic is that of OpenAI and open_clip.
-    """
+def evaluation_image(image: Image.Image, preparation: Preparation) -> Square:
+    """Resizes an image, crops the centre and makes it RGB, as OpenAI and open_clip do."""
     size = preparation.size
     edge = size + preparation.margin
     image = eight_bit(image)
@@ -259,9 +252,8 @@ def evaluation_image(image: Image.Image, preparation: clip.Preparation) -> Squar
         width, height = edge, edge
     else:
         image = crop_extreme_aspect(image)
-        short = min(image.size)
-        width, height = (int(edge * side / short) for side in image.size)
-    image = image.resize((width, height), _filter_of(preparation))
+        width, height = (int(edge * side / min(image.size)) for side in image.size)
+    image = image.resize((width, height), preparation.resample)
     left, top = (round((side - size) / 2) for side in (width, height))  # ties to even
     return _to_rgb(image.crop((left, top, left + size, top + size)))
 
@@ -283,7 +275,7 @@ def random_crop(width: int, height: int, random: np.random.Generator) -> tuple[i
 
 
 def training_image(
-    image: Image.Image, preparation: clip.Preparation, random: np.random.Generator
+    image: Image.Image, preparation: Preparation, random: np.random.Generator
 ) -> Square:
     """A random crop, resized with the model's filter and mirrored with probability 1/2."""
     size = preparation.size
@@ -295,7 +287,7 @@ def training_image(
     drafted = image.draft(image.mode, smallest)
     scale = drafted[1][2] / width if drafted else 1  # exact, while the image's size is rounded up
     box = (left * scale, top * scale, (left + w) * scale, (top + h) * scale)
-    image = eight_bit(image).resize((size, size), _filter_of(preparation), box)
+    image = eight_bit(image).resize((size, size), preparation.resample, box)
     # By Pillow: a mirrored view of NumPy takes ten times as long to copy into a batch.
     if random.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -316,7 +308,7 @@ HostBatch = dict[str, UInt8[np.ndarray, "batch side side 3"] | Labels | Valid]
 
 def read_image(
     source: ImageSource,
-    preparation: clip.Preparation,
+    preparation: Preparation,
     prepare: Callable = evaluation_image,
     *random: np.random.Generator,
 ) -> Square:
@@ -342,7 +334,7 @@ ENDLESS = 2**52  # images
 
 def training_batches(
     split: Split,
-    preparation: clip.Preparation,
+    preparation: Preparation,
     batch_size: int,
     seed: int,
     workers: int,
@@ -369,11 +361,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    split: Split,
-    preparation: clip.Preparation,
-    batch_size: int,
-    workers: int,
-    part: Part = WHOLE,
+    split: Split, preparation: Preparation, batch_size: int, workers: int, part: Part = WHOLE
 ) -> Iterator[HostBatch]:
     """Yields `part` of batches with each image once, in order.
 

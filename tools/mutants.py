@@ -361,8 +361,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "the longer side is rounded",
-            "int(edge * side / short)",
-            "round(edge * side / short)",
+            "int(edge * side / min(image.size))",
+            "round(edge * side / min(image.size))",
         ),
         (
             "centre crop: ties are rounded up",
@@ -371,7 +371,7 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "evaluation: a bilinear filter",
-            "image.resize((width, height), _filter_of(preparation))",
+            "image.resize((width, height), preparation.resample)",
             "image.resize((width, height), Image.Resampling.BILINEAR)",
         ),
         ("crops of at least a quarter", "random.uniform(0.08, 1)", "random.uniform(0.25, 1)"),

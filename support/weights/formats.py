@@ -12,12 +12,11 @@ import json
 import math
 import operator
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 
@@ -68,20 +67,15 @@ _KINDS = {
 }
 
 
-_OFF = (False, "", [], {})  # values of a key that is not in use
-
-
 def unsupported(
-    part: Mapping[str, Any], read: Container[str], allowed: Mapping[str, Sequence]
+    items: Iterable[tuple[str, Any]], read: Container[str], allowed: Mapping[str, Sequence]
 ) -> list[str]:
-    """Returns a problem per key that is neither read, nor null, nor has an allowed value.
-
-    Keys that are in neither must be off.
-    """
+    """Returns a problem per key that is not read, and has no allowed value, nor is off."""
+    off = (False, "", [], {})
     return [
         f"{key} {value!r} is not supported"
-        for key, value in part.items()
-        if key not in read and value is not None and value not in allowed.get(key, _OFF)
+        for key, value in items
+        if key not in read and value is not None and value not in allowed.get(key, off)
     ]
 
 
@@ -183,11 +177,8 @@ def open_clip_config(path: Path) -> clip.Config:
         whole = content.get("model_cfg", content)
         vision = _OPEN_CLIP_TOWER | _OPEN_CLIP_VISION | whole["vision_cfg"]
         text = _OPEN_CLIP_TOWER | _OPEN_CLIP_TEXT | whole["text_cfg"]
-        problems = [
-            problem
-            for part in (whole, vision, text)
-            for problem in unsupported(part, _OPEN_CLIP_KEYS, _OPEN_CLIP_VALUES)
-        ]
+        items = [*whole.items(), *vision.items(), *text.items()]
+        problems = unsupported(items, _OPEN_CLIP_KEYS, _OPEN_CLIP_VALUES)
         tokenizer = text.get("hf_tokenizer_name")
         if tokenizer and not (path.parent / "tokenizer.json").exists():
             problems.append(f"the tokenizer.json of {tokenizer} is not beside it")
@@ -222,14 +213,13 @@ _OPENAI = [
     ("context_length", "positional_embedding", 0),
     ("vocabulary_size", "token_embedding.weight", 0),
 ]
-_WIDTHS_OF_16_HEADS = (1280, 1408, 1664, 1792)  # towers of ViT-H, g, bigG and e of open_clip
 
 
 def openai_config(state: Mapping[str, np.ndarray], source: str) -> clip.Config:
     """Returns the configuration that the shapes of OpenAI's entries imply.
 
-    Heads have width 64, except in the widest published vision towers, which have 16 heads.
-    Raises InputError if such an entry is missing or empty, or lacks the axis.
+    Heads are those of published models. Raises InputError if such an entry is missing or empty, or
+    lacks the axis.
     """
     problems: list[str] = []
     values: dict[str, Any] = {}
@@ -246,48 +236,38 @@ def openai_config(state: Mapping[str, np.ndarray], source: str) -> clip.Config:
         blocks = [name for name in state if name.startswith(f"{prefix}resblocks.")]
         numbers = {name.removeprefix(f"{prefix}resblocks.").partition(".")[0] for name in blocks}
         values[f"{tower}.layers"] = len(numbers)
-        width = values[f"{tower}.width"]
-        is_wide = tower == "vision" and width in _WIDTHS_OF_16_HEADS
-        values[f"{tower}.heads"] = 16 if is_wide else width // 64
-        if width % 64 and not is_wide:
+        values[f"{tower}.heads"], remainder = divmod(values[f"{tower}.width"], 64)
+        if remainder:
             problems.append(f"{tower}.width is no multiple of 64, and no config.json says heads")
+    if values["vision.width"] in (1280, 1408, 1664, 1792):  # open_clip's ViT-H, g, bigG and e
+        values["vision.heads"] = 16
     return make_config(values, f"weights {source}", problems)
 
 
-# Where each format specifies how images are prepared: file, section. The first counts.
-_SECTIONS = {
-    "processor_config.json": "image_processor",
-    "preprocessor_config.json": "",
-    OPEN_CLIP: "preprocess_cfg",
-}
-# Keys that are read or change nothing here, and keys of which some values are implemented.
-_PROCESSOR_KEYS = {"size", "do_center_crop", "crop_size", "image_mean", "image_std"}
-_PROCESSOR_KEYS |= {"do_convert_rgb", "processor_class", "_valid_processor_keys", "data_format"}
-_PROCESSORS = ["CLIPFeatureExtractor", "CLIPImageProcessor"]
-_PROCESSORS += ["CLIPImageProcessorFast", "CLIPImageProcessorPil"]
-_PROCESSOR_VALUES = {
-    "do_resize": [True],
-    "do_rescale": [True],
-    "do_normalize": [True],
-    "rescale_factor": [1 / 255],
-    "resample": [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC],
-    "feature_extractor_type": _PROCESSORS,
-    "image_processor_type": _PROCESSORS,
-}
-_PREPROCESS_KEYS = {"size", "mean", "std", "fill_color"}
-_PREPROCESS_VALUES = {
-    "mode": ["RGB"],
-    "resize_mode": ["shortest", "squash"],
-    "interpolation": ["bilinear", "bicubic"],
-}
+# How images are prepared: keys that are read or change nothing, and those of which some values are
+# implemented.
+_PROCESSORS = ["CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorFast"]
+_PROCESSOR = (
+    {"size", "crop_size", "do_center_crop", "image_mean", "image_std", "do_convert_rgb"}
+    | {"processor_class", "data_format", "_valid_processor_keys"},
+    {"do_resize": [True], "do_rescale": [True], "do_normalize": [True], "resample": [2, 3]}
+    | {"feature_extractor_type": _PROCESSORS, "image_processor_type": _PROCESSORS}
+    | {"rescale_factor": [1 / 255]},
+)
+_PREPROCESS = (
+    {"size", "mean", "std", "fill_color"},
+    {"mode": ["RGB"], "resize_mode": ["shortest", "squash"]}
+    | {"interpolation": ["bilinear", "bicubic"]},
+)
 
 
 def _side(value: Any) -> int:
-    """Returns the side of a square that a number or both sides specify, and 0 for other values."""
-    if isinstance(value, dict) and value.keys() == {"height", "width"}:
+    """Returns the side of a square, which a number or both sides specify, and otherwise 0."""
+    if isinstance(value, dict) and value.keys() in ({"height", "width"}, {"shortest_edge"}):
         value = [*value.values()]
-    sides = value if isinstance(value, list) and len(value) in (1, 2) else [value]
-    return sides[0] if sides[0] == sides[-1] and type(sides[0]) is int else 0
+    if isinstance(value, list) and len(value) in (1, 2) and value[0] == value[-1]:
+        value = value[0]
+    return value if type(value) is int else 0
 
 
 def _three(value: Any) -> tuple[float, ...]:
@@ -304,50 +284,50 @@ def read_preparation(path: Path, section: Mapping[str, Any], size: int) -> clip.
     implemented.
     """
     part = {key: value for key, value in section.items() if value is not None}
-    edge = part.get("size", size)
-    if path.name == OPEN_CLIP:
-        problems = unsupported(part, _PREPROCESS_KEYS, _PREPROCESS_VALUES)
-        squash = part.get("resize_mode") == "squash"
-        interpolation = part.get("interpolation", "bicubic")
-        names = ("mean", "std")
-        is_right = {"size": _side(edge) == size}
-    else:
-        problems = unsupported(part, _PROCESSOR_KEYS, _PROCESSOR_VALUES)
-        if isinstance(edge, dict) and edge.keys() == {"shortest_edge"}:
-            edge = edge["shortest_edge"]
-        squash = isinstance(edge, dict | list)
-        is_bilinear = part.get("resample") == Image.Resampling.BILINEAR
-        interpolation = "bilinear" if is_bilinear else "bicubic"
-        names = ("image_mean", "image_std")
+    is_open_clip = path.name == OPEN_CLIP
+    mean, deviation = ("mean", "std") if is_open_clip else ("image_mean", "image_std")
+    edge, crops, squash = part.get("size", size), False, part.get("resize_mode") == "squash"
+    if not is_open_clip:
         crops = part.get("do_center_crop", True) is True
-        is_right = {
-            "size": _side(edge) >= size if crops else _side(edge) == size,
-            "do_center_crop": crops or squash,  # otherwise images are not square
-            "crop_size": not crops or _side(part.get("crop_size", size)) == size,
-        }
-    mean = _three(part.get(names[0], clip.Preparation.mean))
-    deviation = _three(part.get(names[1], clip.Preparation.deviation))
-    is_right |= {names[0]: bool(mean), names[1]: min(deviation, default=0) > 0}
-    problems += [f"{key} {part[key]!r} is not supported" for key in is_right if not is_right[key]]
+        squash = isinstance(edge, dict | list) and "shortest_edge" not in edge
+    found = clip.Preparation(
+        size,
+        _side(edge) - size,
+        squash,
+        2 if part.get("resample", part.get("interpolation")) in (2, "bilinear") else 3,
+        _three(part.get(mean, clip.Preparation.mean)),
+        _three(part.get(deviation, clip.Preparation.deviation)),
+    )
+    is_wrong = {
+        "size": found.margin < 0 or (found.margin > 0 and not crops),
+        "crop_size": crops and _side(part.get("crop_size", size)) != size,
+        "do_center_crop": not (crops or squash or is_open_clip),  # images would not be square
+        mean: not found.mean,
+        deviation: min(found.deviation, default=0) <= 0,
+    }
+    problems = unsupported(part.items(), *(_PREPROCESS if is_open_clip else _PROCESSOR))
+    problems += [f"{key} {part[key]!r} is not supported" for key in is_wrong if is_wrong[key]]
     if problems:
         raise InputError(
             f"{path}: images of {size} pixels are not prepared here as it says "
             f"({few(problems, '; ', 6)}): restore it, or choose another model"
         )
-    return clip.Preparation(size, _side(edge) - size, squash, interpolation, mean, deviation)
+    return found
 
 
 def find_preparation(folder: Path, size: int, is_open_clip: bool) -> clip.Preparation | None:
-    """Returns what the files of a folder specify, those of the model's own format first.
+    """Returns what the files of a folder specify, if anything, the model's own format first.
 
-    Returns None if there is nothing. Raises like `read_preparation`.
+    Raises like `read_preparation`.
     """
-    for name in sorted(_SECTIONS, key=lambda name: is_open_clip != (name == OPEN_CLIP)):
+    sections = {"processor_config.json": "image_processor", "preprocessor_config.json": ""}
+    own = {OPEN_CLIP: "preprocess_cfg"}
+    for name, section in ((own | sections) if is_open_clip else (sections | own)).items():
         path = folder / name
         if path.exists():
             with refuse_damaged(str(path), "restore it"):
                 content = read_json(path)
-                if part := content.get(_SECTIONS[name]) if _SECTIONS[name] else content:
+                if part := content.get(section) if section else content:
                     return read_preparation(path, part, size)
     return None
 
@@ -436,17 +416,17 @@ def read_model(path: Path) -> tuple[Arrays, str, clip.Config]:
     unless the file is OpenAI's. Raises InputError if something is missing or damaged.
     """
     read_config = {"config.json": hugging_face_config, OPEN_CLIP: open_clip_config}
+    folder = path if path.is_dir() else path.parent
     assumed = []
     if path.is_dir():
         files = hub.choose({file.name for file in path.iterdir()})
         if not files:
             formats = ", nor ".join(" with ".join(files) for files in hub.MODEL)
             raise InputError(f"{path} has neither {formats}: put the missing files there")
-        folder, name = path, files[0]
+        name = files[0]
         config = read_config[name](path / name)
         state, style = unwrap(read_weights(path / files[1]), str(path))
     else:
-        folder = path.parent
         state, style = unwrap(read_weights(path), str(path))
         name = "config.json" if style == "hugging_face" else OPEN_CLIP
         if style == "hugging_face" or (folder / name).exists():
@@ -454,7 +434,7 @@ def read_model(path: Path) -> tuple[Arrays, str, clip.Config]:
         else:
             config = openai_config(state, str(path))
             heads = f"{config.vision.heads} and {config.text.heads} heads"
-            assumed = [f"activation and heads (taken: quick_gelu, not gelu; {heads})"]
+            assumed.append(f"activation and heads (taken: quick_gelu, not gelu; {heads})")
     preparation = find_preparation(folder, config.image_size, name == OPEN_CLIP)
     if preparation:
         config = dataclasses.replace(config, preparation=preparation)
@@ -502,8 +482,8 @@ def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
 
 def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.float32) -> None:
     """Writes a folder that `load` and `transformers` (`CLIPModel`, `CLIPProcessor`) can open."""
-    config, preparation = model.config, model.config.preparation
-    edge = preparation.size + preparation.margin
+    config, images = model.config, model.config.preparation
+    edges = ("height", "width") if images.squash else ("shortest_edge",)
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors writes an array's buffer as it is: a transposed array must be contiguous first.
     state = clip.to_state_dict(model, "hugging_face")
@@ -514,14 +494,12 @@ def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.f
         "config.json": hugging_face_json(config),
         "preprocessor_config.json": {
             "image_processor_type": "CLIPImageProcessor",
-            "size": {"height": edge, "width": edge}
-            if preparation.squash
-            else {"shortest_edge": edge},
-            "resample": Image.Resampling[preparation.interpolation.upper()],
-            "crop_size": dict.fromkeys(("height", "width"), preparation.size),
+            "size": dict.fromkeys(edges, images.size + images.margin),
+            "resample": images.resample,
+            "crop_size": {"height": images.size, "width": images.size},
             **dict.fromkeys(steps, True),
-            "image_mean": preparation.mean,
-            "image_std": preparation.deviation,
+            "image_mean": images.mean,
+            "image_std": images.deviation,
         },
         "tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer",

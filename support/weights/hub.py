@@ -35,18 +35,6 @@ def choose(present: Collection[str], formats: Sequence[Files] = MODEL) -> list[s
     return []
 
 
-def is_complete(folder: Path, formats: Sequence[Files]) -> bool:
-    """Whether a folder has a tokenizer, and the files of one of `formats` with all their shards.
-
-    Raises InputError if an index cannot be read.
-    """
-    present = {file.name for file in folder.iterdir() if file.exists()}
-    files = choose(present, formats)
-    indices = [read_json(folder / file) for file in files if file.endswith(".index.json")]
-    shards = {shard for index in indices for shard in index["weight_map"].values()}
-    return bool(files and choose(present, TOKENIZER)) and shards <= present
-
-
 def download(name: str, formats: Sequence[Files] = MODEL) -> Path:
     """Returns the folder of a repository in the hub's cache, with the files of one of `formats`.
 
@@ -57,7 +45,11 @@ def download(name: str, formats: Sequence[Files] = MODEL) -> Path:
 
     with contextlib.suppress(Exception):  # it is not in the cache
         folder = Path(hub.snapshot_download(name, allow_patterns=[], local_files_only=True))
-        if is_complete(folder, formats):
+        cached = {file.name for file in folder.iterdir() if file.exists()}
+        files = choose(cached, formats)
+        indices = [read_json(folder / file) for file in files if file.endswith(".index.json")]
+        shards = {shard for index in indices for shard in index["weight_map"].values()}
+        if files and choose(cached, TOKENIZER) and shards <= cached:
             return folder
     print(
         f"{name} is not whole in the cache: looking on {constants.ENDPOINT}",

@@ -176,15 +176,13 @@ def test_preparations_differ() -> None:
     assert len(PREPARATIONS) == 12 and len(distinct) == 10
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_training_crops_have_the_filter_of_the_model(interpolation: str) -> None:
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+def test_training_crops_have_the_filter_of_the_model(resample: Image.Resampling) -> None:
     original = Image.fromarray(pixels(50, 40))
-    preparation = clip.Preparation(16, 4, squash=True, interpolation=interpolation)
+    preparation = clip.Preparation(16, 4, squash=True, resample=resample)
     random = np.random.default_rng(0)
     left, top, w, h = data.random_crop(50, 40, random)
-    crop = original.resize(
-        (16, 16), Image.Resampling[interpolation.upper()], (left, top, left + w, top + h)
-    )
+    crop = original.resize((16, 16), resample, (left, top, left + w, top + h))
     expected = np.asarray(crop)[:, ::-1] if random.random() < 0.5 else np.asarray(crop)
     actual = data.training_image(original, preparation, np.random.default_rng(0))
     np.testing.assert_array_equal(actual, expected)
