@@ -374,6 +374,16 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
             "image.resize((width, height), preparation.resample)",
             "image.resize((width, height), Image.Resampling.BILINEAR)",
         ),
+        (
+            "squashed images keep their aspect ratio",
+            "    if preparation.squash:",
+            "    if not preparation:",
+        ),
+        (
+            "training crops are always bicubic",
+            ".resize((size, size), preparation.resample, box)",
+            ".resize((size, size), Image.Resampling.BICUBIC, box)",
+        ),
         ("crops of at least a quarter", "random.uniform(0.08, 1)", "random.uniform(0.25, 1)"),
         (
             "aspect ratios: uniform, not their logarithms",
