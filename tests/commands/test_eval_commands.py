@@ -142,7 +142,7 @@ def test_data_and_models_that_moved(
 ) -> None:
     """Commands take the data's new place.
 
-    Weights that are others under the same name are noticed.
+    Weights that are others under the same name are noticed, and another preparation of images.
     """
     run = shutil.copytree(finished / "ft" / "seed-0", tmp_path / "ft" / "seed-0")
     config = json.loads((run / "config.json").read_text())
@@ -154,12 +154,19 @@ def test_data_and_models_that_moved(
         evaluation.Runs((run,), options.Places(root)), num_texts=3, text_length=3
     )
     assert "sketch" in capsys.readouterr().out
-    other, tokenizer = weights.load(str(model))
-    other = eqx.tree_at(lambda model: model.logit_scale, other, jnp.float32(1))
-    weights.save(tmp_path / model.name, other, tokenizer)
-    config["settings"]["model"] = str(tmp_path / model.name)
+    other = shutil.copytree(model, tmp_path / model.name)
+    config["settings"]["model"] = str(other)
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(errors.InputError, match="was made with other weights: restore"):
+    preparation = json.loads((other / "preprocessor_config.json").read_text())
+    squashed = preparation | {"size": preparation["crop_size"]}
+    (other / "preprocessor_config.json").write_text(json.dumps(squashed))
+    refusal = "was made with other weights or image preparation: restore"
+    with pytest.raises(errors.InputError, match=refusal):
+        evaluation.energy_gap_command(evaluation.Runs((run,), options.Places(root)))
+    loaded, tokenizer = weights.load(str(model))
+    loaded = eqx.tree_at(lambda model: model.logit_scale, loaded, jnp.float32(1))
+    weights.save(other, loaded, tokenizer)
+    with pytest.raises(errors.InputError, match=refusal):
         evaluation.energy_gap_command(evaluation.Runs((run,), options.Places(root)))
     command = changed(
         tiny_command(tmp_path / model.name, root, tmp_path),
@@ -169,7 +176,7 @@ def test_data_and_models_that_moved(
     )
     (run / "results.json").unlink()
     assert errors.exit_code(lambda: train.main(changed(command, resume=True))) == 2
-    assert "was made with other weights: restore" in capsys.readouterr().err
+    assert refusal in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------ analysis of finished runs
