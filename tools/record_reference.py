@@ -455,9 +455,8 @@ def with_transformers(section: dict[str, Any], images: Sequence[Image.Image]) ->
 
 def with_open_clip(section: dict[str, Any], images: Sequence[Image.Image]) -> np.ndarray:
     """Returns what open_clip's transform for evaluation makes of images."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    transform = image_transform_v2(PreprocessCfg(**section), is_train=False)
+    open_clip: Any = importlib.import_module("open_clip.transform")
+    transform = open_clip.image_transform_v2(open_clip.PreprocessCfg(**section), is_train=False)
     return np.stack([transform(image).numpy().transpose(1, 2, 0) for image in images])
 
 

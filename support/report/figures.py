@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-import clip
 import data
+from clip import Preparation
 from support.report import tables
 from support.report.labels import label_method, post_hoc_kind
 from support.report.tables import Results
@@ -415,10 +415,7 @@ def draw_energy_vectors(
 
 
 def draw_contact_sheet(
-    splits: Sequence[data.Split],
-    classes: Sequence[str],
-    preparation: clip.Preparation,
-    most: int = 10,
+    splits: Sequence[data.Split], classes: Sequence[str], preparation: Preparation, most: int = 10
 ) -> Figure:
     """Figure 16: the first image of each of `most` classes (columns) in each split (rows)."""
     classes = classes[:most]

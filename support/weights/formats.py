@@ -286,9 +286,10 @@ def read_preparation(path: Path, section: Mapping[str, Any], size: int) -> clip.
     part = {key: value for key, value in section.items() if value is not None}
     is_open_clip = path.name == OPEN_CLIP
     mean, deviation = ("mean", "std") if is_open_clip else ("image_mean", "image_std")
-    edge, crops, squash = part.get("size", size), False, part.get("resize_mode") == "squash"
+    edge = part.get("size", size)
+    crops = not is_open_clip and part.get("do_center_crop", True) is True
+    squash = part.get("resize_mode") == "squash"
     if not is_open_clip:
-        crops = part.get("do_center_crop", True) is True
         squash = isinstance(edge, dict | list) and "shortest_edge" not in edge
     found = clip.Preparation(
         size,
@@ -482,7 +483,8 @@ def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
 
 def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.float32) -> None:
     """Writes a folder that `load` and `transformers` (`CLIPModel`, `CLIPProcessor`) can open."""
-    config, images = model.config, model.config.preparation
+    config = model.config
+    images = config.preparation
     edges = ("height", "width") if images.squash else ("shortest_edge",)
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors writes an array's buffer as it is: a transposed array must be contiguous first.

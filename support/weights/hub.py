@@ -51,10 +51,7 @@ def download(name: str, formats: Sequence[Files] = MODEL) -> Path:
         shards = {shard for index in indices for shard in index["weight_map"].values()}
         if files and choose(cached, TOKENIZER) and shards <= cached:
             return folder
-    print(
-        f"{name} is not whole in the cache: looking on {constants.ENDPOINT}",
-        file=sys.stderr,
-    )
+    print(f"{name} is not whole in the cache: looking on {constants.ENDPOINT}", file=sys.stderr)
     try:
         files = choose(hub.list_repo_files(name), formats)
         if not files:

@@ -410,7 +410,8 @@ def test_training_decodes_large_jpegs_small(
     """Never smaller than the crop needs, and with nearly the same result (measured: at most 0.59 of
     255 apart).
     """
-    preparation, scales = clip.Preparation(resolution), set()
+    preparation = clip.Preparation(resolution)
+    scales = set()
     with Image.open(large[1]) as whole:
         for seed in range(12):
             _, _, w, h = data.random_crop(*whole.size, np.random.default_rng(seed))
