@@ -8,7 +8,6 @@ Each tower encodes ONE image or ONE text; `image_features` and `text_features` m
 """
 
 import html
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,10 +49,26 @@ class Transformer:
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """How an image becomes a square of pixels, and how these are standardised.
+
+    It is resized until its shorter edge, or with `squash` both edges, are `size + margin` pixels
+    long. The square is the middle of that. The defaults are OpenAI's.
+    """
+
+    size: int  # pixels
+    margin: int = 0  # pixels
+    squash: bool = False
+    resample: int = 3  # Pillow's filter: 2 is bilinear, 3 is bicubic
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # per channel
+    deviation: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
 class Config:
     """Sizes of a CLIP. `embedding_size` is D, the dimension of both image and text embeddings."""
 
-    image_size: int
+    preparation: Preparation
     patch_size: int
     vision: Transformer
     text: Transformer
@@ -64,25 +79,25 @@ class Config:
     end_token: int = 49407
     activation: str = "quick_gelu"
     layer_norm_epsilon: float = 1e-5
-    image_mean: tuple[float, ...] = (
-        0.48145466,
-        0.4578275,
-        0.40821073,
-    )  # per channel, of OpenAI's training images
-    image_deviation: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def image_size(self) -> int:
+        """Side length, in pixels, of the images that the vision tower takes."""
+        return self.preparation.size
 
 
+_IMAGES = Preparation(224)
 _BASE = Config(
-    224, 32, Transformer(768, 12, 12, 3072), Transformer(512, 12, 8, 2048), embedding_size=512
+    _IMAGES, 32, Transformer(768, 12, 12, 3072), Transformer(512, 12, 8, 2048), embedding_size=512
 )
 _LARGE = Config(
-    224, 14, Transformer(1024, 24, 16, 4096), Transformer(768, 12, 12, 3072), embedding_size=768
+    _IMAGES, 14, Transformer(1024, 24, 16, 4096), Transformer(768, 12, 12, 3072), embedding_size=768
 )
 PRESETS = {
     "ViT-B/32": _BASE,
     "ViT-B/16": replace(_BASE, patch_size=16),
     "ViT-L/14": _LARGE,
-    "ViT-L/14@336px": replace(_LARGE, image_size=336),
+    "ViT-L/14@336px": replace(_LARGE, preparation=Preparation(336)),
 }
 
 # -------------------------------------------------------------------------------------- towers
@@ -202,8 +217,7 @@ class VisionTower(eqx.Module):
     blocks: Block
     layer_norm_post: eqx.nn.LayerNorm
     projection: eqx.nn.Linear
-    mean: tuple[float, ...] = eqx.field(static=True)
-    deviation: tuple[float, ...] = eqx.field(static=True)
+    preparation: Preparation = eqx.field(static=True)
 
     def __init__(self, config: Config, key: PRNGKeyArray):
         sizes, patch = config.vision, config.patch_size
@@ -218,12 +232,7 @@ class VisionTower(eqx.Module):
         self.layer_norm_post = eqx.nn.LayerNorm(sizes.width, config.layer_norm_epsilon)
         scale = sizes.width**-0.5
         self.projection = _linear(sizes.width, config.embedding_size, scale, keys[4], False)
-        self.mean, self.deviation = config.image_mean, config.image_deviation
-
-    @property
-    def image_size(self) -> int:
-        """Side length, in pixels, of the images that the position embedding fits."""
-        return self.patch_embedding.shape[-1] * math.isqrt(self.position_embedding.shape[0] - 1)
+        self.preparation = config.preparation
 
     def embed(self, image: Float[Array, "side side 3"]) -> Tokens:
         """Returns class token and patch embeddings, plus positions, after the first LayerNorm."""
@@ -402,6 +411,8 @@ def from_state_dict(
     entries = eqx.filter_eval_shape(to_state_dict, skeleton, style)
     expected = {name: leaf.shape for name, leaf in entries.items()}
     state = {name: array for name, array in state.items() if name not in _IGNORED[style]}
+    if "logit_scale" in state and state["logit_scale"].shape == (1,):  # as some checkpoints have it
+        state["logit_scale"] = state["logit_scale"].reshape(())
     problems = [f"lacks {name}" for name in expected if name not in state]
     problems += [f"unexpected {name!r}" for name in state if name not in expected]
     for name in expected.keys() & state.keys():
@@ -457,7 +468,8 @@ def standardize(
     def per_channel(values: tuple[float, ...]) -> Array:
         return jnp.asarray(values, images.dtype).reshape((1,) * (images.ndim - 1) + (3,))
 
-    return (images - per_channel(vision.mean)) / per_channel(vision.deviation)
+    preparation = vision.preparation
+    return (images - per_channel(preparation.mean)) / per_channel(preparation.deviation)
 
 
 def compute_in(tower: Tower, precision: str) -> Tower:

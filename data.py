@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image, PngImagePlugin
 
+from clip import Preparation
 from support.devices import WHOLE, Part, progress
 from support.errors import InputError, few
 
@@ -254,14 +255,19 @@ def crop_extreme_aspect(image: Image.Image) -> Image.Image:
     return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
-def evaluation_image(image: Image.Image, resolution: int) -> Square:
-    """OpenAI's preprocessing: resizes the shorter side, bicubic, crops the centre, makes it RGB."""
-    image = crop_extreme_aspect(eight_bit(image))
-    short = min(image.size)
-    width, height = (int(resolution * side / short) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (round((side - resolution) / 2) for side in (width, height))  # ties to even
-    return _to_rgb(image.crop((left, top, left + resolution, top + resolution)))
+def evaluation_image(image: Image.Image, preparation: Preparation) -> Square:
+    """Resizes an image, crops the centre and makes it RGB, as OpenAI and open_clip do."""
+    size = preparation.size
+    edge = size + preparation.margin
+    image = eight_bit(image)
+    if preparation.squash:
+        width, height = edge, edge
+    else:
+        image = crop_extreme_aspect(image)
+        width, height = (int(edge * side / min(image.size)) for side in image.size)
+    image = image.resize((width, height), preparation.resample)
+    left, top = (round((side - size) / 2) for side in (width, height))  # ties to even
+    return _to_rgb(image.crop((left, top, left + size, top + size)))
 
 
 def random_crop(width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
@@ -280,17 +286,20 @@ def random_crop(width: int, height: int, random: np.random.Generator) -> tuple[i
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def training_image(image: Image.Image, resolution: int, random: np.random.Generator) -> Square:
-    """A random crop, resized with Pillow's bicubic filter and mirrored with probability 1/2."""
+def training_image(
+    image: Image.Image, preparation: Preparation, random: np.random.Generator
+) -> Square:
+    """A random crop, resized with the model's filter and mirrored with probability 1/2."""
+    size = preparation.size
     width, height = image.size
     left, top, w, h = random_crop(width, height, random)
     # A JPEG decodes at 1/2, 1/4 or 1/8 of its size at a fraction of the cost. The crop must keep
     # enough pixels.
-    smallest = math.ceil(width * resolution / w), math.ceil(height * resolution / h)
+    smallest = math.ceil(width * size / w), math.ceil(height * size / h)
     drafted = image.draft(image.mode, smallest)
     scale = drafted[1][2] / width if drafted else 1  # exact, while the image's size is rounded up
     box = (left * scale, top * scale, (left + w) * scale, (top + h) * scale)
-    image = eight_bit(image).resize((resolution, resolution), Image.Resampling.BICUBIC, box)
+    image = eight_bit(image).resize((size, size), preparation.resample, box)
     # By Pillow: a mirrored view of NumPy takes ten times as long to copy into a batch.
     if random.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -299,7 +308,7 @@ def training_image(image: Image.Image, resolution: int, random: np.random.Genera
 
 AUGMENTATIONS = {
     "crop": training_image,
-    "off": lambda image, resolution, random: evaluation_image(image, resolution),
+    "off": lambda image, preparation, random: evaluation_image(image, preparation),
 }
 
 # ------------------------------------------------------------------------------------- batches
@@ -311,7 +320,7 @@ HostBatch = dict[str, UInt8[np.ndarray, "batch side side 3"] | Labels | Valid]
 
 def read_image(
     source: ImageSource,
-    resolution: int,
+    preparation: Preparation,
     prepare: Callable = evaluation_image,
     *random: np.random.Generator,
 ) -> Square:
@@ -321,7 +330,7 @@ def read_image(
     """
     with open_image(source) as image:
         try:
-            return prepare(image, resolution, *random)
+            return prepare(image, preparation, *random)
         except Exception as error:
             if isinstance(source, np.ndarray):  # no file: a fault of ours
                 raise
@@ -337,7 +346,7 @@ ENDLESS = 2**52  # images
 
 def training_batches(
     split: Split,
-    resolution: int,
+    preparation: Preparation,
     batch_size: int,
     seed: int,
     workers: int,
@@ -352,7 +361,7 @@ def training_batches(
     prepare = AUGMENTATIONS[augmentation]
 
     def example(index: int, random: np.random.Generator) -> dict[str, np.ndarray]:
-        image = read_image(split.images[index], resolution, prepare, random)
+        image = read_image(split.images[index], preparation, prepare, random)
         return {"image": image, "label": split.labels[index]}
 
     epochs = ENDLESS // len(split)  # with infinitely many, the length of a batch of one overflows
@@ -364,7 +373,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    split: Split, resolution: int, batch_size: int, workers: int, part: Part = WHOLE
+    split: Split, preparation: Preparation, batch_size: int, workers: int, part: Part = WHOLE
 ) -> Iterator[HostBatch]:
     """Yields `part` of batches with each image once, in order.
 
@@ -373,9 +382,9 @@ def evaluation_batches(
 
     def example(index: int) -> dict[str, np.ndarray | np.generic]:
         if index < len(split):
-            image = read_image(split.images[index], resolution)
+            image = read_image(split.images[index], preparation)
             return {"image": image, "label": split.labels[index], "valid": np.bool_(True)}
-        blank = np.zeros((resolution, resolution, 3), np.uint8)
+        blank = np.zeros((preparation.size, preparation.size, 3), np.uint8)
         return {"image": blank, "label": np.int32(0), "valid": np.bool_(False)}
 
     padded_length = math.ceil(len(split) / batch_size) * batch_size

@@ -123,10 +123,15 @@ def outcomes(
 
 
 def per_image(
-    outputs: Outputs, split: data.Split, resolution: int, batch_size: int, workers: int, mesh: Mesh
+    outputs: Outputs,
+    split: data.Split,
+    preparation: clip.Preparation,
+    batch_size: int,
+    workers: int,
+    mesh: Mesh,
 ) -> list[np.ndarray]:
     """Returns the outputs for every image of a split, in order: the one evaluation loop."""
-    batches = data.evaluation_batches(split, resolution, batch_size, workers, devices.own_part())
+    batches = data.evaluation_batches(split, preparation, batch_size, workers, devices.own_part())
     count = math.ceil(len(split) / batch_size)
     collected = []
 
@@ -156,8 +161,8 @@ def predict(
 ) -> Predictions:
     """One pass of a classifier, or of an ensemble of several members, over a split."""
     outputs = partial(outcomes, tuple(members), tau, split.compared)
-    resolution = members[0].vision.image_size
-    return Predictions(*per_image(outputs, split, resolution, batch_size, workers, mesh))
+    preparation = members[0].vision.preparation
+    return Predictions(*per_image(outputs, split, preparation, batch_size, workers, mesh))
 
 
 def metrics(predictions: Predictions) -> dict[str, Any]:
@@ -396,10 +401,10 @@ def tpgm(
         norm,
     )
     gamma, state = lipsum.tpgm_start(tuned)
-    resolution, workers = tuned.zero_shot.vision.image_size, setup.execution.workers
+    preparation, workers = tuned.zero_shot.vision.preparation, setup.execution.workers
     seed = run.results["seed"]
     batches = data.training_batches(
-        setup.data.selection, resolution, batch_size, seed, workers, augmentation="off"
+        setup.data.selection, preparation, batch_size, seed, workers, augmentation="off"
     )
     for _ in devices.progress(range(steps), "TPGM", steps, "step"):
         batch = devices.shard_batch(next(batches), setup.mesh)
@@ -519,8 +524,8 @@ def figures_command(runs: Runs, out: Path = Path("figures"), files_only: bool = 
         vectors = energy_vectors_of(opened, setup)
         drawn["energy_vectors"] = partial(figures.draw_energy_vectors, *vectors), ""
         splits = list(setup.data.reports.values())
-        image_size = setup.model.clip.config.image_size
-        sheet = partial(figures.draw_contact_sheet, splits, setup.classes, image_size)
+        preparation = setup.model.clip.config.preparation
+        sheet = partial(figures.draw_contact_sheet, splits, setup.classes, preparation)
         drawn["contact_sheet"] = sheet, ""
     figures.write_figures(drawn, out)
     if len(models) == 1:
@@ -612,8 +617,8 @@ def predict_command(images: Paths, model: Path, top: int = 5) -> None:
     def outputs(batch: dict[str, Array]) -> tuple[Array]:
         return log_probabilities(members, tau, batch["image"])[:1]
 
-    resolution = members[0].vision.image_size
-    (per_class,) = per_image(outputs, split, resolution, batch_size, 1, mesh)
+    preparation = members[0].vision.preparation
+    (per_class,) = per_image(outputs, split, preparation, batch_size, 1, mesh)
     for path, probabilities in zip(images, np.exp(per_class), strict=True):
         print(path)
         for index in np.argsort(-probabilities, kind="stable")[:top]:

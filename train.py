@@ -191,7 +191,7 @@ def train(
     update = lipsum.training_step(method, devices.shardings(state, setup.mesh, execution.fsdp))
     batches = data.training_batches(
         setup.data.train,
-        setup.zero_shot.vision.image_size,
+        setup.zero_shot.vision.preparation,
         settings.batch_size,
         run.seed,
         execution.workers,

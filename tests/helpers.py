@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import clip
 import data
@@ -39,7 +41,7 @@ def config_of(sizes: dict[str, int], activation: str = "quick_gelu") -> clip.Con
     ]
     vocabulary = sizes["vocabulary_size"]
     return clip.Config(
-        sizes["image_size"],
+        clip.Preparation(sizes["image_size"]),
         sizes["patch_size"],
         *towers,
         sizes["embedding_size"],
@@ -89,9 +91,9 @@ def assert_batches_raise(split: data.Split, message: str) -> None:
     """From the thread that decodes to whoever asks for batches, in evaluation and in training."""
     for workers in (1, 4):
         with raises(message):
-            list(data.evaluation_batches(split, 8, 2, workers))
+            list(data.evaluation_batches(split, clip.Preparation(8), 2, workers))
         with raises(message):
-            take(data.training_batches(split, 8, 2, 0, workers), len(split))
+            take(data.training_batches(split, clip.Preparation(8), 2, 0, workers), len(split))
 
 
 def refused(call: Callable[[], Any], *words: object) -> None:
@@ -176,6 +178,18 @@ def openai_state() -> Mapping[str, np.ndarray]:
         name: array if kept.search(name) else array.astype(np.float16)
         for name, array in state.items()
     }
+
+
+def shard(folder: Path) -> None:
+    """Splits `model.safetensors` into two shards and an index."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    places = {name: names[index % 2] for index, name in enumerate(state)}
+    for file in names:
+        save_file({name: state[name] for name in state if places[name] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 # ---------------------------------------------------------------------------------------- data sets

@@ -28,7 +28,7 @@ from tools import seeded
 
 BATCH = 32
 SIZES = clip.Config(
-    16,
+    clip.Preparation(16),
     8,
     clip.Transformer(16, 2, 2, 64),
     clip.Transformer(16, 2, 2, 64),

@@ -292,9 +292,8 @@ def torch_step(case: Case, folder: Path) -> Advance:
     batch = random_images(case, config)
     pixels = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2)
     labels = torch.from_numpy(batch["label"]).long()
-    mean, deviation = (
-        torch.tensor(x).reshape(1, 3, 1, 1) for x in (config.image_mean, config.image_deviation)
-    )
+    statistics = config.preparation.mean, config.preparation.deviation
+    mean, deviation = (torch.tensor(x).reshape(1, 3, 1, 1) for x in statistics)
 
     def features(model: Any, images: Any) -> Any:
         pooled = model.visual_projection(model.vision_model(images).pooler_output)

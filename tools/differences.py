@@ -40,7 +40,7 @@ def as_tensorflow(image: Image.Image, resolution: int, share: float) -> jax.Arra
 
 PREPARATIONS: dict[str, Callable] = {
     "Pillow, bytes (this project)": lambda image, side: np.asarray(
-        data.evaluation_image(image, side), np.float32
+        data.evaluation_image(image, clip.Preparation(side)), np.float32
     ),
     "TensorFlow's filter, floats": lambda image, side: as_tensorflow(image, side, 1),
     "the same, centre crop of 224/256": lambda image, side: as_tensorflow(image, side, 224 / 256),
@@ -51,7 +51,7 @@ def accuracy(
     classifier: lipsum.Classifier, tau: jax.Array, split: data.Split, prepare: Callable
 ) -> float:
     """Returns the accuracy on a split, in percent, after a preparation of its images."""
-    side = classifier.vision.image_size
+    side = classifier.vision.preparation.size
     images: Any = split.images
 
     @jax.jit

@@ -286,7 +286,7 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "the means of images are not subtracted",
-            "return (images - per_channel(vision.mean)) /",
+            "return (images - per_channel(preparation.mean)) /",
             "return images /",
         ),
         (
@@ -361,18 +361,28 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "the longer side is rounded",
-            "int(resolution * side / short)",
-            "round(resolution * side / short)",
+            "int(edge * side / min(image.size))",
+            "round(edge * side / min(image.size))",
         ),
         (
             "centre crop: ties are rounded up",
-            "(round((side - resolution) / 2) for side in (width, height))",
-            "((side - resolution + 1) // 2 for side in (width, height))",
+            "(round((side - size) / 2) for side in (width, height))",
+            "((side - size + 1) // 2 for side in (width, height))",
         ),
         (
             "evaluation: a bilinear filter",
-            "image.resize((width, height), Image.Resampling.BICUBIC)",
+            "image.resize((width, height), preparation.resample)",
             "image.resize((width, height), Image.Resampling.BILINEAR)",
+        ),
+        (
+            "squashed images keep their aspect ratio",
+            "    if preparation.squash:",
+            "    if not preparation:",
+        ),
+        (
+            "training crops are always bicubic",
+            ".resize((size, size), preparation.resample, box)",
+            ".resize((size, size), Image.Resampling.BICUBIC, box)",
         ),
         ("crops of at least a quarter", "random.uniform(0.08, 1)", "random.uniform(0.25, 1)"),
         (
@@ -392,8 +402,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "a JPEG is decoded too small for its crop",
-            "smallest = math.ceil(width * resolution / w), math.ceil(height * resolution / h)",
-            "smallest = resolution, resolution",
+            "smallest = math.ceil(width * size / w), math.ceil(height * size / h)",
+            "smallest = size, size",
         ),
         (
             "a drafted JPEG's scale is that of its rounded size",

@@ -35,7 +35,9 @@ from tools.captions import CAPTIONS, draw_corpus, train_tokenizer
 # Image and patch size and both towers. `pretrain` sets the vocabulary size and special tokens.
 VISION = clip.Transformer(96, 4, 3, 384)
 TEXT = clip.Transformer(96, 2, 3, 384)
-TINY_SIZES = clip.Config(36, 6, VISION, TEXT, embedding_size=64, context_length=16)
+TINY_SIZES = clip.Config(
+    clip.Preparation(36), 6, VISION, TEXT, embedding_size=64, context_length=16
+)
 
 
 @dataclasses.dataclass(frozen=True)

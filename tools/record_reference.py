@@ -1,6 +1,7 @@
 """Writes `tests/reference/`: outputs of PyTorch's CLIP and of OpenAI's tokenizer.
 
     pip install '.[reference]' && pip install --no-deps clip-anytorch
+    pip install --no-deps open_clip_torch torchvision timm ftfy    # for preparation alone
     python -m tools.record_reference      # all of them, or give names: tiny tiny-gelu vit-b-32 ...
 
 NAME.npz contains the float32 outputs of `transformers.CLIPModel` for the weights, images and texts
@@ -46,6 +47,12 @@ its bounds). TYPE is float32, in which 1e-8 vanishes beside a distance of 0.25 o
     TYPE/NORM/radii/LEAF    the radii after them, under PyTorch's names
     TYPE/NORM/bounds/LEAF   the upper bounds of the radii
 
+preparation.npz contains the images of `seeded.pictures` as `transformers.CLIPImageProcessor` (with
+Pillow) and open_clip's transform for evaluation prepare them:
+
+    NAME/file, NAME/section     the file and, as JSON, the section that specify the preparation
+    NAME/pixels                 standardised [images, 16, 16, 3]; of transformers without the last
+
 original.npz is not recorded here. It contains the inputs, outputs and gradients of the Lipsum-FT
 authors' own step (Flax, float32), and three optimizer steps, for weights that `test_lipsum.py`
 draws from a seed.
@@ -57,6 +64,7 @@ ids would depend on its version.
 
 import ast
 import gzip
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -64,6 +72,7 @@ import platform
 import random
 import string
 import sys
+import tempfile
 import time
 import types
 import unicodedata
@@ -75,6 +84,7 @@ from unittest import mock
 
 import numpy as np
 import tyro
+from PIL import Image
 
 from support.errors import exit_code, unknown
 from tools import seeded
@@ -89,7 +99,7 @@ MODELS = {
     "vit-b-16": ("ViT-B/16", "quick_gelu"),
     "vit-l-14": ("ViT-L/14", "quick_gelu"),
 }
-NAMES = (*MODELS, "methods", "tpgm", "tokenizer")
+NAMES = (*MODELS, "methods", "tpgm", "preparation", "tokenizer")
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
@@ -376,6 +386,80 @@ def run_tpgm(norm: str, precision: Any) -> dict[str, Any]:
     return {"losses": np.array(losses), **last, **bounds}
 
 
+# ------------------------------------------------------------------------------------- preparation
+
+HALVES = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.5]}
+PROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 16},
+    "resample": 3,
+    "crop_size": {"height": 16, "width": 16},
+    **{f"do_{step}": True for step in ("resize", "center_crop", "convert_rgb", "rescale")},
+    "do_normalize": True,
+    "image_mean": HALVES["mean"],
+    "image_std": HALVES["std"],
+}
+SQUARE, LARGER = ({"height": side, "width": side} for side in (16, 20))
+PREPROCESSOR, OPEN_CLIP = "preprocessor_config.json", "open_clip_config.json"
+PREPARATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "shortest": (PREPROCESSOR, PROCESSOR),
+    "shortest bilinear": (PREPROCESSOR, PROCESSOR | {"resample": 2}),
+    "shortest cropped": (PREPROCESSOR, PROCESSOR | {"size": {"shortest_edge": 20}}),
+    "squash": (PREPROCESSOR, PROCESSOR | {"size": SQUARE}),
+    "squash bilinear": (PREPROCESSOR, PROCESSOR | {"size": SQUARE, "resample": 2}),
+    "squash cropped": (PREPROCESSOR, PROCESSOR | {"size": LARGER}),
+    "old keys": (PREPROCESSOR, PROCESSOR | {"size": 16, "crop_size": 16}),
+    "no crop": (PREPROCESSOR, PROCESSOR | {"size": SQUARE, "do_center_crop": False}),
+    "open_clip": (OPEN_CLIP, {"size": 16}),
+    "open_clip bilinear": (OPEN_CLIP, {"size": 16, "interpolation": "bilinear"} | HALVES),
+    "open_clip squash": (OPEN_CLIP, {"size": [16, 16], "resize_mode": "squash"}),
+    "open_clip squash bilinear": (
+        OPEN_CLIP,
+        {
+            "size": 16,
+            "resize_mode": "squash",
+            "interpolation": "bilinear",
+            "mean": 0.5,
+            "std": 0.25,
+        },
+    ),
+}
+
+
+def record_preparation() -> None:
+    """Writes preparation.npz."""
+    import torch
+
+    values: dict[str, Any] = {"versions": torch_versions("open_clip_torch", "torchvision")}
+    images = [Image.fromarray(image) for image in seeded.pictures(seeded.SEED)]
+    # The operators of torchvision are not needed, and need a PyTorch of the same kind of build.
+    with mock.patch.object(torch.library, "register_fake", lambda name: lambda function: function):
+        importlib.import_module("torchvision")
+    for name, (file, section) in PREPARATIONS.items():
+        record = with_open_clip if file == OPEN_CLIP else with_transformers
+        values |= {f"{name}/file": file, f"{name}/section": json.dumps(section)}
+        values[f"{name}/pixels"] = record(section, images)
+    np.savez_compressed(REFERENCE / "preparation.npz", **values)
+
+
+def with_transformers(section: dict[str, Any], images: Sequence[Image.Image]) -> np.ndarray:
+    """Returns what the image processor of a folder makes of all images but the last."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / PREPROCESSOR).write_text(json.dumps(section))
+        processor = CLIPImageProcessorPil.from_pretrained(folder)
+    pixels = processor(images[:-1], return_tensors="np")["pixel_values"]
+    return pixels.transpose(0, 2, 3, 1)
+
+
+def with_open_clip(section: dict[str, Any], images: Sequence[Image.Image]) -> np.ndarray:
+    """Returns what open_clip's transform for evaluation makes of images."""
+    open_clip: Any = importlib.import_module("open_clip.transform")
+    transform = open_clip.image_transform_v2(open_clip.PreprocessCfg(**section), is_train=False)
+    return np.stack([transform(image).numpy().transpose(1, 2, 0) for image in images])
+
+
 # ---------------------------------------------------------------------------------- the tokenizer
 
 
@@ -549,9 +633,9 @@ def versions(*packages: str) -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def torch_versions() -> np.ndarray:
+def torch_versions(*others: str) -> np.ndarray:
     """Returns what an NPZ file says of the versions."""
-    found = versions("torch", "transformers")
+    found = versions("torch", "transformers", *others)
     return np.array([f"{name} {version}" for name, version in found.items()])
 
 
@@ -561,12 +645,13 @@ def main(
     """Record the reference values of the tests.
 
     Args:
-        names: Files to record: a model, methods, tpgm, or tokenizer.
+        names: Files to record: a model, methods, tpgm, preparation, or tokenizer.
         shared: Folder with OpenAI's files, for the tokenizer.
     """
     recorders = {
         "methods": record_methods,
         "tpgm": record_tpgm,
+        "preparation": record_preparation,
         "tokenizer": partial(record_tokenizer, shared),
     }
     recorders |= {name: partial(record_model, name) for name in MODELS}

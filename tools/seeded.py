@@ -100,6 +100,17 @@ def images(architecture: dict[str, int], seed: int, number: int) -> np.ndarray:
     return np.stack([_image(generator, architecture["image_size"]) for _ in range(number)])
 
 
+# Width and height. A centre crop that cuts off 3, 7, 11, ... pixels, as of the last one, begins at
+# half of them rounded down in `transformers`, and up in torchvision.
+PICTURES = [(24, 16), (16, 21), (50, 40), (9, 12), (30, 30), (16, 19)]
+
+
+def pictures(seed: int) -> list[np.ndarray]:
+    """Returns noise of other sizes than a model takes: uint8 `[height, width, 3]` each."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 256, (h, w, 3), np.uint8) for w, h in PICTURES]
+
+
 def token_ids(architecture: dict[str, int], seed: int, number: int) -> np.ndarray:
     """Returns int32 `[number, context_length]`: start, random tokens, end, zeros.
 

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
 import data
+from clip import Preparation
 from support.report import tables
 from support.report.labels import label_method, post_hoc_kind
 from support.report.tables import Results
@@ -414,7 +415,7 @@ def draw_energy_vectors(
 
 
 def draw_contact_sheet(
-    splits: Sequence[data.Split], classes: Sequence[str], image_size: int, most: int = 10
+    splits: Sequence[data.Split], classes: Sequence[str], preparation: Preparation, most: int = 10
 ) -> Figure:
     """Figure 16: the first image of each of `most` classes (columns) in each split (rows)."""
     classes = classes[:most]
@@ -426,7 +427,7 @@ def draw_contact_sheet(
         for label, axes in enumerate(row):
             found = np.flatnonzero(split.labels == label)
             if len(found):
-                axes.imshow(data.read_image(split.images[found[0]], image_size))
+                axes.imshow(data.read_image(split.images[found[0]], preparation))
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
     for axes, name in zip(grid[0], classes, strict=True):

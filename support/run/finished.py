@@ -31,7 +31,8 @@ from support.run.options import (
 from support.run.setup import Images, Setup, open_setups
 
 # The options whose content counts, not the path that it was read from.
-CONTENT = {"model": "weights", "templates": "prompts", "class_names": "classes"}
+CONTENT = {"model": "weights or image preparation", "templates": "prompts"}
+CONTENT |= {"class_names": "classes"}
 
 
 @dataclass(frozen=True)

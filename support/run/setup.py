@@ -32,7 +32,7 @@ class Model:
     clip: clip.CLIP
     tokenizer: Tokenizer
     templates: tuple[str, ...]
-    content: dict[str, int]  # checksums of weights and prompts
+    content: dict[str, int]  # checksums of prompts, and of weights and image preparation
     tau: Float[Array, ""]
     moments: dict[int, Float[np.ndarray, "dim dim"]] = field(default_factory=dict)
 
@@ -188,6 +188,9 @@ def load_model(
     """Loads the model and places it on the devices."""
     model, tokenizer = weights.load(sources.model)
     content = {"model": 0, "templates": zlib.crc32(repr(tuple(templates)).encode())}
+    preparation = model.config.preparation
+    if preparation != clip.Preparation(preparation.size):  # older runs have no checksum of OpenAI's
+        content["model"] = zlib.crc32(repr(preparation).encode())
     for leaf in jax.tree.leaves(model):
         content["model"] = zlib.crc32(np.asarray(leaf).data, content["model"])
     placed, tau = devices.place((model, jnp.exp(model.logit_scale)), mesh, execution.fsdp)

@@ -12,7 +12,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from support.weights.archives import read_weights, refuse_damaged
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-clip"
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+OPEN_CLIP = "open_clip_config.json"
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # beside OpenAI's files
 
 Arrays = dict[str, np.ndarray]  # a state dict: weights by name, in PyTorch's layout
@@ -66,6 +67,18 @@ _KINDS = {
 }
 
 
+def unsupported(
+    items: Iterable[tuple[str, Any]], read: Container[str], allowed: Mapping[str, Sequence]
+) -> list[str]:
+    """Returns a problem per key that is not read, and has no allowed value, nor is off."""
+    off = (False, "", [], {})
+    return [
+        f"{key} {value!r} is not supported"
+        for key, value in items
+        if key not in read and value is not None and value not in allowed.get(key, off)
+    ]
+
+
 def make_config(values: dict[str, Any], source: str, problems: list[str]) -> clip.Config:
     """Returns the configuration with the given values of fields, such as `vision.width`.
 
@@ -91,6 +104,7 @@ def make_config(values: dict[str, Any], source: str, problems: list[str]) -> cli
             "restore it, or choose another model"
         )
     sizes = [field.name for field in dataclasses.fields(clip.Transformer)]
+    values["preparation"] = clip.Preparation(values.pop("image_size"))
     for tower in ("vision", "text"):
         values[tower] = clip.Transformer(*(values.pop(f"{tower}.{size}") for size in sizes))
     return clip.Config(**values)
@@ -163,11 +177,8 @@ def open_clip_config(path: Path) -> clip.Config:
         whole = content.get("model_cfg", content)
         vision = _OPEN_CLIP_TOWER | _OPEN_CLIP_VISION | whole["vision_cfg"]
         text = _OPEN_CLIP_TOWER | _OPEN_CLIP_TEXT | whole["text_cfg"]
-        problems = [
-            f"{key} {value!r} is not supported"
-            for key, value in [*whole.items(), *vision.items(), *text.items()]
-            if value and key not in _OPEN_CLIP_KEYS and value not in _OPEN_CLIP_VALUES.get(key, [])
-        ]
+        items = [*whole.items(), *vision.items(), *text.items()]
+        problems = unsupported(items, _OPEN_CLIP_KEYS, _OPEN_CLIP_VALUES)
         tokenizer = text.get("hf_tokenizer_name")
         if tokenizer and not (path.parent / "tokenizer.json").exists():
             problems.append(f"the tokenizer.json of {tokenizer} is not beside it")
@@ -205,9 +216,10 @@ _OPENAI = [
 
 
 def openai_config(state: Mapping[str, np.ndarray], source: str) -> clip.Config:
-    """Returns the configuration that the shapes of OpenAI's entries imply. Heads have width 64.
+    """Returns the configuration that the shapes of OpenAI's entries imply.
 
-    Raises InputError if such an entry is missing or empty, or lacks the axis.
+    Heads are those of published models. Raises InputError if such an entry is missing or empty, or
+    lacks the axis.
     """
     problems: list[str] = []
     values: dict[str, Any] = {}
@@ -227,43 +239,98 @@ def openai_config(state: Mapping[str, np.ndarray], source: str) -> clip.Config:
         values[f"{tower}.heads"], remainder = divmod(values[f"{tower}.width"], 64)
         if remainder:
             problems.append(f"{tower}.width is no multiple of 64, and no config.json says heads")
+    if values["vision.width"] in (1280, 1408, 1664, 1792):  # open_clip's ViT-H, g, bigG and e
+        values["vision.heads"] = 16
     return make_config(values, f"weights {source}", problems)
 
 
-# Where each format specifies how images are prepared: file, section, keys of mean and deviation.
-_IMAGES = [
-    ("preprocessor_config.json", "", "image_mean", "image_std"),
-    ("processor_config.json", "image_processor", "image_mean", "image_std"),
-    ("open_clip_config.json", "preprocess_cfg", "mean", "std"),
-]
+# How images are prepared: keys that are read or change nothing, and those of which some values are
+# implemented.
+_PROCESSORS = ["CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorFast"]
+_PROCESSOR = (
+    {"size", "crop_size", "do_center_crop", "image_mean", "image_std", "do_convert_rgb"}
+    | {"processor_class", "data_format", "_valid_processor_keys"},
+    {"do_resize": [True], "do_rescale": [True], "do_normalize": [True], "resample": [2, 3]}
+    | {"feature_extractor_type": _PROCESSORS, "image_processor_type": _PROCESSORS}
+    | {"rescale_factor": [1 / 255]},
+)
+_PREPROCESS = (
+    {"size", "mean", "std", "fill_color"},
+    {"mode": ["RGB"], "resize_mode": ["shortest", "squash"]}
+    | {"interpolation": ["bilinear", "bicubic"]},
+)
 
 
-def with_image_statistics(config: clip.Config, folder: Path) -> clip.Config:
-    """Returns the configuration with the mean and deviation that a folder's files specify, if any.
+def _side(value: Any) -> int:
+    """Returns the side of a square, which a number or both sides specify, and otherwise 0."""
+    if isinstance(value, dict) and value.keys() in ({"height", "width"}, {"shortest_edge"}):
+        value = [*value.values()]
+    if isinstance(value, list) and len(value) in (1, 2) and value[0] == value[-1]:
+        value = value[0]
+    return value if type(value) is int else 0
 
-    Raises InputError if they are not three numbers each, or if images are not to be standardised.
+
+def _three(value: Any) -> tuple[float, ...]:
+    """Returns three numbers, or three times the one given, and nothing for other values."""
+    numbers = value if isinstance(value, list | tuple) else [value] * 3
+    is_right = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    return tuple(map(float, numbers)) if is_right and len(numbers) == 3 else ()
+
+
+def read_preparation(path: Path, section: Mapping[str, Any], size: int) -> clip.Preparation:
+    """Returns the preparation in a section of a file, of a model for images of `size` pixels.
+
+    What it lacks is OpenAI's. Raises InputError, which names the keys whose values are not
+    implemented.
     """
-    for name, section, *keys in _IMAGES:
-        path = folder / name
-        if not path.exists():
-            continue
-        with refuse_damaged(str(path), "restore it"):
-            content = read_json(path)
-            part = (content.get(section) or {}) if section else content
-            if not part.keys() & {*keys}:
-                continue
-            mean, deviation = np.array([part.get(key) for key in keys], np.float64)
-            is_right = mean.shape == (3,) and np.all(np.isfinite([mean, deviation]))
-            is_skipped = part.get("do_normalize") is False or part.get("do_rescale") is False
-            if is_skipped or not is_right or min(deviation) <= 0:
-                raise InputError(
-                    f"{path}: {' and '.join(keys)} are {mean} and {deviation}, not three numbers, "
-                    "or images are not standardised: restore it, or choose another model"
-                )
-        return dataclasses.replace(
-            config, image_mean=tuple(mean.tolist()), image_deviation=tuple(deviation.tolist())
+    part = {key: value for key, value in section.items() if value is not None}
+    is_open_clip = path.name == OPEN_CLIP
+    mean, deviation = ("mean", "std") if is_open_clip else ("image_mean", "image_std")
+    edge = part.get("size", size)
+    crops = not is_open_clip and part.get("do_center_crop", True) is True
+    squash = part.get("resize_mode") == "squash"
+    if not is_open_clip:
+        squash = isinstance(edge, dict | list) and "shortest_edge" not in edge
+    found = clip.Preparation(
+        size,
+        _side(edge) - size,
+        squash,
+        2 if part.get("resample", part.get("interpolation")) in (2, "bilinear") else 3,
+        _three(part.get(mean, clip.Preparation.mean)),
+        _three(part.get(deviation, clip.Preparation.deviation)),
+    )
+    is_wrong = {
+        "size": found.margin < 0 or (found.margin > 0 and not crops),
+        "crop_size": crops and _side(part.get("crop_size", size)) != size,
+        "do_center_crop": not (crops or squash or is_open_clip),  # images would not be square
+        mean: not found.mean,
+        deviation: min(found.deviation, default=0) <= 0,
+    }
+    problems = unsupported(part.items(), *(_PREPROCESS if is_open_clip else _PROCESSOR))
+    problems += [f"{key} {part[key]!r} is not supported" for key in is_wrong if is_wrong[key]]
+    if problems:
+        raise InputError(
+            f"{path}: images of {size} pixels are not prepared here as it says "
+            f"({few(problems, '; ', 6)}): restore it, or choose another model"
         )
-    return config
+    return found
+
+
+def find_preparation(folder: Path, size: int, is_open_clip: bool) -> clip.Preparation | None:
+    """Returns what the files of a folder specify, if anything, the model's own format first.
+
+    Raises like `read_preparation`.
+    """
+    sections = {"processor_config.json": "image_processor", "preprocessor_config.json": ""}
+    own = {OPEN_CLIP: "preprocess_cfg"}
+    for name, section in ((own | sections) if is_open_clip else (sections | own)).items():
+        path = folder / name
+        if path.exists():
+            with refuse_damaged(str(path), "restore it"):
+                content = read_json(path)
+                if part := content.get(section) if section else content:
+                    return read_preparation(path, part, size)
+    return None
 
 
 # -------------------------------------------------------------------------------------- tokenizers
@@ -346,28 +413,36 @@ def unwrap(state: Arrays, source: str) -> tuple[Arrays, str]:
 def read_model(path: Path) -> tuple[Arrays, str, clip.Config]:
     """Returns the state dict of a file or folder, the style of its names, and the configuration.
 
-    A file's configuration is beside it. Without one, activation and heads are OpenAI's, with a
-    warning unless the file is OpenAI's. Raises InputError if something is missing or damaged.
+    A file's configuration is beside it. What nothing specifies is as OpenAI has it, with a warning
+    unless the file is OpenAI's. Raises InputError if something is missing or damaged.
     """
+    read_config = {"config.json": hugging_face_config, OPEN_CLIP: open_clip_config}
+    folder = path if path.is_dir() else path.parent
+    assumed = []
     if path.is_dir():
         files = hub.choose({file.name for file in path.iterdir()})
         if not files:
             formats = ", nor ".join(" with ".join(files) for files in hub.MODEL)
             raise InputError(f"{path} has neither {formats}: put the missing files there")
-        read_config = hugging_face_config if files[0] == "config.json" else open_clip_config
-        config = read_config(path / files[0])
-        return *unwrap(read_weights(path / files[1]), str(path)), config
-    state, style = unwrap(read_weights(path), str(path))
-    if style == "hugging_face":
-        return state, style, hugging_face_config(path.parent / "config.json")
-    if (path.parent / "open_clip_config.json").exists():
-        return state, style, open_clip_config(path.parent / "open_clip_config.json")
-    config = openai_config(state, str(path))
-    if "input_resolution" not in state:  # which OpenAI's own files have
-        warn(
-            f"{path} does not specify activation and heads, taken: quick_gelu (not gelu), "
-            f"{config.vision.heads} and {config.text.heads} heads of width 64"
-        )
+        name = files[0]
+        config = read_config[name](path / name)
+        state, style = unwrap(read_weights(path / files[1]), str(path))
+    else:
+        state, style = unwrap(read_weights(path), str(path))
+        name = "config.json" if style == "hugging_face" else OPEN_CLIP
+        if style == "hugging_face" or (folder / name).exists():
+            config = read_config[name](folder / name)
+        else:
+            config = openai_config(state, str(path))
+            heads = f"{config.vision.heads} and {config.text.heads} heads"
+            assumed.append(f"activation and heads (taken: quick_gelu, not gelu; {heads})")
+    preparation = find_preparation(folder, config.image_size, name == OPEN_CLIP)
+    if preparation:
+        config = dataclasses.replace(config, preparation=preparation)
+    else:
+        assumed.append("how images are prepared (taken: OpenAI's mean, deviation, crop and filter)")
+    if assumed and "input_resolution" not in state:  # which OpenAI's own files have
+        warn(f"{path} does not specify {', nor '.join(assumed)}")
     return state, style, config
 
 
@@ -384,8 +459,6 @@ def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
         raise unknown("model preset", name, ["tiny", *hub.OPENAI])
     state, style, config = read_model(path)
     folder = path if path.is_dir() else path.parent
-    config = with_image_statistics(config, folder)
-
     present = {file.name for file in folder.iterdir()}
     if style == "hugging_face" or hub.choose(present, hub.TOKENIZER):
         tokenizer = hugging_face_tokenizer(folder)
@@ -411,6 +484,8 @@ def load(name: str) -> tuple[clip.CLIP, Tokenizer]:
 def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.float32) -> None:
     """Writes a folder that `load` and `transformers` (`CLIPModel`, `CLIPProcessor`) can open."""
     config = model.config
+    images = config.preparation
+    edges = ("height", "width") if images.squash else ("shortest_edge",)
     folder.mkdir(parents=True, exist_ok=True)
     # safetensors writes an array's buffer as it is: a transposed array must be contiguous first.
     state = clip.to_state_dict(model, "hugging_face")
@@ -421,12 +496,12 @@ def save(folder: Path, model: clip.CLIP, tokenizer: Tokenizer, dtype: Any = np.f
         "config.json": hugging_face_json(config),
         "preprocessor_config.json": {
             "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": config.image_size},
-            "resample": 3,
-            "crop_size": {"height": config.image_size, "width": config.image_size},
+            "size": dict.fromkeys(edges, images.size + images.margin),
+            "resample": images.resample,
+            "crop_size": {"height": images.size, "width": images.size},
             **dict.fromkeys(steps, True),
-            "image_mean": config.image_mean,
-            "image_std": config.image_deviation,
+            "image_mean": images.mean,
+            "image_std": images.deviation,
         },
         "tokenizer_config.json": {
             "tokenizer_class": "CLIPTokenizer",

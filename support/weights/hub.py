@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from support.errors import InputError
+from support.errors import InputError, read_json
 
 # OpenAI's own repositories.
 OPENAI = {
@@ -38,17 +38,20 @@ def choose(present: Collection[str], formats: Sequence[Files] = MODEL) -> list[s
 def download(name: str, formats: Sequence[Files] = MODEL) -> Path:
     """Returns the folder of a repository in the hub's cache, with the files of one of `formats`.
 
-    Downloads them if they, or the tokenizer, are not there. Raises InputError if it cannot.
+    Downloads what is not there. Raises InputError if it cannot.
     """
     import huggingface_hub as hub  # half a second that other runs do not need
     from huggingface_hub import constants, errors
 
     with contextlib.suppress(Exception):  # it is not in the cache
         folder = Path(hub.snapshot_download(name, allow_patterns=[], local_files_only=True))
-        cached = [file.name for file in folder.iterdir()]
-        if choose(cached, formats) and choose(cached, TOKENIZER):
+        cached = {file.name for file in folder.iterdir() if file.exists()}
+        files = choose(cached, formats)
+        indices = [read_json(folder / file) for file in files if file.endswith(".index.json")]
+        shards = {shard for index in indices for shard in index["weight_map"].values()}
+        if files and choose(cached, TOKENIZER) and shards <= cached:
             return folder
-    print(f"{name} is not in the cache: looking on {constants.ENDPOINT}", file=sys.stderr)
+    print(f"{name} is not whole in the cache: looking on {constants.ENDPOINT}", file=sys.stderr)
     try:
         files = choose(hub.list_repo_files(name), formats)
         if not files:
@@ -59,7 +62,8 @@ def download(name: str, formats: Sequence[Files] = MODEL) -> Path:
         parts = ", ".join(file.split("|")[0] for file in formats[0])
         advice = f"download its {parts} elsewhere, put it at --model FOLDER"
         if isinstance(error, errors.GatedRepoError):
-            advice = "ask for access on its page and log in with `hf auth login`"
+            page = f"{constants.ENDPOINT}/{name}"
+            advice = f"accept its conditions on {page}, and log in with `hf auth login`"
         elif isinstance(error, errors.RepositoryNotFoundError):
             advice = "correct it, or log in with `hf auth login`"
         reason = f"{type(error).__name__}: {error}".split("\n")[0]

@@ -142,7 +142,7 @@ def test_data_and_models_that_moved(
 ) -> None:
     """Commands take the data's new place.
 
-    Weights that are others under the same name are noticed.
+    Weights that are others under the same name are noticed, and another preparation of images.
     """
     run = shutil.copytree(finished / "ft" / "seed-0", tmp_path / "ft" / "seed-0")
     config = json.loads((run / "config.json").read_text())
@@ -154,12 +154,19 @@ def test_data_and_models_that_moved(
         evaluation.Runs((run,), options.Places(root)), num_texts=3, text_length=3
     )
     assert "sketch" in capsys.readouterr().out
-    other, tokenizer = weights.load(str(model))
-    other = eqx.tree_at(lambda model: model.logit_scale, other, jnp.float32(1))
-    weights.save(tmp_path / model.name, other, tokenizer)
-    config["settings"]["model"] = str(tmp_path / model.name)
+    other = shutil.copytree(model, tmp_path / model.name)
+    config["settings"]["model"] = str(other)
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(errors.InputError, match="was made with other weights: restore"):
+    preparation = json.loads((other / "preprocessor_config.json").read_text())
+    squashed = preparation | {"size": preparation["crop_size"]}
+    (other / "preprocessor_config.json").write_text(json.dumps(squashed))
+    refusal = "was made with other weights or image preparation: restore"
+    with pytest.raises(errors.InputError, match=refusal):
+        evaluation.energy_gap_command(evaluation.Runs((run,), options.Places(root)))
+    loaded, tokenizer = weights.load(str(model))
+    loaded = eqx.tree_at(lambda model: model.logit_scale, loaded, jnp.float32(1))
+    weights.save(other, loaded, tokenizer)
+    with pytest.raises(errors.InputError, match=refusal):
         evaluation.energy_gap_command(evaluation.Runs((run,), options.Places(root)))
     command = changed(
         tiny_command(tmp_path / model.name, root, tmp_path),
@@ -169,7 +176,7 @@ def test_data_and_models_that_moved(
     )
     (run / "results.json").unlink()
     assert errors.exit_code(lambda: train.main(changed(command, resume=True))) == 2
-    assert "was made with other weights: restore" in capsys.readouterr().err
+    assert refusal in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------ analysis of finished runs
@@ -183,9 +190,8 @@ def test_predict(finished: Path, root: Path, capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     assert [lines[0], lines[3]] == [str(image) for image in images] and len(lines) == 6
     classifier, model = finished_runs.read_classifier(run / "best")
-    features = clip.image_features(
-        classifier.vision, jnp.asarray(data.read_image(data.ListedFile(images[0], ""), 16))[None]
-    )
+    pixels = data.read_image(data.ListedFile(images[0], ""), classifier.vision.preparation)
+    features = clip.image_features(classifier.vision, jnp.asarray(pixels)[None])
     probabilities = np.asarray(
         jax.nn.softmax(jnp.exp(model.logit_scale) * (features @ classifier.head))
     )[0]
@@ -343,7 +349,7 @@ def test_best_opens_in_transformers(finished: Path, root: Path, tmp_path: Path) 
             torch.tensor(inputs["pixel_values"])
         ).pooler_output.numpy()
     features /= np.linalg.norm(features, axis=1, keepdims=True)
-    pixels = data.read_image(data.ListedFile(path), ours.config.image_size)
+    pixels = data.read_image(data.ListedFile(path), ours.config.preparation)
     actual = np.asarray(clip.image_features(ours.vision, jnp.asarray(pixels)[None]))
     np.testing.assert_allclose(actual, features, atol=2e-6)
     np.testing.assert_allclose(tau * actual @ head, tau * features @ head, atol=2e-6 * tau)

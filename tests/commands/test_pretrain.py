@@ -25,7 +25,7 @@ from tools import captions, pretrain
 
 TINY_CLIP = REFERENCE.parents[1] / "assets" / "tiny-clip"
 SMALL = clip.Config(
-    image_size=12,
+    preparation=clip.Preparation(12),
     patch_size=6,
     vision=clip.Transformer(16, 2, 2, 32),
     text=clip.Transformer(16, 1, 2, 32),

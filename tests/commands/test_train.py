@@ -436,7 +436,7 @@ def test_unseen_classes_are_reported_and_not_trained(
     features_of = jax.jit(clip.image_features)
     right = {0: [], 1: [], 2: []}
     for file, label in zip(split.images, split.labels, strict=True):
-        image = jnp.asarray(data.read_image(file, 16))
+        image = jnp.asarray(data.read_image(file, clip.Preparation(16)))
         features = features_of(run.classifier.vision, image[None])[0]
         right[int(label)].append(int(jnp.argmax(features @ run.classifier.head)) == label)
     seen, unseen = np.mean(right[0] + right[1]), np.mean(right[2])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from archives_by_hand import archive, write
-from helpers import TOKENIZER, openai_state, small_model
+from helpers import TOKENIZER, openai_state, shard, small_model
 from safetensors.numpy import save_file
 
 import clip
@@ -173,24 +173,28 @@ def test_a_model_of_the_hub(
     assert "or give a model in the cache, perhaps ViT-B/32" in refusal
 
 
-def test_shards_and_a_tokenizer_that_is_not_in_the_cache(
-    repository: Path, server: ThreadingHTTPServer, tmp_path: Path
+@pytest.mark.parametrize("lost", ["tokenizer.json", "model-00002-of-00002.safetensors", "blob"])
+def test_an_interrupted_download_is_completed(
+    lost: str, repository: Path, server: ThreadingHTTPServer, tmp_path: Path
 ) -> None:
-    """What an interrupted download, or another program, left out is downloaded alone."""
-    shard = "model-00001-of-00001.safetensors"
+    """What it, or another program, left out is downloaded alone: a file, or what it links to."""
     (repository / "model-00001-of-00002.safetensors").unlink()
-    (repository / "model.safetensors").rename(repository / shard)
-    entries = dict.fromkeys(clip.to_state_dict(small_model(), "hugging_face"), shard)
-    index = repository / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": entries}))
+    shard(repository)
     server.repositories["someone/clip"] = repository
     assert load(tmp_path, server, "someone/clip") == [EXPECTED]
-    assert {index.name, shard} < {*server.asked} and "pytorch_model.bin" not in server.asked
+    assert "pytorch_model.bin" not in server.asked
     server.asked.clear()
-    (cached,) = (tmp_path / "hub").glob("**/snapshots/*/tokenizer.json")
-    cached.unlink()
+    name = "model-00001-of-00002.safetensors" if lost == "blob" else lost
+    (cached,) = (tmp_path / "hub").glob(f"**/snapshots/*/{name}")
+    if lost == "blob":
+        cached.resolve().unlink()
+    else:
+        cached.unlink()
     assert load(tmp_path, server, "someone/clip") == [EXPECTED]
-    assert server.asked in ([], ["tokenizer.json"])
+    assert server.asked in ([], [name])
+    assert cached.exists()
+    server.repositories.clear()
+    assert load(tmp_path, server, "someone/clip", HF_HUB_OFFLINE="1") == [EXPECTED]
 
 
 def test_what_the_hub_does_not_give(
@@ -206,7 +210,7 @@ def test_what_the_hub_does_not_give(
     assert f"someone/gone {beginning(server)} (RepositoryNotFoundError" in gone
     assert "correct it, or log in with `hf auth login`, or give a model in the cache" in gone
     assert f"someone/gated {beginning(server)} (GatedRepoError" in gated
-    assert "ask for access on its page and log in" in gated
+    assert f"accept its conditions on {address(server)}/someone/gated, and log in" in gated
     assert f"someone/bert {beginning(server)} (FileNotFoundError: it has no model" in other
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from archives_by_hand import (
     vocabulary_file,
     write,
 )
-from conftest import EXAMPLES, shared
+from conftest import EXAMPLES, REFERENCE, shared
 from helpers import (
     CONFIG,
     MERGES,
@@ -28,6 +29,7 @@ from helpers import (
     hugging_face_state,
     openai_state,
     refused,
+    shard,
     small_model,
 )
 from huggingface_hub import constants
@@ -134,6 +136,19 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "clip")
 
 
+RECORDED = np.load(REFERENCE / "preparation.npz")
+PROCESSORS = {  # as `weights.save` writes them
+    f"{kind}{change}": json.loads(str(RECORDED[f"{kind}{change}/section"]))
+    for kind in ("shortest", "squash")
+    for change in ("", " bilinear", " cropped")
+}
+
+
+def with_preparation(preparation: clip.Preparation) -> clip.CLIP:
+    config = dataclasses.replace(CONFIG, preparation=preparation)
+    return clip.from_state_dict(hugging_face_state(), config, "hugging_face", "seeded")
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
 def test_save_then_load(dtype: Any, tmp_path: Path) -> None:
     weights.save(tmp_path, small_model(), TOKENIZER, dtype)
@@ -145,16 +160,14 @@ def test_save_then_load(dtype: Any, tmp_path: Path) -> None:
     assert tokenizer.encode("a dog").ids == [514, VOCABULARY["a</w>"], VOCABULARY["dog</w>"], 515]
 
 
-def test_saved_processor(saved: Path) -> None:
-    """What `transformers` reads: resize, crop, rescale and standardise, with this model's sizes."""
-    content = json.loads((saved / "preprocessor_config.json").read_text())
-    steps = ["resize", "center_crop", "convert_rgb", "rescale", "normalize"]
-    assert all(content[f"do_{step}"] is True for step in steps)
-    assert content["size"] == {"shortest_edge": 16}
-    assert content["crop_size"] == {"height": 16, "width": 16}
-    assert content["resample"] == 3
-    assert content["image_mean"] == list(CONFIG.image_mean)
-    assert content["image_std"] == list(CONFIG.image_deviation)
+@pytest.mark.parametrize("name", [*PROCESSORS])
+def test_saved_processor(name: str, tmp_path: Path) -> None:
+    """The files with which `transformers` gave the recorded pixels, and the same model again."""
+    preparation = formats.read_preparation(Path("preprocessor_config.json"), PROCESSORS[name], 16)
+    model = with_preparation(preparation)
+    weights.save(tmp_path, model, TOKENIZER)
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == PROCESSORS[name]
+    assert_same(weights.load(str(tmp_path))[0], model)
 
 
 def edit(path: Path, *keys: str, value: Any) -> None:
@@ -164,18 +177,6 @@ def edit(path: Path, *keys: str, value: Any) -> None:
         inner = inner[key]
     inner[keys[-1]] = value
     path.write_text(json.dumps(content))
-
-
-def shard(folder: Path) -> None:
-    """Splits `model.safetensors` into two shards and an index."""
-    state = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    places = {name: names[index % 2] for index, name in enumerate(state)}
-    for file in names:
-        save_file({name: state[name] for name in state if places[name] == file}, folder / file)
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def add_an_old_index(folder: Path) -> None:
@@ -215,6 +216,12 @@ def use_legacy_tokens(folder: Path) -> None:
     edit(folder / "config.json", "text_config", "eos_token_id", value=2)
 
 
+def store_the_scale_as_a_vector(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["logit_scale"] = state["logit_scale"][None]
+    save_file(state, folder / "model.safetensors")
+
+
 def forget_the_start_token(folder: Path) -> None:
     """The tokenizer's counts."""
     edit(folder / "config.json", "text_config", "bos_token_id", value=7)
@@ -230,6 +237,7 @@ def forget_the_start_token(folder: Path) -> None:
         add_position_ids,
         use_pytorch,
         use_legacy_tokens,
+        store_the_scale_as_a_vector,
         forget_the_start_token,
     ],
 )
@@ -268,8 +276,8 @@ OPEN_CLIP = {
 def open_clip_model() -> clip.CLIP:
     """A model with exact GELU, heads that are not 64 wide, and statistics of its own."""
     vision, text = clip.Transformer(64, 2, 2, 192), clip.Transformer(128, 2, 4, 550)
-    statistics = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    config = clip.Config(16, 8, vision, text, 32, 12, 516, 514, 515, "gelu", 1e-5, *statistics)
+    images = clip.Preparation(16, mean=(0.5, 0.5, 0.5), deviation=(0.25, 0.25, 0.25))
+    config = clip.Config(images, 8, vision, text, 32, 12, 516, 514, 515, "gelu", 1e-5)
     return clip.CLIP(config, jax.random.key(3))
 
 
@@ -312,22 +320,63 @@ def test_checkpoint_of_training(
     path = tmp_path / "epoch.safetensors"
     save_file(state, path)
     assert_same(weights.load(str(path))[0], small_model())
-    said = "does not specify activation and heads, taken: quick_gelu (not gelu), 1 and 2 heads"
-    assert said in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "not specify activation and heads (taken: quick_gelu, not gelu; 1 and 2 heads)" in said
+    assert "nor how images are prepared (taken: OpenAI's mean, deviation" in said
     save_file(state | {"ema.visual.class_embedding": np.ones(64)}, path)
     refused(lambda: weights.load(str(path)), path, f"hold 2 models, at ema., {prefix or 'its top'}")
 
 
-@pytest.mark.parametrize(
-    ("name", "section"),
-    [("preprocessor_config.json", None), ("processor_config.json", "image_processor")],
-)
-def test_image_statistics_of_the_processor(name: str, section: str | None, folder: Path) -> None:
+HALVES = {"mean": (0.5, 0.5, 0.5), "deviation": (0.25, 0.25, 0.5)}
+STATISTICS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.5]}
+ZERO_AND_TWO = {"mean": (0.0, 0.0, 0.0), "deviation": (2.0, 2.0, 2.0)}
+UNUSED = {"do_pad": False, "processor_class": "CLIPProcessor", "crop_pct": None}
+BILINEAR = {"resample": 2}
+SQUASHED = {"squash": True, "resample": 2}
+PREPARATIONS = [
+    ("preprocessor_config.json", STATISTICS, HALVES),
+    ("processor_config.json", {"image_processor": STATISTICS}, HALVES),
+    ("preprocessor_config.json", {"image_mean": 0, "image_std": 2}, ZERO_AND_TWO),
+    ("preprocessor_config.json", {"size": 18, "crop_size": 16, **UNUSED}, {"margin": 2}),
+    ("preprocessor_config.json", {"size": {"shortest_edge": 16}, "do_rescale": True}, {}),
+    ("preprocessor_config.json", {"size": [16, 16], "resample": 2}, SQUASHED),
+    ("open_clip_config.json", {"preprocess_cfg": {"interpolation": "bilinear"}}, BILINEAR),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), PREPARATIONS)
+def test_preparation(
+    name: str, content: Any, expected: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the one file specifies, with OpenAI's values for the rest; without it, a warning."""
     (folder / "preprocessor_config.json").unlink()
-    content = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.5]}
-    (folder / name).write_text(json.dumps({section: content} if section else content))
-    config = weights.load(str(folder))[0].config
-    assert (config.image_mean, config.image_deviation) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.5))
+    assert weights.load(str(folder))[0].config == CONFIG
+    assert "not specify how images are prepared (taken: OpenAI's mean" in capsys.readouterr().err
+    (folder / name).write_text(json.dumps(content))
+    found = weights.load(str(folder))[0].config.preparation
+    assert found == clip.Preparation(16, **expected)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_files_of_the_own_format_count_first(open_clip_folder: Path, folder: Path) -> None:
+    """In `transformers`, what is nested in processor_config.json hides the older file."""
+    (open_clip_folder / "preprocessor_config.json").write_text(json.dumps(STATISTICS))
+    assert_same(weights.load(str(open_clip_folder))[0], open_clip_model())
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": STATISTICS}))
+    (folder / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
+    expected = clip.Preparation(16, **HALVES)
+    assert weights.load(str(folder))[0].config.preparation == expected
+
+
+@pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1408, 16), (1664, 16), (1024, 16)])
+def test_heads_of_published_sizes(width: int, heads: int) -> None:
+    """ViT-H/14, g/14 and bigG/14 of open_clip, and ViT-L/14 with heads of width 64."""
+    vision = clip.Transformer(width, 1, heads, 8)
+    config = dataclasses.replace(CONFIG, vision=vision)
+    shapes = eqx.filter_eval_shape(clip.CLIP, config, jax.random.key(0))
+    entries = eqx.filter_eval_shape(clip.to_state_dict, shapes, "openai")
+    state = {name: np.broadcast_to(np.float32(0), x.shape) for name, x in entries.items()}
+    assert formats.openai_config(state, "here").vision == vision
 
 
 # ----------------------------------------------------------------------------------- files refused
@@ -359,15 +408,33 @@ WRONG_VALUES = {
         ("model_cfg vision_cfg layers", [3, 4], "vision.layers is [3, 4], not a positive"),
         ("model_cfg text_cfg heads", 3, "text.width is 128, no multiple of its 3 heads"),
         ("model_cfg text_cfg", None, "TypeError"),
-        ("preprocess_cfg mean", [0.5, 0.5], "ValueError"),
+        ("preprocess_cfg mean", [0.5, 0.5], "mean [0.5, 0.5] is not supported"),
+        ("preprocess_cfg std", 0, "std 0 is not supported"),
+        ("preprocess_cfg mode", "L", "mode 'L' is not supported"),
+        ("preprocess_cfg size", 224, "size 224 is not supported"),
+        ("preprocess_cfg size", [16, 24], "size [16, 24] is not supported"),
+        ("preprocess_cfg resize_mode", "longest", "resize_mode 'longest' is not supported"),
+        ("preprocess_cfg interpolation", "random", "interpolation 'random' is not supported"),
     ],
     "preprocessor_config.json": [
-        ("image_std", [0.5, 0.5, 0], "[0.5 0.5 0. ], not three numbers"),
-        ("image_mean", 0.5, "ValueError"),
-        ("image_mean", ["a", "b", "c"], "ValueError"),
-        ("image_mean", [0.5, float("nan"), 0.5], "[0.5 nan 0.5]"),
-        ("do_normalize", False, "images are not standardised"),
-        ("do_rescale", False, "images are not standardised"),
+        ("image_std", [0.5, 0.5, 0], "image_std [0.5, 0.5, 0] is not supported"),
+        ("image_mean", ["a", "b", "c"], "image_mean ['a', 'b', 'c'] is not supported"),
+        ("image_mean", [0.5, float("nan"), 0.5], "image_mean [0.5, nan, 0.5] is not supported"),
+        ("do_normalize", False, "do_normalize False is not supported"),
+        ("do_rescale", False, "do_rescale False is not supported"),
+        ("do_resize", False, "do_resize False is not supported"),
+        ("do_center_crop", False, "do_center_crop False is not supported"),
+        ("rescale_factor", 1 / 127.5, "rescale_factor 0.00784"),
+        ("resample", 1, "resample 1 is not supported"),
+        ("resample", "bicubic", "resample 'bicubic' is not supported"),
+        ("size", 15, "size 15 is not supported"),
+        ("size", {"longest_edge": 16}, "size {'longest_edge': 16} is not supported"),
+        ("size", {"height": 16, "width": 24}, "'width': 24} is not supported"),
+        ("size", [], "size [] is not supported"),
+        ("crop_size", 18, "crop_size 18 is not supported"),
+        ("crop_pct", 0.9, "crop_pct 0.9 is not supported"),
+        ("do_pad", True, "do_pad True is not supported"),
+        ("image_processor_type", "SiglipImageProcessor", "'SiglipImageProcessor' is not supported"),
     ],
 }
 
@@ -561,14 +628,17 @@ def test_any_bytes_in_a_configuration(
             config = formats.open_clip_config(folder / name)
         else:
             config = formats.hugging_face_config(folder / "config.json")
-        return formats.with_image_statistics(config, folder)
+        preparation = formats.find_preparation(folder, config.image_size, is_open_clip)
+        return dataclasses.replace(config, preparation=preparation or config.preparation)
 
     def check(config: clip.Config) -> None:
         sizes = [*vars(config.vision).values(), *vars(config.text).values()]
         sizes += [config.image_size, config.patch_size, config.embedding_size]
         assert all(type(size) is int and size > 0 for size in sizes)
-        assert np.all(np.isfinite([config.image_mean, config.image_deviation]))
-        assert min(config.image_deviation) > 0
+        preparation = config.preparation
+        assert np.all(np.isfinite([preparation.mean, preparation.deviation]))
+        assert min(preparation.deviation) > 0 and preparation.margin >= 0
+        assert preparation.resample in (2, 3)
 
     check_mutations(examples, folder / name, read_configuration, check)
 

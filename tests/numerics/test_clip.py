@@ -143,7 +143,7 @@ def test_one_weight_that_is_not_finite_is_refused() -> None:
 
 def test_random_initialisation_has_the_scales_of_openai() -> None:
     config = clip.Config(
-        64,
+        clip.Preparation(64),
         8,
         clip.Transformer(128, 4, 2, 512),
         clip.Transformer(192, 3, 3, 768),
@@ -179,9 +179,8 @@ def test_standardize() -> None:
     own statistics.
     """
     image = np.array([[[0, 128, 255]]], np.uint8)
-    config = clip.Config(
-        8, 4, clip.Transformer(8, 1, 1, 8), clip.Transformer(8, 1, 1, 8), embedding_size=4
-    )
+    sizes = clip.Transformer(8, 1, 1, 8)
+    config = clip.Config(clip.Preparation(8), 4, sizes, sizes, embedding_size=4)
     tower = clip.VisionTower(config, jax.random.key(0))
     expected = [
         (0 - 0.48145466) / 0.26862954,
@@ -190,9 +189,8 @@ def test_standardize() -> None:
     ]
     close(clip.standardize(jnp.asarray(image), tower)[0, 0], expected, 1e-6)
     close(clip.standardize(jnp.asarray(image / np.float32(255)), tower)[0, 0], expected, 1e-6)
-    halves = dataclasses.replace(
-        config, image_mean=(0.5, 0.5, 0.5), image_deviation=(0.5, 0.5, 0.25)
-    )
+    preparation = clip.Preparation(8, mean=(0.5, 0.5, 0.5), deviation=(0.5, 0.5, 0.25))
+    halves = dataclasses.replace(config, preparation=preparation)
     tower = clip.VisionTower(halves, jax.random.key(0))
     close(clip.standardize(jnp.asarray(image), tower)[0, 0], [-1, 128 / 255 * 2 - 1, 2], 1e-6)
 

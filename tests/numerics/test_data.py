@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import shutil
 import struct
@@ -11,16 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_batches_raise, pixels, raises, smooth, take
+from conftest import REFERENCE
+from helpers import CONFIG, assert_batches_raise, pixels, raises, smooth, take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
+import clip
 import data
 from support import devices
 from support.run import processes
+from support.weights import formats
+from tools import seeded
+
+EIGHT = clip.Preparation(8)
 
 
 def saved(image: Image.Image, path: Path, **options) -> data.ListedFile:
@@ -30,12 +38,13 @@ def saved(image: Image.Image, path: Path, **options) -> data.ListedFile:
 
 def evaluate(file: data.ListedFile, resolution: int) -> np.ndarray:
     with data.open_image(file) as image:
-        return data.evaluation_image(image, resolution)
+        return data.evaluation_image(image, clip.Preparation(resolution))
 
 
 def train(file: data.ListedFile, resolution: int, seed: int) -> np.ndarray:
+    preparation = clip.Preparation(resolution)
     with data.open_image(file) as image:
-        return data.training_image(image, resolution, np.random.default_rng(seed))
+        return data.training_image(image, preparation, np.random.default_rng(seed))
 
 
 def split_of(paths: list[Path]) -> data.Split:
@@ -133,8 +142,50 @@ def test_evaluation_image_at_the_resolution_of_clip(tmp_path: Path) -> None:
 )
 def test_centre_crop_rounds_ties_to_even(surplus: int, cut: int) -> None:
     ramp = np.broadcast_to(np.arange(8 + surplus, dtype=np.uint8), (8, 8 + surplus))
-    assert data.evaluation_image(Image.fromarray(ramp.copy()), 8)[0, 0, 0] == cut
-    assert data.evaluation_image(Image.fromarray(ramp.T.copy()), 8)[0, 0, 0] == cut
+    assert data.evaluation_image(Image.fromarray(ramp.copy()), EIGHT)[0, 0, 0] == cut
+    assert data.evaluation_image(Image.fromarray(ramp.T.copy()), EIGHT)[0, 0, 0] == cut
+
+
+PREPARED = np.load(REFERENCE / "preparation.npz")
+PREPARATIONS = {
+    name.removesuffix("/section"): formats.read_preparation(
+        Path(str(PREPARED[name.replace("section", "file")])), json.loads(str(PREPARED[name])), 16
+    )
+    for name in PREPARED.files
+    if name.endswith("/section")
+}
+
+
+@pytest.mark.parametrize("name", PREPARATIONS)
+def test_preparations_of_transformers_and_open_clip(name: str) -> None:
+    """Of all pixels: what the library makes of the same files and images."""
+    preparation = PREPARATIONS[name]
+    expected = PREPARED[f"{name}/pixels"]
+    images = seeded.pictures(seeded.SEED)[: len(expected)]
+    assert len(images) >= 5
+    bytes_ = [data.evaluation_image(Image.fromarray(image), preparation) for image in images]
+    config = dataclasses.replace(CONFIG, preparation=preparation)
+    tower = clip.VisionTower(config, jax.random.key(0))
+    actual = clip.standardize(jnp.asarray(np.stack(bytes_)), tower)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
+
+
+def test_preparations_differ() -> None:
+    """All but the two that say the same in other words."""
+    distinct = {(name.startswith("open_clip"), each) for name, each in PREPARATIONS.items()}
+    assert len(PREPARATIONS) == 12 and len(distinct) == 10
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+def test_training_crops_have_the_filter_of_the_model(resample: Image.Resampling) -> None:
+    original = Image.fromarray(pixels(50, 40))
+    preparation = clip.Preparation(16, 4, squash=True, resample=resample)
+    random = np.random.default_rng(0)
+    left, top, w, h = data.random_crop(50, 40, random)
+    crop = original.resize((16, 16), resample, (left, top, left + w, top + h))
+    expected = np.asarray(crop)[:, ::-1] if random.random() < 0.5 else np.asarray(crop)
+    actual = data.training_image(original, preparation, np.random.default_rng(0))
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("transparency", [None, 2, b"\x00\x80\xff\x10\x00"], ids=repr)
@@ -222,7 +273,7 @@ def test_pixels_of_unknown_range_are_refused(mode: str, tmp_path: Path) -> None:
         else grey
     )
     file = saved(image if mode != "LAB" else Image.new("LAB", (50, 40)), tmp_path / "image.tiff")
-    for read in (data.check_image, lambda file: data.read_image(file, 32)):
+    for read in (data.check_image, lambda file: data.read_image(file, clip.Preparation(32))):
         with raises(f"list line 1: .*Pillow's mode {mode}, of unknown range: save it as 8-bit RGB"):
             read(file)
 
@@ -236,7 +287,8 @@ def test_memory_of_extreme_shapes(size: tuple[int, int]) -> None:
     ramp = (np.arange(long) * 255 // long).astype(np.uint8)
     pixels = np.broadcast_to(ramp if size[0] == long else ramp[:, None], size[::-1])
     tracemalloc.start()
-    image = data.evaluation_image(Image.fromarray(np.ascontiguousarray(pixels)), 224)
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image = data.evaluation_image(image, clip.Preparation(224))
     assert tracemalloc.get_traced_memory()[1] < 2**27
     tracemalloc.stop()
     assert image.shape == (224, 224, 3) and np.all(np.abs(image.astype(int) - 127) <= 1)
@@ -358,17 +410,18 @@ def test_training_decodes_large_jpegs_small(
     """Never smaller than the crop needs, and with nearly the same result (measured: at most 0.59 of
     255 apart).
     """
+    preparation = clip.Preparation(resolution)
     scales = set()
     with Image.open(large[1]) as whole:
         for seed in range(12):
             _, _, w, h = data.random_crop(*whole.size, np.random.default_rng(seed))
             with Image.open(large[0]) as image:
-                actual = data.training_image(image, resolution, np.random.default_rng(seed))
+                actual = data.training_image(image, preparation, np.random.default_rng(seed))
             scale = round(whole.width / image.width)
             assert image.size == tuple(-(-side // scale) for side in whole.size)
             assert min(w, h) / scale >= resolution
             scales.add(scale)
-            expected = data.training_image(whole, resolution, np.random.default_rng(seed))
+            expected = data.training_image(whole, preparation, np.random.default_rng(seed))
             assert np.mean(np.abs(actual.astype(int) - expected)) < 0.8
     assert scales == expected_scales
 
@@ -383,7 +436,8 @@ def test_draft_does_not_shift_the_crop(tmp_path: Path) -> None:
     for seed in range(8):
         left, _, w, _ = data.random_crop(1_601, 1_601, np.random.default_rng(seed))
         with Image.open(tmp_path / "image.jpg") as image:
-            row = data.training_image(image, 32, np.random.default_rng(seed)).mean(axis=(0, 2))
+            found = data.training_image(image, clip.Preparation(32), np.random.default_rng(seed))
+        row = found.mean(axis=(0, 2))
         centres = left + (np.arange(32) + 0.5) * w / 32 - 0.5
         expected = np.interp(centres, np.arange(1_601), ramp)
         assert image.size == (201, 201)
@@ -393,9 +447,8 @@ def test_draft_does_not_shift_the_crop(tmp_path: Path) -> None:
 
 def test_evaluation_decodes_whole_jpegs(large: tuple[Path, Path]) -> None:
     with Image.open(large[0]) as jpeg, Image.open(large[1]) as png:
-        np.testing.assert_array_equal(
-            data.evaluation_image(jpeg, 64), data.evaluation_image(png, 64)
-        )
+        prepared = [data.evaluation_image(image, clip.Preparation(64)) for image in (jpeg, png)]
+        np.testing.assert_array_equal(*prepared)
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -423,10 +476,10 @@ def assert_equal(actual: list[data.HostBatch], expected: list[data.HostBatch]) -
 
 def test_training_batches_are_a_function_of_seed_and_number(ramps: data.Split) -> None:
     """They depend neither on the number of threads nor on the first batch."""
-    expected = take(data.training_batches(ramps, 8, 4, seed=5, workers=1), 9)
-    assert_equal(take(data.training_batches(ramps, 8, 4, seed=5, workers=4), 9), expected)
+    expected = take(data.training_batches(ramps, EIGHT, 4, seed=5, workers=1), 9)
+    assert_equal(take(data.training_batches(ramps, EIGHT, 4, seed=5, workers=4), 9), expected)
     assert_equal(
-        take(data.training_batches(ramps, 8, 4, seed=5, workers=2, start=3), 6), expected[3:]
+        take(data.training_batches(ramps, EIGHT, 4, seed=5, workers=2, start=3), 6), expected[3:]
     )
     for batch in expected:
         assert batch.keys() == {"image", "label"}
@@ -438,7 +491,7 @@ def test_training_batches_shuffle_and_augment_anew(ramps: data.Split) -> None:
     """Each epoch has each image once; order and crops differ between epochs and between seeds."""
     orders, crops = [], set()
     for seed in range(3):
-        batches = take(data.training_batches(ramps, 8, 5, seed, workers=2), 8)
+        batches = take(data.training_batches(ramps, EIGHT, 5, seed, workers=2), 8)
         labels = np.concatenate([batch["label"] for batch in batches]).reshape(4, 10)
         assert (np.sort(labels) == np.arange(10)).all()
         orders += [tuple(epoch) for epoch in labels]
@@ -453,7 +506,7 @@ def test_training_batches_shuffle_and_augment_anew(ramps: data.Split) -> None:
 
 
 def test_half_of_the_training_images_are_mirrored(ramps: data.Split) -> None:
-    batches = take(data.training_batches(ramps, 8, 20, seed=0, workers=1), 20)
+    batches = take(data.training_batches(ramps, EIGHT, 20, seed=0, workers=1), 20)
     images = np.concatenate([batch["image"] for batch in batches]).astype(int)
     mirrored = images[:, 4, 0, 0] > images[:, 4, -1, 0]
     assert abs(np.mean(mirrored) - 0.5) < 4 * 0.5 / math.sqrt(400)
@@ -463,7 +516,7 @@ def test_half_of_the_training_images_are_mirrored(ramps: data.Split) -> None:
 @pytest.mark.parametrize("workers", [1, 4])
 def test_evaluation_batches(ramps: data.Split, batch_size: int, batches: int, workers: int) -> None:
     """Each image once, in order; images that fill up the last batch are not valid."""
-    taken = list(data.evaluation_batches(ramps, 8, batch_size, workers))
+    taken = list(data.evaluation_batches(ramps, EIGHT, batch_size, workers))
     assert len(taken) == batches
     image, label, valid = (
         np.concatenate([batch[key] for batch in taken]) for key in ("image", "label", "valid")
@@ -474,7 +527,7 @@ def test_evaluation_batches(ramps: data.Split, batch_size: int, batches: int, wo
     np.testing.assert_array_equal(label[valid], np.arange(10))
     for file, found in zip(ramps.images, image[valid], strict=True):
         with Image.open(file.path) as original:
-            np.testing.assert_array_equal(found, data.evaluation_image(original, 8))
+            np.testing.assert_array_equal(found, data.evaluation_image(original, EIGHT))
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -492,21 +545,21 @@ def test_processes_read_parts_of_the_same_batches(
             for batches in zip(*per_part, strict=True)
         ]
 
-    whole = take(data.training_batches(ramps, 8, 4, seed=5, workers=1), 7)
+    whole = take(data.training_batches(ramps, EIGHT, 4, seed=5, workers=1), 7)
     per_part = [
-        take(data.training_batches(ramps, 8, 4, 5, workers=2, start=2, part=part), 5)
+        take(data.training_batches(ramps, EIGHT, 4, 5, workers=2, start=2, part=part), 5)
         for part in parts
     ]
     assert all(len(batch["label"]) == 4 // count for batches in per_part for batch in batches)
     assert_equal(concatenated(per_part), whole[2:])
 
-    whole = list(data.evaluation_batches(ramps, 8, 8, workers=1))
+    whole = list(data.evaluation_batches(ramps, EIGHT, 8, workers=1))
     copies = tuple(data.ListedFile(Path(shutil.copy(file.path, tmp_path))) for file in ramps.images)
     read, open_image = [], data.open_image
     monkeypatch.setattr(data, "open_image", lambda file: read.append(file) or open_image(file))
     copied = dataclasses.replace(ramps, images=copies)
     assert_equal(
-        concatenated([list(data.evaluation_batches(copied, 8, 8, 1, part)) for part in parts]),
+        concatenated([list(data.evaluation_batches(copied, EIGHT, 8, 1, part)) for part in parts]),
         whole,
     )
     assert sorted(file for file in read if file in copies) == sorted(copies)
@@ -630,7 +683,7 @@ def test_files_with_all_their_pixels_pass(
     path.write_bytes(change(encoded(suffix, tmp_path)))
     split = split_of([path])
     data.check_images([split], workers=1)
-    assert next(data.evaluation_batches(split, 8, 1, 1))["valid"].all()
+    assert next(data.evaluation_batches(split, EIGHT, 1, 1))["valid"].all()
 
 
 def bad_marker(content: bytes) -> bytes:

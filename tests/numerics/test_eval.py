@@ -144,7 +144,7 @@ def test_zero_shot_on_real_images_equals_pytorch() -> None:
         split = images.reports[name]
         first = [str(file.path.relative_to(root)) for file in split.images[:4]]
         assert first == expected["first_files"]
-        batch = next(data.evaluation_batches(split, model.config.image_size, 4, workers=1))
+        batch = next(data.evaluation_batches(split, model.config.preparation, 4, workers=1))
         logits = lipsum.logits(
             image_features(model.vision, jnp.asarray(batch["image"])), classifier.head, tau
         )

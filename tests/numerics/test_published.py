@@ -30,7 +30,7 @@ def test_probabilities_of_the_diagram() -> None:
     """The example in the README of github.com/openai/CLIP, which computes in float16 on a GPU."""
     needs("ViT-B/32")
     with Image.open(shared("data/openai/CLIP.png")) as file:
-        image = data.evaluation_image(file, 224)
+        image = data.evaluation_image(file, clip.Preparation(224))
     model, tokenizer = weights.load("ViT-B/32")
     assert model.config == clip.PRESETS["ViT-B/32"]
     head = clip.zero_shot_head(
