@@ -27,11 +27,13 @@ class InputError(ValueError):
 
 
 shows_warnings = True  # False in all processes of a run but the first
+_shown: set[str] = set()
 
 
 def warn(message: str) -> None:
-    """Prints a warning, in the process that shows progress."""
-    if shows_warnings:
+    """Prints a warning, once, in the process that shows progress."""
+    if shows_warnings and message not in _shown:
+        _shown.add(message)
         print(f"warning: {message}", file=sys.stderr)
 
 
@@ -102,25 +104,53 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     return [expand(word) for word in arguments]
 
 
-def prepare_streams() -> None:
+class Stream(io.FileIO):
+    """Standard output or error, whose disk may be full: a `log` then loses lines.
+
+    What is no log raises InputError, once.
+    """
+
+    def __init__(self, number: int, log: bool) -> None:
+        super().__init__(number, "w", closefd=False)
+        self.log = log
+
+    def write(self, content: Any, /) -> int:
+        """Returns the number of bytes that were written or lost."""
+        try:
+            return super().write(content)
+        except BrokenPipeError:  # the reader wants no more
+            raise
+        except OSError as error:
+            if not self.log:
+                self.log = True  # the rest, too, would fail
+                advice = "make room, or write it elsewhere"
+                raise InputError(f"the output cannot be written ({error}): {advice}") from error
+            return memoryview(content).nbytes
+
+
+def prepare_streams(logs: bool = False) -> None:
     """Makes output appear at once in logs, and never fail for a character that a terminal lacks.
 
-    A stream that was closed is replaced by one that discards.
+    A stream that was closed is replaced by one that discards. Standard error, and with `logs` the
+    output, may be lost without an error.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (stays open)
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace", line_buffering=True)
+        elif type(stream) is io.TextIOWrapper:  # notebooks and tests have streams of their own
+            raw = Stream(stream.fileno(), logs or name == "stderr")
+            options = {"encoding": stream.encoding, "errors": "replace", "line_buffering": True}
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **options))
 
 
-def exit_code(command: Callable[[], None]) -> int:
+def exit_code(command: Callable[[], None], logs: bool = False) -> int:
     """Runs a command. Returns 0, or 2 after one line on stderr if its input is bad.
 
-    Ctrl-C is 130. An output that was closed, as by `| head`, is 141. Faults of ours raise.
+    Ctrl-C is 130. An output that was closed, as by `| head`, is 141; one that `logs` need not be
+    whole. Faults of ours raise.
     """
-    prepare_streams()
+    prepare_streams(logs)
     try:
         try:
             command()
@@ -147,7 +177,8 @@ def quiet_interrupts() -> None:
     """
 
     def end(*_: Any) -> None:
-        os.write(2, b"interrupted\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted\n")
         os._exit(130)
 
     # Otherwise it is ignored, as in the background.

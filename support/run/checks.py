@@ -19,7 +19,7 @@ import lipsum
 from support import devices
 from support.errors import InputError, flag, read_json
 from support.run import options
-from support.run.finished import check_content
+from support.run.finished import check_content, run_files
 from support.run.logs import PROFILED
 from support.run.options import Cluster, Command, Run, as_arguments
 from support.run.processes import gathered
@@ -126,8 +126,7 @@ def taken_folders(command: Command, runs: Sequence[Run]) -> Problems:
     for run in runs:
         if run.folder.exists() and not run.folder.is_dir():
             yield f"{run.folder} is a file: give another --out"
-        is_taken = run.folder.exists() and any(run.folder.iterdir())
-        if is_taken and not (command.resume or command.overwrite):
+        if run_files(run.folder) and not (command.resume or command.overwrite):
             yield f"{run.folder} holds a run: give --resume, --overwrite or another --out"
         path = run.folder / "config.json"
         if command.resume and path.exists():

@@ -3,7 +3,9 @@
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M.
 """
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,17 +148,50 @@ def check_content(path: Path, config: dict[str, Any], setup: Setup) -> None:
 
 
 def new_folder(runs: Sequence[FinishedRun], method: str, overwrite: bool) -> Path:
-    """Returns the folder OUT/METHOD/seed-SEED beside the runs, with the first run's seed.
+    """Returns the folder OUT/METHOD/NAME, with the first run's name.
 
-    Raises InputError if it is taken.
+    OUT is what the first run's folder is in, or what the folder of its method is in. It is never
+    above the root of a mount, nor that of all: a run there has the folder in itself. Raises
+    InputError if the folder is taken.
     """
-    first = runs[0].folder.resolve()
-    folder = first.parents[1] / method / first.name
+    first = out = Path(os.path.abspath(runs[0].folder))
+    for climbs in (True, first.parent.name == runs[0].results["method"]):
+        if climbs and not os.path.ismount(out) and out.parent.name:
+            out = out.parent
+    folder = out / method / first.name
     check_free(folder, overwrite)
     return folder
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raises InputError if there is something that may not be overwritten."""
-    if folder.exists() and not overwrite:
+    if run_files(folder) and not overwrite:
         raise InputError(f"{folder} exists: give --overwrite to replace it")
+
+
+# The files of a run, results.json before those that it needs. In a run's folder others may have
+# theirs, such as `.ipynb_checkpoints`.
+_BEST = ["model.safetensors", "head.safetensors", "classes.json", "config.json", "tokenizer.json"]
+_BEST += ["tokenizer_config.json", "preprocessor_config.json"]
+_FILES = ["results.json", "config.json", "metrics.jsonl", "checkpoint/step-*.safetensors"]
+_FILES += ["tensorboard/events.out.tfevents.*", "profile/plugins/profile/*/*"]
+_FILES += [f"{best}/{name}" for best in ("best", "best.new", "best/member-*") for name in _BEST]
+
+
+def run_files(folder: Path) -> list[Path]:
+    """Returns the files in a folder that a run wrote, or began to write."""
+    patterns = [pattern + suffix for pattern in _FILES for suffix in ("", ".new")]
+    return [path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()]
+
+
+def delete_run(folder: Path) -> None:
+    """Deletes the files of a run, and folders that are then empty. Raises InputError if it cannot.
+
+    Files of others stay.
+    """
+    with disk.reported(folder):
+        for path in run_files(folder):
+            path.unlink()
+            with contextlib.suppress(OSError):  # ends at a folder that is not empty
+                for parent in path.relative_to(folder).parents:
+                    (folder / parent).rmdir()
