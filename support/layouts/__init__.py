@@ -32,6 +32,8 @@ READERS: dict[str, tuple[Callable[..., Data], str]] = {
     "cub": (read_cub, cub.LAYOUT),
     "folder": (read_folder, folders.LAYOUT),
 }
+# The names of classes by their folders, where those are not the names.
+NAMES = {"imagenet": imagenet.name_classes, "cub": cub.name_classes}
 
 
 def read(
@@ -62,6 +64,8 @@ def read(
     names = data.train.classes
     if class_names:
         names = read_class_names(class_names, names)
+    elif data_set in NAMES:
+        names = NAMES[data_set](names)
     if not keep_underscores:
         names = tuple(name.replace("_", " ") for name in names)
 
