@@ -156,23 +156,19 @@ def _broken_image(file: ListedFile, error: Exception) -> InputError:
 
 
 def check_image(file: ListedFile) -> None:
-    """Raises InputError if a file is missing, no image, or damaged.
-
-    A JPEG with its end marker in the last 64 bytes is not decoded, which saves time: damage within
-    it mostly shows as wrong pixels alone. Other files are.
-    """
+    """Decodes an image. Raises InputError if it is missing, no image, or damaged."""
     with open_image(file) as image:
         try:
-            with file.path.open("rb") as stream:
-                stream.seek(max(0, file.path.stat().st_size - 64))
-                if image.format != "JPEG" or b"\xff\xd9" not in stream.read():
-                    image.load()
+            image.draft(
+                image.mode, (1, 1)
+            )  # all of a JPEG, at an eighth of its size: half the time
+            image.load()
         except Exception as error:
             raise _broken_image(file, error) from error
 
 
-# All of DomainNet is checked, in a minute or two. All of ImageNet, 1.28 million images, would take
-# an hour on a slow disk.
+# All of DomainNet is checked, in minutes (docs/data.md). All of ImageNet, 1.28 million images,
+# would take an hour on a slow disk.
 CHECK_ALL_UP_TO = 200_000
 CHECKED_SAMPLE = 10_000
 
