@@ -33,11 +33,10 @@ os.umask(_UMASK)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Replaces a file, or the files of a folder, by what `write` makes at the path that it gets.
+    """Replaces a file, or files of a folder, by what `write` makes at the path that it is given.
 
-    Makes the folder that they are in. Other files of a replaced folder stay. The new version is
-    flushed to the disk before it is renamed. Raises InputError if the disk refuses it; the old
-    version then stays.
+    Makes the folders above. The new version is flushed to the disk before it is renamed. Raises
+    InputError if the disk refuses it; the old version then stays.
     """
     new = path.with_name(f"{path.name}.new")
     with reported(path):
@@ -55,13 +54,10 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
                 _flush(file)
             for file, place in made.items():
                 os.replace(file, place)
-            for folder in {path.parent, *(place.parent for place in made.values())}:
-                _flush(folder)
-            _delete(new)
-        except (OSError, SafetensorError):
-            with contextlib.suppress(OSError):
-                _delete(new)  # it may fill the disk
-            raise
+            _flush(path)
+            _flush(path.parent)
+        finally:
+            _delete(new)  # it may fill the disk
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -71,11 +67,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Deletes a file or a folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)  # a file is left to the next line
+    path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -90,19 +83,14 @@ def reported(path: Path) -> Iterator[None]:
 
 
 def _flush(path: Path) -> None:
-    """Flushes to the disk. Otherwise a power cut may leave an empty file under a new name.
-
-    CIFS, vboxsf and some FUSE mounts flush no folder: then that of the files is enough.
-    """
-    try:
+    """Flushes to the disk. Otherwise a power cut may leave an empty file under a new name."""
+    # CIFS, vboxsf and some FUSE mounts flush files alone, which is enough.
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError:
-        if not path.is_dir():
-            raise
 
 
 @contextlib.contextmanager
@@ -119,9 +107,11 @@ def locked(path: Path) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
-            advice = "wait until it ends, or give another --out"
-            left = f"if it died, on another machine, delete {lock.lock_file}"
-            raise InputError(f"another process writes to {path}: {advice}; {left}") from error
+            advice = (
+                "wait until it ends, or give another --out; if it died on another machine, delete"
+            )
+            problem = f"another process writes to {path}"
+            raise InputError(f"{problem}: {advice} {lock.lock_file}") from error
     try:
         yield
     finally:

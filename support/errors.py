@@ -105,50 +105,45 @@ def expanded(arguments: Sequence[str]) -> list[str]:
 
 
 class Stream(io.FileIO):
-    """Standard output or error, whose disk may be full: a `log` then loses lines.
+    """Standard output or error. On a full disk, it loses lines or, `needed`, raises InputError."""
 
-    What is no log raises InputError, once.
-    """
-
-    def __init__(self, number: int, log: bool) -> None:
-        super().__init__(number, "w", closefd=False)
-        self.log = log
+    needed = False
 
     def write(self, content: Any, /) -> int:
         """Returns the number of bytes that were written or lost."""
         try:
             return super().write(content)
-        except BrokenPipeError:  # the reader wants no more
-            raise
         except OSError as error:
-            if not self.log:
-                self.log = True  # the rest, too, would fail
+            if isinstance(error, BrokenPipeError):  # the reader wants no more
+                raise
+            if self.needed:
+                self.needed = False  # what is left in buffers goes nowhere
                 advice = "make room, or write it elsewhere"
                 raise InputError(f"the output cannot be written ({error}): {advice}") from error
-            return memoryview(content).nbytes
+            return len(content)
 
 
-def prepare_streams(logs: bool = False) -> None:
+def prepare_streams(logs: bool) -> None:
     """Makes output appear at once in logs, and never fail for a character that a terminal lacks.
 
-    A stream that was closed is replaced by one that discards. Standard error, and with `logs` the
-    output, may be lost without an error.
+    A stream that was closed is replaced by one that discards. Unless it `logs`, output is needed.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (stays open)
-        elif type(stream) is io.TextIOWrapper:  # notebooks and tests have streams of their own
-            raw = Stream(stream.fileno(), logs or name == "stderr")
-            options = {"encoding": stream.encoding, "errors": "replace", "line_buffering": True}
-            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **options))
+        if stream is None or type(stream) is io.TextIOWrapper:  # others are notebooks' or tests'
+            number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
+            encoding = stream.encoding if stream else "utf-8"
+            raw = Stream(number, "w", closefd=False)
+            raw.needed = name == "stdout" and not logs
+            buffer = io.BufferedWriter(raw)
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding, "replace", line_buffering=True))
 
 
 def exit_code(command: Callable[[], None], logs: bool = False) -> int:
     """Runs a command. Returns 0, or 2 after one line on stderr if its input is bad.
 
-    Ctrl-C is 130. An output that was closed, as by `| head`, is 141; one that `logs` need not be
-    whole. Faults of ours raise.
+    Ctrl-C is 130. An output that was closed, as by `| head`, is 141; one that only `logs` may lose
+    lines. Faults of ours raise.
     """
     prepare_streams(logs)
     try:

@@ -1,6 +1,5 @@
 """CUB-200-2011 (Wah et al. 2011): `python train.py --data cub --data-root DIR`."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,11 +35,6 @@ def find_problems(root: Path, files: dict[str, dict[str, Record]]) -> Iterator[s
             yield f"{place}: {earlier} has {path} already: delete one, in all three files"
     for part in sorted({"0", "1"} - {part for _, (part,) in parts.values()}):
         yield f"{root / 'train_test_split.txt'} has no line 'ID {part}': restore it"
-
-
-def name_classes(folders: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names of the classes: those of the folders, without their numbers."""
-    return tuple(re.sub(r"^\d+\.", "", folder) for folder in folders)
 
 
 def read_cub(root: Path, reference: str, shifts: tuple[str, ...], select_on: str) -> Data:

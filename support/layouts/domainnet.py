@@ -90,8 +90,7 @@ def read_domainnet(root: Path, reference: str, shifts: tuple[str, ...], select_o
     # The paper leaves Quickdraw out: its drawings are so plain that no model classifies them well.
     unlisted = [name for name in domains if name not in listed]
     shifts = choose_shifts(domains, reference, shifts, left_out=("quickdraw", *unlisted))
-    without = [f"{name} (no {name}_test.txt)" for name in unlisted if name not in shifts]
-    warn_of_left_out(root, domains, without)
+    warn_of_left_out(root, domains, [f"{name} (no {name}_test.txt)" for name in unlisted])
     files, labels, classes = read_list(root / f"{reference}_train.txt")
 
     def read(name: str, path: Path) -> Split:

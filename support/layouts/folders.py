@@ -69,8 +69,7 @@ def read_class_folders(
         listings = list(pool.map(lambda folder: names_in(root / folder), folders))
     images: dict[str, list[str]] = {}
     left_out: list[str] = []
-    problem = f"{root} has no class folder: {name} needs CLASS/IMAGE there, or move it away"
-    problems = [] if folders else [problem]
+    problems = [] if folders else [f"{root} has no class folder: {name} needs CLASS/IMAGE there"]
     for folder, names in zip(folders, listings, strict=True):
         images[folder] = [file for file in names if file.lower().endswith(IMAGES)]
         left_out += [f"{folder}/{file}" for file in names if not file.lower().endswith(IMAGES)]
@@ -108,8 +107,7 @@ def read_folder(root: Path, reference: str, shifts: tuple[str, ...], select_on: 
         raise wrong_root(root, f"{trained}/CLASS", LAYOUT)
     known = [name for name in dict.fromkeys(("val", *folders)) if name != "train"]
     used = {trained, reference, "val" if select_on == "val" else "", *(splits if shifts else ())}
-    flat = [name for name in folders if name not in splits]
-    shifts = choose_shifts(known, reference, shifts, left_out=("val", *flat))
+    shifts = choose_shifts(known, reference, shifts, {"val", *set(folders).difference(splits)})
     warn_of_left_out(root, {*used, *shifts})
     for name in shifts:
         if name in ("test", "valid", "validation", "dev"):

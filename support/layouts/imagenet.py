@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Data, Split
-from support.errors import InputError, few, read_lines
+from support.errors import InputError, few
 from support.layouts.common import add_selection, choose_shifts, wrong_root
 from support.layouts.folders import class_folders, read_class_folders, warn_of_left_out
 
@@ -46,11 +46,6 @@ def find_splits(root: Path | None, split_roots: Sequence[str]) -> dict[str, Path
         if name != "imagenet" and len(inner) == 1 and class_folders(place / inner[0]):
             places[name] = place / inner[0]
     return places
-
-
-def name_classes(ids: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns OpenAI's names of all classes."""
-    return tuple(read_lines(OPENAI_CLASSES))
 
 
 def read_imagenet(

@@ -148,10 +148,9 @@ def check_content(path: Path, config: dict[str, Any], setup: Setup) -> None:
 
 
 def new_folder(runs: Sequence[FinishedRun], method: str, overwrite: bool) -> Path:
-    """Returns the folder OUT/METHOD/NAME, with the first run's name.
+    """Returns the folder OUT/METHOD/NAME beside the first run, with its name.
 
-    OUT is what the first run's folder is in, or what the folder of its method is in. It is never
-    above the root of a mount, nor that of all: a run there has the folder in itself. Raises
+    If that would be above the root of a mount, or at that of all, OUT is the folder below. Raises
     InputError if the folder is taken.
     """
     first = out = Path(os.path.abspath(runs[0].folder))
@@ -169,26 +168,22 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise InputError(f"{folder} exists: give --overwrite to replace it")
 
 
-# The files of a run, results.json before those that it needs. In a run's folder others may have
-# theirs, such as `.ipynb_checkpoints`.
-_BEST = ["model.safetensors", "head.safetensors", "classes.json", "config.json", "tokenizer.json"]
-_BEST += ["tokenizer_config.json", "preprocessor_config.json"]
+# results.json comes first: without it, a run is not finished.
 _FILES = ["results.json", "config.json", "metrics.jsonl", "checkpoint/step-*.safetensors"]
 _FILES += ["tensorboard/events.out.tfevents.*", "profile/plugins/profile/*/*"]
+_BEST = ["model.safetensors", "head.safetensors", "classes.json", "config.json", "tokenizer.json"]
+_BEST += ["tokenizer_config.json", "preprocessor_config.json"]
 _FILES += [f"{best}/{name}" for best in ("best", "best.new", "best/member-*") for name in _BEST]
 
 
 def run_files(folder: Path) -> list[Path]:
-    """Returns the files in a folder that a run wrote, or began to write."""
+    """Returns the files in a folder that a run wrote, or began to write; others may have theirs."""
     patterns = [pattern + suffix for pattern in _FILES for suffix in ("", ".new")]
     return [path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()]
 
 
 def delete_run(folder: Path) -> None:
-    """Deletes the files of a run, and folders that are then empty. Raises InputError if it cannot.
-
-    Files of others stay.
-    """
+    """Deletes the files of a run, and folders that are then empty. May raise InputError."""
     with disk.reported(folder):
         for path in run_files(folder):
             path.unlink()
