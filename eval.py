@@ -296,8 +296,7 @@ def evaluate_command(
             "zero_shot": results_of(setup, zero_shot, zero_shot),
         }
         results.append(run.results | new)
-        disk.delete(folder)
-        folder.mkdir(parents=True)
+        finished.delete_run(folder)
         disk.write_json(folder / "config.json", run.config)
         disk.write_json(folder / "results.json", results[-1])
     tables.print_accuracies(results)
@@ -319,11 +318,9 @@ def write_post_hoc(
 
     Returns results.json.
     """
-    disk.delete(folder)
-    folder.mkdir(parents=True)
+    finished.delete_run(folder)
     for number, member in enumerate(members, start=1):
         best = folder / "best" if len(members) == 1 else folder / "best" / f"member-{number}"
-        best.parent.mkdir(exist_ok=True)
         finished.save_classifier(best, setup, member)
     disk.write_json(folder / "config.json", runs[0].config | {"method": method, "post_hoc": how})
     seen = [setup.restrict_to_seen(member) for member in members]

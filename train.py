@@ -35,7 +35,7 @@ from support.report import tables
 from support.report.labels import describe_method
 from support.run import checks, options
 from support.run.checkpoints import Checkpoints, from_names
-from support.run.finished import save_classifier
+from support.run.finished import delete_run, save_classifier
 from support.run.logs import Log, seconds_per_step
 from support.run.options import Command, Run
 from support.run.processes import (
@@ -271,11 +271,8 @@ def fine_tune(
 
     Raises like `train`.
     """
-    if devices.is_main_process():
-        with disk.reported(run.folder):
-            if not resume:
-                disk.delete(run.folder)
-            run.folder.mkdir(parents=True, exist_ok=True)
+    if devices.is_main_process() and not resume:
+        delete_run(run.folder)
     with Checkpoints(run.folder / "checkpoint", devices.is_main_process()) as checkpoints:
         progress, best = train(run, setup, start, signals, checkpoints, resume)
     found = evaluation.predict_reports(setup, [best])
@@ -374,7 +371,7 @@ def main(command: Command) -> None:
         ]
         for setup, own in groups:
             checks.check_setup(setup, own, command.resume)
-        for line in dict.fromkeys(checks.warnings_for_options(command, runs)):
+        for line in checks.warnings_for_options(command, runs):
             warn(line)
         for setup, own in groups:
             fine_tune_all(own, setup, signals, command.resume)
@@ -425,7 +422,7 @@ def fine_tune_all(runs: Sequence[Run], setup: Setup, signals: Signals, resume: b
 def exit_code_of(command: Command) -> int:
     """Runs `main`. Returns 0, or 2 for bad input, or 128 and the signal's number."""
     try:
-        return exit_code(lambda: main(command))
+        return exit_code(lambda: main(command), logs=True)
     except Stopped as stopped:
         words = [word for word in sys.argv if word not in ("--overwrite", "--resume")]
         again = shlex.join(["python", *words, "--resume"])
@@ -445,7 +442,7 @@ def command_line(arguments: list[str]) -> int:
             jax.config.update("jax_compilation_cache_dir", str(disk.cache_folder() / "jax"))
         connect(commands[0].cluster)
 
-    return exit_code(start) or exit_code_of(commands[0])
+    return exit_code(start, logs=True) or exit_code_of(commands[0])
 
 
 if __name__ == "__main__":

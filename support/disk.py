@@ -27,27 +27,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lipsum"
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Replaces a file, or a folder of files, by what `write` makes at the path that it is given.
+# Permissions that the user withholds from new files. safetensors withholds more.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 
-    The new version is flushed to the disk before it is renamed. Raises InputError if the disk
-    refuses it; the old version then stays.
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Replaces a file, or files of a folder, by what `write` makes at the path that it is given.
+
+    Makes the folders above. The new version is flushed to the disk before it is renamed. Raises
+    InputError if the disk refuses it; the old version then stays.
     """
     new = path.with_name(f"{path.name}.new")
     with reported(path):
         try:
-            delete(new)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _delete(new)
             write(new)
-            for made in [*sorted(new.iterdir()), new] if new.is_dir() else [new]:
-                _flush(made)
-            if path.is_dir():
-                shutil.rmtree(path)  # a folder cannot be renamed onto a full one
-            os.replace(new, path)
+            made = {new: path}
+            if new.is_dir():
+                path.mkdir(exist_ok=True)
+                made = {file: path / file.name for file in new.iterdir()}
+            for file in made:
+                with contextlib.suppress(OSError):  # some file systems have no permissions
+                    file.chmod(file.stat().st_mode | 0o666 & ~_UMASK)
+                _flush(file)
+            for file, place in made.items():
+                os.replace(file, place)
+            _flush(path)
             _flush(path.parent)
-        except (OSError, SafetensorError):
-            with contextlib.suppress(OSError):
-                delete(new)  # it may fill the disk
-            raise
+        finally:
+            _delete(new)  # it may fill the disk
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -56,12 +66,9 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
-def delete(path: Path) -> None:
-    """Deletes a file or a folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _delete(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)  # a file is left to the next line
+    path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -77,11 +84,13 @@ def reported(path: Path) -> Iterator[None]:
 
 def _flush(path: Path) -> None:
     """Flushes to the disk. Otherwise a power cut may leave an empty file under a new name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # CIFS, vboxsf and some FUSE mounts flush files alone, which is enough.
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -98,8 +107,11 @@ def locked(path: Path) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
-            advice = "wait until it ends, or give another --out"
-            raise InputError(f"another process writes to {path}: {advice}") from error
+            advice = (
+                "wait until it ends, or give another --out; if it died on another machine, delete"
+            )
+            problem = f"another process writes to {path}"
+            raise InputError(f"{problem}: {advice} {lock.lock_file}") from error
     try:
         yield
     finally:

@@ -27,11 +27,13 @@ class InputError(ValueError):
 
 
 shows_warnings = True  # False in all processes of a run but the first
+_shown: set[str] = set()
 
 
 def warn(message: str) -> None:
-    """Prints a warning, in the process that shows progress."""
-    if shows_warnings:
+    """Prints a warning, once, in the process that shows progress."""
+    if shows_warnings and message not in _shown:
+        _shown.add(message)
         print(f"warning: {message}", file=sys.stderr)
 
 
@@ -102,25 +104,48 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     return [expand(word) for word in arguments]
 
 
-def prepare_streams() -> None:
+class Stream(io.FileIO):
+    """Standard output or error. On a full disk, it loses lines or, `needed`, raises InputError."""
+
+    needed = False
+
+    def write(self, content: Any, /) -> int:
+        """Returns the number of bytes that were written or lost."""
+        try:
+            return super().write(content)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):  # the reader wants no more
+                raise
+            if self.needed:
+                self.needed = False  # what is left in buffers goes nowhere
+                advice = "make room, or write it elsewhere"
+                raise InputError(f"the output cannot be written ({error}): {advice}") from error
+            return len(content)
+
+
+def prepare_streams(logs: bool) -> None:
     """Makes output appear at once in logs, and never fail for a character that a terminal lacks.
 
-    A stream that was closed is replaced by one that discards.
+    A stream that was closed is replaced by one that discards. Unless it `logs`, output is needed.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (stays open)
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace", line_buffering=True)
+        if stream is None or type(stream) is io.TextIOWrapper:  # others are notebooks' or tests'
+            number = stream.fileno() if stream else os.open(os.devnull, os.O_WRONLY)
+            encoding = stream.encoding if stream else "utf-8"
+            raw = Stream(number, "w", closefd=False)
+            raw.needed = name == "stdout" and not logs
+            buffer = io.BufferedWriter(raw)
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding, "replace", line_buffering=True))
 
 
-def exit_code(command: Callable[[], None]) -> int:
+def exit_code(command: Callable[[], None], logs: bool = False) -> int:
     """Runs a command. Returns 0, or 2 after one line on stderr if its input is bad.
 
-    Ctrl-C is 130. An output that was closed, as by `| head`, is 141. Faults of ours raise.
+    Ctrl-C is 130. An output that was closed, as by `| head`, is 141; one that only `logs` may lose
+    lines. Faults of ours raise.
     """
-    prepare_streams()
+    prepare_streams(logs)
     try:
         try:
             command()
@@ -147,7 +172,8 @@ def quiet_interrupts() -> None:
     """
 
     def end(*_: Any) -> None:
-        os.write(2, b"interrupted\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted\n")
         os._exit(130)
 
     # Otherwise it is ignored, as in the background. A notebook or shell of Python goes on.

@@ -268,13 +268,12 @@ IN_R, IN_A = (1, 500, 999), (0, 2, 10)
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A JPEG for each class in train and val; a few classes of V2 (in folders 0 to 999), R, A and
-    Sketch.
+    """Two JPEGs for each class in train, one in val; a few classes of V2 (in folders 0 to 999), R,
+    A and Sketch.
     """
     root = tmp_path_factory.mktemp("imagenet")
-    images = {
-        f"imagenet/{part}/{wnid}": [f"{wnid}_1.JPEG"] for part in ("train", "val") for wnid in WNIDS
-    }
+    images = {f"imagenet/val/{wnid}": [f"{wnid}_1.JPEG"] for wnid in WNIDS}
+    images |= {f"imagenet/train/{wnid}": [f"{wnid}_{n}.JPEG" for n in (1, 2)] for wnid in WNIDS}
     images |= {
         f"imagenetv2-matched-frequency-format-val/{number}": ["a.jpeg"]
         for number in (0, 2, 10, 100, 999)

@@ -1,9 +1,10 @@
-"""Benchmarks of the training step: its time beside PyTorch's, and its memory on absent TPUs.
+"""Benchmarks: a training step's time beside PyTorch's and memory on absent TPUs, image checks.
 
 python -m tools.bench step --model ViT-B/32 --method lipsum --vs torch
 python -m tools.bench compile --topology v5e:2x4 --model ViT-L/14 --batch-size 128
+python -m tools.bench images
 
-Developers run it for the tables of docs/speed.md and docs/scaling.md.
+Developers run it for the tables of docs/speed.md and docs/scaling.md, and for docs/data.md.
 """
 
 import dataclasses
@@ -28,9 +29,11 @@ import numpy as np
 import tyro
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import clip
+import data
 import lipsum
 from support import devices, weights
 from support.errors import InputError, exit_code, unknown
@@ -430,6 +433,37 @@ def step_command(
         print(f"{name:28}" + "".join(f"{cell:>14}" for cell in cells))
 
 
+def images_command(
+    count: int = 2000, workers: int = os.cpu_count() or 1, million: float = 0.6
+) -> None:
+    """Time the check of image files before a run, on drawn files that are in the disk's cache.
+
+    Args:
+        count: Files of each kind.
+        workers: Threads.
+        million: Millions of files to extrapolate to.
+    """
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 256, (50, 50, 3), np.uint8))
+    photo = coarse.resize((400, 400), Image.Resampling.BICUBIC)
+    drawing = Image.fromarray(np.uint8(255) * (random.random((16, 16)) < 0.8)).resize((256, 256))
+    kinds = {"photo.jpg": photo, "photo.png": photo, "drawing.png": drawing}
+    with tempfile.TemporaryDirectory() as name:
+        for kind, image in kinds.items():
+            files = [data.ListedFile(Path(name) / f"{index} {kind}") for index in range(count)]
+            for file in files:
+                image.save(file.path)
+            labels = np.zeros(count, np.int32)
+            start = time.perf_counter()
+            data.check_images([data.Split("train", ("one",), files, labels)], workers)
+            seconds = (time.perf_counter() - start) / count
+            size = f"{image.width} x {image.height}, {files[0].path.stat().st_size / 1024:.0f} KB"
+            minutes = f"{million * 1e6 * seconds / 60:.1f} min for {million} million"
+            print(
+                f"{kind} ({size}): {1e3 * seconds:.2f} ms a file with {workers} threads, {minutes}"
+            )
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         _, _, kind, case, folder = sys.argv
@@ -438,5 +472,6 @@ if __name__ == "__main__":
     app = tyro.extras.SubcommandApp()
     app.command(name="step")(step_command)
     app.command(name="compile")(compile_command)
+    app.command(name="images")(images_command)
     options = {"prog": "python -m tools.bench", "config": (tyro.conf.FlagCreatePairsOff,)}
     sys.exit(exit_code(lambda: app.cli(**options)))

@@ -274,4 +274,6 @@ def main(out: Path, seed: int = 0, recipe: Recipe = Recipe()) -> None:
 
 if __name__ == "__main__":
     config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-    sys.exit(exit_code(lambda: tyro.cli(main, prog="python -m tools.pretrain", config=config)))
+    sys.exit(
+        exit_code(lambda: tyro.cli(main, prog="python -m tools.pretrain", config=config), logs=True)
+    )

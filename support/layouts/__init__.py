@@ -8,6 +8,7 @@ data: `test` for the reference's reported images, as in the paper, or `val` for 
 reported. It raises InputError, before any image is opened, if the root has another layout.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Data, Split
-from support.errors import InputError, few, unknown
+from support.errors import InputError, few, read_lines, unknown
 from support.layouts import cub, domainnet, folders, imagenet
 from support.layouts.common import composed, read_records, wrong_root
 from support.layouts.cub import read_cub
@@ -31,6 +32,11 @@ READERS: dict[str, tuple[Callable[..., Data], str]] = {
     "imagenet": (read_imagenet, imagenet.LAYOUT),
     "cub": (read_cub, cub.LAYOUT),
     "folder": (read_folder, folders.LAYOUT),
+}
+# The names of classes, by their folders, where those differ.
+NAMES = {
+    "imagenet": lambda _: tuple(read_lines(imagenet.OPENAI_CLASSES)),
+    "cub": lambda folders: tuple(re.sub(r"^\d+\.", "", folder) for folder in folders),
 }
 
 
@@ -62,6 +68,8 @@ def read(
     names = data.train.classes
     if class_names:
         names = read_class_names(class_names, names)
+    elif data_set in NAMES:
+        names = NAMES[data_set](names)
     if not keep_underscores:
         names = tuple(name.replace("_", " ") for name in names)
 

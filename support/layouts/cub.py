@@ -1,6 +1,5 @@
 """CUB-200-2011 (Wah et al. 2011): `python train.py --data cub --data-root DIR`."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,8 +40,8 @@ def find_problems(root: Path, files: dict[str, dict[str, Record]]) -> Iterator[s
 def read_cub(root: Path, reference: str, shifts: tuple[str, ...], select_on: str) -> Data:
     """Reads CUB-200-2011 from its own files: one reported split, `cub`, and no shifts.
 
-    Labels follow the ids of classes.txt, whose names lose their numbers. `select_on` val: a tenth
-    of the training images. Raises InputError if files are missing, malformed or contradictory.
+    Labels follow the ids of classes.txt. `select_on` val: a tenth of the training images. Raises
+    InputError if files are missing, malformed or contradictory.
     """
     choose_shifts(("cub",), reference, shifts)
     if missing := [name for name in FILES if not (root / name).is_file()]:
@@ -52,7 +51,7 @@ def read_cub(root: Path, reference: str, shifts: tuple[str, ...], select_on: str
         raise InputError(few(problems, "; "))
     images, class_ids, parts, names = files.values()
     label_per_id = {class_id: label for label, class_id in enumerate(sorted(names, key=int))}
-    classes = tuple(re.sub(r"^\d+\.", "", names[class_id].fields[0]) for class_id in label_per_id)
+    classes = tuple(names[class_id].fields[0] for class_id in label_per_id)
 
     def read(name: str, part: str) -> Split:
         chosen = [image for image in images if parts[image].fields == (part,)]

@@ -10,6 +10,7 @@ from jaxtyping import Int32
 from data import Data, ListedFile, Split
 from support.errors import InputError
 from support.layouts.common import add_selection, choose_shifts, composed, read_records, wrong_root
+from support.layouts.folders import class_folders, warn_of_left_out
 
 LAYOUT = (
     "DOMAIN/CLASS/FILE, DOMAIN_train.txt and DOMAIN_test.txt, "
@@ -77,16 +78,19 @@ def read_domainnet(root: Path, reference: str, shifts: tuple[str, ...], select_o
 
     Default shifts: all other domains with a test list, except Quickdraw. `select_on` val: the
     validation list or, without one, a tenth of the training images. Raises InputError if lists are
-    missing, malformed, or contradict each other.
+    missing, malformed, or contradict each other. Warns of what is not read.
     """
-    domains = sorted(path.name.removesuffix("_test.txt") for path in root.glob("*_test.txt"))
-    if not domains:
+    listed = {path.name.removesuffix("_test.txt") for path in root.glob("*_test.txt")}
+    if not listed:
         raise wrong_root(root, "DOMAIN_test.txt", LAYOUT)
+    domains = sorted(listed.union(class_folders(root)))
     if not reference:
-        known = ", ".join(domains)
+        known = ", ".join(sorted(listed))
         raise InputError(f"--reference is needed with --data domainnet: one of {known}")
     # The paper leaves Quickdraw out: its drawings are so plain that no model classifies them well.
-    shifts = choose_shifts(domains, reference, shifts, left_out=("quickdraw",))
+    unlisted = [name for name in domains if name not in listed]
+    shifts = choose_shifts(domains, reference, shifts, left_out=("quickdraw", *unlisted))
+    warn_of_left_out(root, domains, [f"{name} (no {name}_test.txt)" for name in unlisted])
     files, labels, classes = read_list(root / f"{reference}_train.txt")
 
     def read(name: str, path: Path) -> Split:

@@ -1,7 +1,7 @@
 """Images in class folders: `python train.py --data folder --data-root DIR`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".ti
 IMAGES += (".avif", ".jp2", ".ppm", ".pgm")
 # Left out without a warning.
 TEXTS = (".txt", ".csv", ".json", ".xml", ".md", ".db", ".ini", ".html", ".pdf", ".yaml", ".yml")
+TEXTS += ("readme", "license")
 
 
 def names_in(folder: Path, folders_only: bool = False) -> list[str]:
@@ -43,6 +44,14 @@ def class_folders(root: Path) -> tuple[str, ...]:
     return tuple(names_in(root, folders_only=True))
 
 
+def warn_of_left_out(root: Path, read: Collection[str], deeper: Sequence[str] = ()) -> None:
+    """Warns of all in `root` that is not read, and of what is `deeper`, except for texts."""
+    names = [*(name for name in names_in(root) if name not in read), *deeper]
+    if left_out := [name for name in names if not name.lower().endswith(TEXTS)]:
+        what = f"{len(left_out)} files or folders, which are not read"
+        errors.warn(f"{root}: left out {what}: {few(left_out)}")
+
+
 def read_class_folders(
     name: str,
     root: Path,
@@ -63,17 +72,14 @@ def read_class_folders(
     problems = [] if folders else [f"{root} has no class folder: {name} needs CLASS/IMAGE there"]
     for folder, names in zip(folders, listings, strict=True):
         images[folder] = [file for file in names if file.lower().endswith(IMAGES)]
-        others = [file for file in names if not file.lower().endswith(IMAGES + TEXTS)]
-        left_out += [f"{folder}/{file}" for file in others]
+        left_out += [f"{folder}/{file}" for file in names if not file.lower().endswith(IMAGES)]
         if not images[folder]:
             kinds = " ".join(IMAGES)
             problems.append(f"{root / folder} has no image ({kinds}): add some or delete it")
         elif composed(folder) not in label_per_folder:
             advice = f"rename or delete it, or leave {name} out of --shifts"
             problems.append(f"{root / folder} is no class of {source}: {advice}")
-    if left_out:
-        what = f"{len(left_out)} files or folders in class folders, which are not read"
-        errors.warn(f"{root}: left out {what}: {few(left_out)}")
+    warn_of_left_out(root, folders, left_out)
     if problems:
         raise InputError(few(problems, "; "))
     label = {folder: label_per_folder[composed(folder)] for folder in folders}
@@ -91,14 +97,18 @@ def read_folder(root: Path, reference: str, shifts: tuple[str, ...], select_on: 
     `train`, folders are domains: a fifth of the reference's images is reported, as in DomainBed
     (Gulrajani and Lopez-Paz 2021), and the rest is trained on. Default shifts: all other folders
     with class folders, except val. A shift may lack classes. `select_on` val: the folder val or, if
-    there is none or it is the reference, (another) tenth of the training images.
+    there is none or it is the reference, (another) tenth of the training images. Warns of what is
+    not read.
     """
-    splits = [name for name in class_folders(root) if class_folders(root / name)]
+    folders = class_folders(root)
+    splits = [name for name in folders if class_folders(root / name)]
     trained = "train" if "train" in splits or reference == "val" else reference
     if trained not in splits:
         raise wrong_root(root, f"{trained}/CLASS", LAYOUT)
-    known = [name for name in dict.fromkeys(("val", *splits)) if name != "train"]
-    shifts = choose_shifts(known, reference, shifts, left_out=("val",))
+    known = [name for name in dict.fromkeys(("val", *folders)) if name != "train"]
+    used = {trained, reference, "val" if select_on == "val" else "", *(splits if shifts else ())}
+    shifts = choose_shifts(known, reference, shifts, {"val", *set(folders).difference(splits)})
+    warn_of_left_out(root, {*used, *shifts})
     for name in shifts:
         if name in ("test", "valid", "validation", "dev"):
             advice = f"if it holds images like those of train, give --reference {name}"
@@ -112,11 +122,11 @@ def read_folder(root: Path, reference: str, shifts: tuple[str, ...], select_on: 
     train = replace(read(trained), name="train")
     if trained == reference:
         train, reported = hold_out(train, 5, reference)
-    elif reference not in splits:
+    elif reference not in folders:
         train, reported = hold_out(train, name=reference)
     else:
         reported = read(reference)
     reports = {reference: reported, **{name: read(name) for name in shifts}}
-    if "val" in splits and reference != "val":
+    if "val" in folders and reference != "val":
         return add_selection(train, reports, select_on, lambda: reports.get("val") or read("val"))
     return add_selection(train, reports, select_on)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from data import Data, Split
-from support.errors import InputError, few, read_lines
+from support.errors import InputError, few
 from support.layouts.common import add_selection, choose_shifts, wrong_root
-from support.layouts.folders import class_folders, read_class_folders
+from support.layouts.folders import class_folders, read_class_folders, warn_of_left_out
 
 # OpenAI's names of the classes, in the order of WordNet ids, from the notebook with its prompts.
 OPENAI_CLASSES = Path(__file__).parents[2] / "assets" / "openai-classes.txt"
@@ -57,9 +57,9 @@ def read_imagenet(
 ) -> Data:
     """Reads ImageNet and its shifts: V2, R, A and Sketch. Default shifts: those that are there.
 
-    Labels follow the order of the WordNet ids; class names are OpenAI's. For R and A, only the
-    logits of the classes that they contain are compared. `select_on` val: a hundredth of the
-    training images.
+    Labels follow the order of the WordNet ids, which are the classes. For R and A, only the logits
+    of the classes that they contain are compared. `select_on` val: a hundredth of the training
+    images. Warns of what is not read.
     """
     places = find_splits(root, split_roots)
     shifts = choose_shifts(tuple(IMAGENET), reference, shifts, left_out=IMAGENET.keys() - places)
@@ -69,23 +69,25 @@ def read_imagenet(
         if name not in places:
             layout = f"{LAYOUT}; or --split-roots {name}=FOLDER"
             raise wrong_root(root, " or ".join(IMAGENET[name]), layout)
+    if root:
+        below = [place for place in places.values() if root in place.parents]
+        warn_of_left_out(root, {place.relative_to(root).parts[0] for place in below})
     train = places["imagenet"] / "train"
-    classes = tuple(read_lines(OPENAI_CLASSES))
     ids = class_folders(train)
     others = [folder for folder in ids if not re.fullmatch(r"n\d{8}", folder)]
-    if others or len(ids) != len(classes):
+    if others or len(ids) != 1000:
         named = f" (no WordNet ids: {few(others)})" if others else ""
         advice = "restore them, delete others, or give --data folder for your own set"
         raise InputError(f"{train} has {len(ids)} class folders{named}, ImageNet 1000: {advice}")
     label_per_id = {wordnet_id: label for label, wordnet_id in enumerate(ids)}
-    label_per_number = {str(label): label for label in range(len(classes))}
+    label_per_number = {str(label): label for label in range(len(ids))}
 
     def read(name: str, folder: Path) -> Split:
         labels = label_per_number if name == "imagenet-v2" else label_per_id
-        split = read_class_folders(name, folder, classes, labels, "ImageNet")
+        split = read_class_folders(name, folder, ids, labels, "ImageNet")
         if name not in ("imagenet-r", "imagenet-a"):
             return split
-        return replace(split, compared=np.isin(np.arange(len(classes)), split.labels))
+        return replace(split, compared=np.isin(np.arange(len(ids)), split.labels))
 
     reports = {"imagenet": read("imagenet", places["imagenet"] / "val")}
     reports |= {name: read(name, places[name]) for name in shifts}

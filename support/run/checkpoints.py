@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from clip import leaf_name, named_leaves
-from support.disk import reported, write_whole
+from support.disk import write_whole
 from support.errors import InputError, warn
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -92,14 +92,12 @@ class Checkpoints:
 
     def _write(self, progress: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         path = self.folder / f"step-{progress['step']}.safetensors"
-        with reported(path):
-            self.folder.mkdir(exist_ok=True)
         text = json.dumps(progress)
         metadata = {"progress": text, "sha256": _digest(text, arrays)}
         write_whole(path, lambda new: save_file(arrays, new, metadata))
         self._kept = [path, *(kept for kept in self._kept if kept != path)][:2]
         for other in self.folder.iterdir():
-            if other not in self._kept:
+            if other not in self._kept and _NAME.fullmatch(other.name.removesuffix(".new")):
                 other.unlink()
 
 

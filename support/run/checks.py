@@ -18,9 +18,9 @@ import numpy as np
 import clip
 import lipsum
 from support import devices
-from support.errors import InputError, flag, read_json
+from support.errors import InputError, few, flag, read_json
 from support.run import options
-from support.run.finished import check_content
+from support.run.finished import check_content, run_files
 from support.run.logs import PROFILED
 from support.run.options import Cluster, Command, Run, as_arguments
 from support.run.processes import gathered
@@ -133,8 +133,7 @@ def taken_folders(command: Command, runs: Sequence[Run]) -> Problems:
     for run in runs:
         if run.folder.exists() and not run.folder.is_dir():
             yield f"{run.folder} is a file: give another --out"
-        is_taken = run.folder.exists() and any(run.folder.iterdir())
-        if is_taken and not (command.resume or command.overwrite):
+        if run_files(run.folder) and not (command.resume or command.overwrite):
             yield f"{run.folder} holds a run: give --resume, --overwrite or another --out"
         path = run.folder / "config.json"
         if command.resume and path.exists():
@@ -244,6 +243,11 @@ def warnings_for_setup(setup: Setup, runs: Sequence[Run]) -> Iterator[str]:
     if classes := repeated(setup.classes):
         problem = "classes with the prompts of an earlier class are never predicted zero-shot"
         yield f"{problem}: {', '.join(classes)}"
+    train = setup.data.train
+    if untrained := np.setdiff1d(np.arange(len(train.classes)), train.labels).tolist():
+        names = few([train.classes[label] for label in untrained])
+        problem = f"{len(untrained)} classes have no training image ({names})"
+        yield f"{problem}: add some, or give --unseen"
     if ids := [name for name in setup.classes if re.fullmatch(r"n\d{8}|\d+", name)]:
         problem = f"class names such as {ids[0]!r} mean nothing to a text tower"
         yield f"{problem}: give --class-names FILE"

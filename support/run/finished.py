@@ -3,7 +3,9 @@
 Paper: https://openreview.net/forum?id=2JF8mJRJ7M.
 """
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,17 +149,45 @@ def check_content(path: Path, config: dict[str, Any], setup: Setup) -> None:
 
 
 def new_folder(runs: Sequence[FinishedRun], method: str, overwrite: bool) -> Path:
-    """Returns the folder OUT/METHOD/seed-SEED beside the runs, with the first run's seed.
+    """Returns the folder OUT/METHOD/NAME beside the first run, with its name.
 
-    Raises InputError if it is taken.
+    If that would be above the root of a mount, or at that of all, OUT is the folder below. Raises
+    InputError if the folder is taken.
     """
-    first = runs[0].folder.resolve()
-    folder = first.parents[1] / method / first.name
+    first = out = Path(os.path.abspath(runs[0].folder))
+    for climbs in (True, first.parent.name == runs[0].results["method"]):
+        if climbs and not os.path.ismount(out) and out.parent.name:
+            out = out.parent
+    folder = out / method / first.name
     check_free(folder, overwrite)
     return folder
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raises InputError if there is something that may not be overwritten."""
-    if folder.exists() and not overwrite:
+    if run_files(folder) and not overwrite:
         raise InputError(f"{folder} exists: give --overwrite to replace it")
+
+
+# results.json comes first: without it, a run is not finished.
+_FILES = ["results.json", "config.json", "metrics.jsonl", "checkpoint/step-*.safetensors"]
+_FILES += ["tensorboard/events.out.tfevents.*", "profile/plugins/profile/*/*"]
+_BEST = ["model.safetensors", "head.safetensors", "classes.json", "config.json", "tokenizer.json"]
+_BEST += ["tokenizer_config.json", "preprocessor_config.json"]
+_FILES += [f"{best}/{name}" for best in ("best", "best.new", "best/member-*") for name in _BEST]
+
+
+def run_files(folder: Path) -> list[Path]:
+    """Returns the files in a folder that a run wrote, or began to write; others may have theirs."""
+    patterns = [pattern + suffix for pattern in _FILES for suffix in ("", ".new")]
+    return [path for pattern in patterns for path in folder.glob(pattern) if not path.is_dir()]
+
+
+def delete_run(folder: Path) -> None:
+    """Deletes the files of a run, and folders that are then empty. May raise InputError."""
+    with disk.reported(folder):
+        for path in run_files(folder):
+            path.unlink()
+            with contextlib.suppress(OSError):  # ends at a folder that is not empty
+                for parent in path.relative_to(folder).parents:
+                    (folder / parent).rmdir()

@@ -68,7 +68,7 @@ class Sources:
         str | None, help_for("FILE|PROMPT", "eight on minidomain, one on folder, else openai")
     ] = None
     # Names of classes whose folders are numbers or WordNet ids: one 'FOLDER NAME' per line.
-    class_names: Annotated[Path | None, help_for("FILE", "the folders' names")] = None
+    class_names: Annotated[Path | None, help_for("FILE", "the folders' names, or OpenAI's")] = None
     # Keep underscores in class names, as the authors' script did, instead of turning them into
     # spaces.
     keep_underscores: bool = False

@@ -22,6 +22,7 @@ import lipsum
 import train
 from support import devices, disk, errors
 from support.run.checkpoints import Checkpoint, Checkpoints, read_checkpoint
+from support.run.finished import delete_run
 from support.run.options import Command
 
 
@@ -290,6 +291,8 @@ def test_tensorboard_and_profile(command: Command) -> None:
     assert (20, "selection_accuracy") in shown
     (trace,) = folder.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
     assert trace.stat().st_size > 0
+    delete_run(folder)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -278,15 +278,18 @@ def test_what_the_prompts_cannot_tell_apart_is_said(command: Command, tmp_path: 
         setup.data.reports["sketch"], np.flatnonzero(setup.data.reports["sketch"].labels), "sketch"
     )
     reports = setup.data.reports | {"sketch": sketch}
+    train_images = setup.data.train
+    without_dogs = data.take(train_images, np.flatnonzero(train_images.labels != 1), "train")
     setup = dataclasses.replace(
         setup,
         model=dataclasses.replace(setup.model, templates=("a {}.",)),
         classes=("dog", "ice cream", "Dog"),
         seen=np.array([1, 2]),
-        data=dataclasses.replace(setup.data, reports=reports),
+        data=dataclasses.replace(setup.data, train=without_dogs, reports=reports),
     )
     assert list(checks.warnings_for_setup(setup, [])) == [
         "classes with the prompts of an earlier class are never predicted zero-shot: Dog",
+        "1 classes have no training image (dog): add some, or give --unseen",
         "sketch lacks all 1 unseen classes: its unseen accuracy is over those that it has",
     ]
 

@@ -1,18 +1,23 @@
 """Files of runs are whole or absent, locked against others, found again, and refused if damaged."""
 
+import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from conftest import EXAMPLES
 from mutations import with_mutations
+from safetensors.numpy import save_file
 
 from support import disk
 from support.errors import InputError
+from support.run import finished
 from support.run.checkpoints import Checkpoints, by_name, from_names, read_checkpoint
 
 ARRAYS = by_name(
@@ -48,20 +53,120 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "best"
-    for content in ("one", "other"):
-        (tmp_path / "best.new").mkdir()  # what a killed run may leave
-        (tmp_path / "best.new" / "old").write_text("old")
+def no_flush(descriptor: int) -> None:
+    """As CIFS and vboxsf: files can be flushed, folders cannot."""
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EINVAL, "Invalid argument")
 
-        def write(new: Path, content: str = content) -> None:
-            new.mkdir()
-            (new / content).write_text(content)
 
-        disk.write_whole(folder, write)
-        assert [path.name for path in folder.iterdir()] == [content] and list(
-            tmp_path.iterdir()
-        ) == [folder]
+def no_permissions(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+# What others make in every folder of a run.
+FOREIGN = [".ipynb_checkpoints/x", "@eaDir/SYNO", ".nfs0001", "lost+found/y", "notes.txt"]
+FILE_SYSTEMS = {
+    "usual": {},
+    "no flush of folders": {"fsync": no_flush},
+    "no permissions": {"chmod": no_permissions},
+}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+@pytest.mark.parametrize("name", FILE_SYSTEMS)
+def test_any_file_system_and_owner(
+    name: str, umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is whole, as the user's umask has it, and other files stay."""
+    for function, replacement in FILE_SYSTEMS[name].items():
+        monkeypatch.setattr(os, function, replacement)
+    monkeypatch.setattr(disk, "_UMASK", umask)
+    folder = tmp_path / "ft" / "seed-0"
+    for place in (folder, folder / "checkpoint", folder / "best"):
+        for foreign in FOREIGN:
+            (place / foreign).parent.mkdir(parents=True, exist_ok=True)
+            (place / foreign).write_text("foreign")
+
+    def write(new: Path) -> None:
+        new.mkdir()
+        save_file({"a": np.zeros(2, np.float32)}, new / "model.safetensors")
+        (new / "config.json").write_text(str(value))
+
+    for value in (1, 2):
+        (folder / "best.new").mkdir()  # what a killed run may leave
+        (folder / "best.new" / "old").write_text("old")
+        disk.write_json(folder / "config.json", value)
+        disk.write_whole(folder / "best", write)
+    with Checkpoints(folder / "checkpoint") as checkpoints:
+        (folder / "checkpoint/step-0.safetensors.new").write_bytes(b"half")
+        for step in (1, 2, 3):
+            save(checkpoints, step)
+    own = {"config.json", "best/model.safetensors", "best/config.json"}
+    own |= {f"checkpoint/step-{step}.safetensors" for step in (2, 3)}
+    foreign = {f"{place}{file}" for place in ("", "best/", "checkpoint/") for file in FOREIGN}
+
+    def found() -> set[str]:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)) for path in files}
+
+    assert found() == own | foreign
+    assert (folder / "config.json").read_text() == "2\n"
+    assert (folder / "best/config.json").read_text() == "2"
+    assert {str(path.relative_to(folder)) for path in finished.run_files(folder)} == own
+    if name != "no permissions":
+        modes = {file: (folder / file).stat().st_mode & 0o777 for file in own if "saf" in file}
+        assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    finished.delete_run(folder)
+    assert found() == foreign and finished.run_files(folder) == []
+
+
+def test_a_run_is_deleted_with_its_folder(tmp_path: Path) -> None:
+    """If there is nothing else in it; also what a killed run left."""
+    folder = tmp_path / "ft" / "seed-0"
+    names = ["results.json", "metrics.jsonl.new", "best.new/model.safetensors"]
+    names += ["best/member-1/head.safetensors", "best/member-2.new/classes.json"]
+    names += ["checkpoint/step-2.safetensors", "checkpoint/step-4.safetensors.new"]
+    names += ["tensorboard/events.out.tfevents.1.host", "profile/plugins/profile/1/a.xplane.pb"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    assert len(finished.run_files(folder)) == len(names)
+    finished.delete_run(folder)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "ft"]
+    finished.delete_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("run", "mounts", "expected"),
+    [
+        ("runs/ft/seed-0", [], "runs/ft+wise/seed-0"),
+        ("runs/ft/best one", [], "runs/ft+wise/best one"),
+        ("runs/mine/seed-0", [], "runs/mine/ft+wise/seed-0"),  # moved: beside the run
+        ("model", [], "ft+wise/model"),
+        ("model", ["model"], "model/ft+wise/model"),  # inside, for what is beside is not given
+        ("mount/seed-0", ["mount"], "mount/ft+wise/seed-0"),
+        ("ft/seed-0", ["ft"], "ft/ft+wise/seed-0"),
+        ("runs/ft/seed-0", ["runs"], "runs/ft+wise/seed-0"),
+        ("/model", [], "/model/ft+wise/model"),
+        ("/ft/seed-0", [], "/ft/ft+wise/seed-0"),
+        ("runs/../runs/ft/seed-0/", [], "runs/ft+wise/seed-0"),
+        ("link", [], "ft+wise/link"),
+    ],
+)
+def test_places_of_post_hoc_results(
+    run: str, mounts: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the run, wherever it was moved or mounted, and never above a mount."""
+    (tmp_path / "elsewhere/ft/seed-9").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("elsewhere/ft/seed-9")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        os.path, "ismount", lambda path: str(path) in {str(tmp_path / mount) for mount in mounts}
+    )
+    opened = Mock(finished.FinishedRun, folder=Path(run), results={"method": "ft"})
+    folder = finished.new_folder([opened], "ft+wise", False)
+    assert folder == tmp_path / expected
 
 
 def test_a_folder_is_locked_to_other_processes(tmp_path: Path) -> None:
@@ -76,7 +181,10 @@ def test_a_folder_is_locked_to_other_processes(tmp_path: Path) -> None:
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"locked\n"
     with (
-        pytest.raises(InputError, match=r"another process writes to .*seed-0"),
+        pytest.raises(
+            InputError,
+            match=r"another process writes to .*seed-0: wait .*, delete .*/ft/\.seed-0\.lock$",
+        ),
         disk.locked(folder),
     ):
         pass

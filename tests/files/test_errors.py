@@ -69,6 +69,28 @@ def test_output_that_is_closed_from_the_start(stream: str) -> None:
     assert process.communicate(timeout=60) == (b"", b"") and process.returncode == 0
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize(
+    ("stream", "logs", "code"),
+    [("stdout", True, 0), ("stderr", True, 0), ("stdout", False, 2), ("stderr", False, 0)],
+)
+def test_output_on_a_full_disk(stream: str, logs: bool, code: int) -> None:
+    """A log is lost without an end of the command; a result is an error, in one line."""
+    script = f"for _ in range(3): print('x' * 20_000, file=sys.{stream})\nprint('done')"
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full}
+        command = "import sys; from support.errors import exit_code\n"
+        command += f"sys.exit(exit_code(lambda: exec({script!r}), logs={logs}))"
+        done = subprocess.run(
+            [sys.executable, "-c", command], cwd=ROOT, text=True, timeout=60, **streams
+        )
+    advice = "make room, or write it elsewhere"
+    error = f"error: the output cannot be written ([Errno 28] No space left on device): {advice}\n"
+    assert done.returncode == code
+    assert done.stderr == (None if stream == "stderr" else error if code else "")
+    assert done.stdout == (None if stream == "stdout" else "done\n")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_characters_that_an_output_lacks(encoding: str) -> None:
     code = "sys.exit(exit_code(lambda: print('75.6 \u00b1 0.2 \u72ac')))"

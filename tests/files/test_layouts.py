@@ -9,6 +9,7 @@ import subprocess
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,7 @@ from support.run import setup as opening
 
 CLASSES = ("The_Eiffel_Tower", "dog", "ice_cream")
 CLASSES_OF_IMAGENET = tuple(OPENAI_CLASSES.read_text().splitlines())
+FIXTURES = {"domainnet": "root", "folder": "zoo"}
 REFERENCES = {"domainnet": "real", "cub": "cub", "folder": "val", "imagenet": "imagenet"}
 
 
@@ -357,22 +359,85 @@ def test_composed_and_decomposed_names_are_one(zoo: Path) -> None:
     assert set(reports["val"].labels.tolist()) == set(reports["a painting"].labels) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize(
-    ("change", "warning"),
-    [
+READ = "which are not read"
+# By data set: a change of its folder, options, and the warnings, without the root.
+WARNED = {
+    "folder": [
+        ("", {}, []),
+        ("touch .DS_Store notes.md train/LICENSE val/Thumbs.db; mkdir .idea", {}, []),
         (
             "cd train/zebra; mkdir more; touch photo.heic more.csv .more.heic",
-            "left out 2 files or folders in class folders, which are not read: zebra/more, zebra/p",
+            *({}, [f"/train: left out 2 files or folders, {READ}: zebra/more, zebra/photo.heic"]),
         ),
-        ("mv sketch test", "test counts as a shift: if it .* of train, give --reference test\n"),
+        ("touch val/1.jpg", {}, [f"/val: left out 1 files or folders, {READ}: 1.jpg"]),
+        (
+            "mkdir art docs; touch art/1.jpg sketch.zip",
+            *({}, [f": left out 3 files or folders, {READ}: art, docs, sketch.zip"]),
+        ),
+        ("mkdir a b c d e", {}, [f": left out 5 files or folders, {READ}: a, b, c, and 2 more"]),
+        ("", {"reference": "sketch"}, [f": left out 1 files or folders, {READ}: val"]),
+        ("", {"reference": "sketch", "select_on": "val"}, []),
+        ("", {"reference": "sketch", "shifts": ("a painting",)}, []),
+        (
+            "mv train old; mkdir train; touch train/1.jpg",
+            *({"reference": "old"}, [f": left out 2 files or folders, {READ}: train, val"]),
+        ),
+        (
+            "mv sketch test",
+            *({}, ["/test counts as a shift: if it holds images like those of train, give"]),
+        ),
     ],
+    "domainnet": [
+        ("", {}, []),
+        ("", {"shifts": ("sketch",)}, []),
+        ("touch README.txt .x; cp sketch_test.txt quickdraw_test.txt", {}, []),
+        (
+            "rm sketch_test.txt; touch clipart.zip",
+            {},
+            [f": left out 2 files or folders, {READ}: clipart.zip, sketch (no sketch_test.txt)"],
+        ),
+    ],
+    "imagenet": [
+        ("", {}, []),
+        ("", {"shifts": ("imagenet-a",)}, []),
+        (
+            "mv imagenet-r imagenet_r; touch LOC_synset_mapping.txt",
+            *({}, [f": left out 1 files or folders, {READ}: imagenet_r"]),
+        ),
+        (
+            "ln -s sketch imagenet-sketch",
+            *({}, [f": left out 1 files or folders, {READ}: sketch"]),
+        ),
+        ("", {"split_roots": ("imagenet-r=imagenet-a",)}, [": left out 1 .*: imagenet-r"]),
+    ],
+    "cub": [("touch attributes.txt", {}, [])],
+}
+
+
+@pytest.mark.parametrize(
+    ("data_set", "change", "options", "warnings"),
+    [(data_set, *row) for data_set, rows in WARNED.items() for row in rows],
 )
-def test_warnings(change: str, warning: str, zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    read("folder", zoo)
-    assert capsys.readouterr().err == ""
-    shell(zoo, change)
-    read("folder", zoo)
-    assert re.fullmatch(f"warning: {zoo}/.*{warning}.*\n?", capsys.readouterr().err)
+def test_warned(
+    data_set: str,
+    change: str,
+    options: dict[str, Any],
+    warnings: list[str],
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What a folder contains is used, or named: once, whatever reads it again."""
+    root = request.getfixturevalue(FIXTURES.get(data_set, data_set))
+    shell(root, change)
+    if roots := options.get("split_roots"):
+        options = options | {"split_roots": tuple(r.replace("=", f"={root}/") for r in roots)}
+    for _ in range(2):
+        read(data_set, root, **options)
+    found = capsys.readouterr().err.splitlines()
+    assert len(found) == len(warnings), found
+    for line, warning in zip(found, warnings, strict=True):
+        expected = warning if ".*" in warning else re.escape(warning)
+        assert re.match(re.escape(f"warning: {root}") + expected, line), line
 
 
 # --------------------------------------------------------------------------------------- ImageNet
@@ -416,9 +481,9 @@ def test_imagenet_layout(imagenet: Path) -> None:
     assert images.reports["imagenet-v2"].labels.tolist() == [0, 2, 10, 100, 999]
     selected = read("imagenet", imagenet, ("imagenet-a",), select_on="val")
     assert list(selected.reports) == ["imagenet", "imagenet-a"]
-    assert selected.selection.labels.tolist() == list(range(99, 1000, 100))
+    assert selected.selection.labels.tolist() == list(range(49, 1000, 50))
     paths = {file.path for file in [*selected.train.images, *selected.selection.images]}
-    assert len(paths) == len(selected.train) + 10 == len(selected.reports["imagenet"]) == 1000
+    assert len(paths) == len(selected.train) + 20 == 2 * len(selected.reports["imagenet"]) == 2000
 
 
 def test_archives_that_unpack_one_folder_deeper(imagenet: Path) -> None:
@@ -479,6 +544,22 @@ def test_names_of_classes_from_a_file(zoo: Path, tmp_path: Path) -> None:
         assert split.classes == expected
 
 
+@pytest.mark.parametrize("data_set", ["folder", "domainnet", "imagenet", "cub"])
+def test_names_are_by_folder(data_set: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Of every data set, whatever its classes are called without a file."""
+    root = request.getfixturevalue(FIXTURES.get(data_set, data_set))
+    folders = {"folder": tuple(ZOO), "domainnet": CLASSES, "imagenet": tuple(WNIDS)}
+    birds = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Chuck_will_Widow")
+    folders = folders.get(data_set, birds)
+    path = tmp_path / "names"
+    lines = [f"{folder}\tname of {folder[-3:]}\n" for folder in reversed(folders)]
+    path.write_text("".join(lines))
+    images = read(data_set, root, class_names=path, keep_underscores=True)
+    expected = tuple(f"name of {folder[-3:]}" for folder in folders)
+    for split in (images.train, images.selection, *images.reports.values()):
+        assert split.classes == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -519,6 +600,12 @@ REFUSED = {
             *({"select_on": "val"}, "8 training images are too few .*: give --select-on test"),
         ),
         ("rm -r clipart", {}, "clipart_test.txt lists images of .*clipart, .* give the --shifts"),
+        (
+            "rm sketch_test.txt",
+            {"shifts": ("sketch",)},
+            "list .*sketch_test.txt cannot be read .*No",
+        ),
+        ("rm real_test.txt", {}, "list .*real_test.txt cannot be read .*No such file.*: restore"),
     ],
     "cub": [
         ("", {"root": None}, "--data-root is needed with --data cub: .* holds images/, images.txt"),
@@ -535,6 +622,12 @@ REFUSED = {
         ("rm -r val", {"reference": "sketch", "shifts": ("val",)}, "/val cannot be listed"),
         ("mv train tra", {}, r"no train/CLASS \(found: a painting, sketch, tra, val\): exp"),
         ("rm -r train", {"reference": "art"}, "no art/CLASS .* and --reference DOMAIN"),
+        (
+            "rm -r val; mkdir val; touch val/1.jpg",
+            {},
+            "val has no class folder: val needs",
+        ),
+        ("mkdir art; touch art/1.jpg", {"shifts": ("art",)}, "art has no class folder: art needs"),
         ("mkdir val/yak", {}, r"val/yak has no image \(.jpg .*\): add some or delete it"),
         ("mkdir train/yak; cp -r val/zebra val/yak", {}, "train/yak has no image"),
         ("mv val/zebra val/yak", {}, "yak is no class of .*train: .* leave val out of --shifts"),
@@ -570,7 +663,7 @@ def test_refused(
     message: str,
     request: pytest.FixtureRequest,
 ) -> None:
-    root = request.getfixturevalue({"domainnet": "root", "folder": "zoo"}.get(data_set, data_set))
+    root = request.getfixturevalue(FIXTURES.get(data_set, data_set))
     shell(root, change)
     options = {"root": "."} | options
     if options["root"]:
