@@ -53,7 +53,7 @@ def processes_differ(command: Command, runs: Sequence[Run]) -> Problems:
 
 
 def steps_are_not_compiled(command: Command, runs: Sequence[Run]) -> Problems:
-    if jax.config.jax_disable_jit:
+    if jax.config.jax_disable_jit:  # pyrefly: ignore[missing-attribute]
         yield "JAX_DISABLE_JIT is set, steps and evaluation are compiled: unset it"
 
 
