@@ -172,9 +172,7 @@ def check_image(file: ListedFile) -> None:
     """Decodes an image. Raises InputError if it is missing, no image, or damaged."""
     with open_image(file) as image:
         try:
-            image.draft(
-                image.mode, (1, 1)
-            )  # all of a JPEG, at an eighth of its size: half the time
+            image.draft(image.mode, (1, 1))  # a JPEG at an eighth of its size, in half the time
             image.load()
         except Exception as error:
             raise _broken_image(file, error) from error

@@ -107,11 +107,9 @@ def locked(path: Path) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
-            advice = (
-                "wait until it ends, or give another --out; if it died on another machine, delete"
-            )
-            problem = f"another process writes to {path}"
-            raise InputError(f"{problem}: {advice} {lock.lock_file}") from error
+            advice = f"or, if it died on another machine, delete {lock.lock_file}"
+            advice = f"wait until it ends, give another --out {advice}"
+            raise InputError(f"another process writes to {path}: {advice}") from error
     try:
         yield
     finally:

@@ -278,8 +278,8 @@ def test_what_the_prompts_cannot_tell_apart_is_said(command: Command, tmp_path: 
         setup.data.reports["sketch"], np.flatnonzero(setup.data.reports["sketch"].labels), "sketch"
     )
     reports = setup.data.reports | {"sketch": sketch}
-    train_images = setup.data.train
-    without_dogs = data.take(train_images, np.flatnonzero(train_images.labels != 1), "train")
+    images = setup.data.train
+    without_dogs = data.take(images, np.flatnonzero(images.labels != 1), "train")
     setup = dataclasses.replace(
         setup,
         model=dataclasses.replace(setup.model, templates=("a {}.",)),
