@@ -274,8 +274,7 @@ SHORT = {
     "--alphas": "1 0.5",
     "--penalty": "0.1 5",
 }
-# Other prompts stand for another model.
-SHORT_PROMPTS = {"ViT-B/32": "'a photo of a {}.'", "ViT-L/14": "'a {}.'"}
+SHORT_SEEDS = {"ViT-B/32": "1", "ViT-L/14": "2"}  # they stand for other models
 SHORT_DEFAULTS = {
     "train.py": {"--steps": "24", "--batch-size": "16"},  # 20 steps make a time per step
     "tpgm": {"--steps": "2", "--batch-size": "16"},
@@ -294,8 +293,8 @@ def shorten(line: str) -> str:
     given = {name: value for name, _, value in (option.partition(" ") for option in options)}
     kept = {f"--{name}": value for name, value in given.items() if f"--{name}" not in FULL_ONLY}
     kept = {name: SHORT.get(name, value) for name, value in kept.items()}
-    if given.get("model") in SHORT_PROMPTS:
-        kept["--templates"] = SHORT_PROMPTS[given["model"]]
+    if given.get("model") in SHORT_SEEDS:
+        kept["--seed"] = SHORT_SEEDS[given["model"]]
     if "unseen-file" in given:
         kept["--unseen"] = "star heart house"
     for program, defaults in SHORT_DEFAULTS.items():
