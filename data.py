@@ -314,14 +314,16 @@ HostBatch = dict[str, UInt8[np.ndarray, "batch side side 3"] | Labels | Valid]
 
 def read_image(
     source: ImageSource,
-    preparation: Preparation,
+    preparation: Preparation | int,
     prepare: Callable = evaluation_image,
     *random: np.random.Generator,
 ) -> Square:
-    """Returns the decoded and prepared image.
+    """Returns the decoded and prepared image; a number of pixels means OpenAI's preparation.
 
     Raises InputError, which names file and list line, if it is broken.
     """
+    if isinstance(preparation, int):
+        preparation = Preparation(preparation)
     with open_image(source) as image:
         try:
             return prepare(image, preparation, *random)
