@@ -281,7 +281,8 @@ def evaluate_command(
     folders = [out / run.results["method"] / run.folder.resolve().name for run in opened]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise InputError(f"two of the runs have the results' folder {folder}: give --out each")
+            advice = "evaluate them one by one, each with an --out of its own"
+            raise InputError(f"two of the runs would have the folder {folder}: {advice}")
         finished.check_free(folder, overwrite)
     zero_shot = predict_reports(setup, [setup.zero_shot])
     results = []

@@ -187,10 +187,10 @@ def load_model(
 ) -> Model:
     """Loads the model and places it on the devices."""
     model, tokenizer = weights.load(sources.model)
-    content = {"model": 0, "templates": zlib.crc32(repr(tuple(templates)).encode())}
-    preparation = model.config.preparation
-    if preparation != clip.Preparation(preparation.size):  # older runs have no checksum of OpenAI's
-        content["model"] = zlib.crc32(repr(preparation).encode())
+    content = {
+        "model": zlib.crc32(repr(model.config.preparation).encode()),
+        "templates": zlib.crc32(repr(tuple(templates)).encode()),
+    }
     for leaf in jax.tree.leaves(model):
         content["model"] = zlib.crc32(np.asarray(leaf).data, content["model"])
     placed, tau = devices.place((model, jnp.exp(model.logit_scale)), mesh, execution.fsdp)
