@@ -293,9 +293,10 @@ def tabulate_paper(name: str, results: Sequence[Results], average_of: str = "shi
     if name not in blocks:
         raise unknown("table of the paper", name, blocks)
     block = blocks[name]
-    splits, metric = block["splits"], METRICS[block["metric"]]
+    metric = METRICS[block["metric"]]
     unit = 1 if block["metric"] in ("ece", "nll") else 100  # else the file has percent
-    shifts = [split for split in splits if split != block["reference"]]
+    shifts = [split for split in block["splits"] if split != block["reference"]]
+    splits = [block["reference"], *shifts]  # as ours
     means = mean_columns(splits, shifts, average_of == "all")
     labels = {run["method"]: run["label"] for run in results} | {"zero-shot": "zero-shot"}
     rows = {}
@@ -305,11 +306,13 @@ def tabulate_paper(name: str, results: Sequence[Results], average_of: str = "shi
             continue
         settings = {key: row[key] for key in ("num_texts", "text_length") if key in row}
         named = f" ({describe_settings({'settings': settings}, settings)})" if settings else ""
-        numbers = [mean / unit for mean in row["mean"]]
-        deviations = [each / unit for each in row.get("deviation", ())] or [None] * len(splits)
-        averages = [statistics.fmean(numbers[splits.index(x)] for x in y) for y in means.values()]
-        rows[label + named] = [*map(Cell, numbers, deviations), *map(Cell, averages)]
-    heading = f"the paper's {name.partition('/')[0]}: {metric.heading}"
+        cells: dict[str, Cell] = {}
+        for index, split in enumerate(block["splits"]):
+            deviation = row["deviation"][index] / unit if "deviation" in row else None
+            cells[split] = Cell(row["mean"][index] / unit, deviation)
+        averages = [average([cells[split].mean for split in x]).mean for x in means.values()]
+        rows[label + named] = [*(cells[split] for split in splits), *map(Cell, averages)]
+    heading = f"the paper's {name.partition('/')[0].replace('-', ' ')}: {metric.heading}"
     return Table(heading, dict.fromkeys([*splits, *means], metric), rows)
 
 
