@@ -140,7 +140,7 @@ def prepare_streams(logs: bool) -> None:
 
 
 def exit_code(command: Callable[[], None], logs: bool = False) -> int:
-    """Runs a command. Returns 0, or 2 after one line on stderr if its input is bad.
+    """Runs a command. Returns 0, or 2 after one line on stderr for bad input or lack of memory.
 
     Ctrl-C is 130. An output that was closed, as by `| head`, is 141; one that only `logs` may lose
     lines. Faults of ours raise.
@@ -153,6 +153,11 @@ def exit_code(command: Callable[[], None], logs: bool = False) -> int:
             sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: JAX's
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("error: out of memory: use a machine or device that has more", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -28,6 +28,27 @@ def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")]
+)
+def test_lack_of_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise error
+
+    assert errors.exit_code(command) == 2
+    assert capsys.readouterr().err == (
+        "error: out of memory: use a machine or device that has more\n"
+    )
+
+
+def test_other_faults_raise() -> None:
+    def command() -> None:
+        raise RuntimeError("of ours")
+
+    with pytest.raises(RuntimeError, match="of ours"):
+        errors.exit_code(command)
+
+
 INTERRUPT = "signal.raise_signal(signal.SIGINT)"
 
 
