@@ -114,7 +114,7 @@ def test_every_method_compiles_for_eight_tpu_cores(
 def test_fsdp_moves_weights_and_gradients_alone(
     topology: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No activation goes to another core.
+    """No image's activations go to another core.
 
     The frozen vision tower, and the trained one forward and backward, gather six matrices a layer.
     """
