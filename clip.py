@@ -30,6 +30,7 @@ from tokenizers import (
     processors,
 )
 
+from support import devices
 from support.errors import InputError, few
 
 Tokens = Float[Array, "tokens width"]  # of one image or text
@@ -526,7 +527,8 @@ def prompt_features(
     # Batches of one shape need one compilation.
     padded = np.concatenate([ids, ids[: -len(ids) % batch_size]])
     batches = padded.reshape(-1, batch_size, ids.shape[1])
-    features = [_text_features(model.text, batch) for batch in batches]
+    # With --fsdp, each process may have a part of them.
+    features = [devices.fetch(_text_features(model.text, batch)) for batch in batches]
     return np.concatenate(features)[: len(ids)].reshape(len(templates), len(classes), -1)
 
 

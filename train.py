@@ -317,9 +317,11 @@ def describe_setup(setup: Setup) -> str:
 def describe_execution(run: Run, setup: Setup, compile_seconds: float) -> str:
     """Returns a line on where and how the steps of a run are computed."""
     execution = run.execution
-    millions = sum(leaf.size for leaf in jax.tree.leaves(setup.zero_shot)) / 1e6
+    leaves = jax.tree.leaves(setup.zero_shot)
+    millions = sum(leaf.size for leaf in leaves) / 1e6
     kind = jax.devices()[0].device_kind
-    spread = "spread over them" if execution.fsdp else "copied to each"
+    whole = all(leaf.sharding.is_fully_replicated for leaf in leaves)  # --fsdp splits large ones
+    spread = "copied to each" if whole else "spread over them"
     parts = f" in {execution.accumulate} parts" if execution.accumulate > 1 else ""
     return (
         f"{run.method} {run.folder.name}: {jax.device_count()} {kind} device(s) of "

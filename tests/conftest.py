@@ -24,7 +24,7 @@ os.environ |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
 CHECKED = ["clip", "lipsum", "data", "eval", "train", "support", "tools"]
 with install_import_hook(CHECKED, "beartype.beartype"):
     import train  # noqa: F401 (imports the others)
-    from support import errors
+    from support import devices, errors
     from support.run import setup
     from tools import bench  # noqa: F401
 
@@ -62,6 +62,12 @@ def compiled_programs_do_not_pile_up() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def each_test_is_warned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "_shown", set())
+
+
+@pytest.fixture
+def small_leaves_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --fsdp, which otherwise copies models as small as those of the tests."""
+    monkeypatch.setattr(devices, "SMALLEST_SPLIT", 1)
 
 
 @pytest.fixture(autouse=True, scope="session")

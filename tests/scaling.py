@@ -117,6 +117,7 @@ def free_address() -> str:
 if __name__ == "__main__":
     coordinator, processes, process, *methods = sys.argv[1:]
     jax.config.update("jax_disable_most_optimizations", True)
+    devices.SMALLEST_SPLIT = 1
     jax.distributed.initialize(coordinator, int(processes), int(process))
     mesh = devices.device_mesh(BATCH)
     print(

@@ -9,6 +9,7 @@ Developers run it for the tables of docs/speed.md and docs/scaling.md, and for d
 
 import dataclasses
 import json
+import math
 import os
 import re
 import resource
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -154,6 +154,39 @@ def compiled_step(case: Case, config: clip.Config, mesh: Mesh) -> jax.stages.Com
     return step.lower(state, frozen, batch, key).compile()
 
 
+def collectives(program: str) -> dict[str, list[int]]:
+    """Returns per kind of collective the bytes of each one's result on a device, from HLO's text.
+
+    One in a loop counts once. On TPU, `all-reduce-scatter` is an all-reduce of which each device
+    keeps a part: it is fused, and its result is the part.
+    """
+    kinds = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
+    found: dict[str, list[int]] = {}
+    counted = set()
+    fused = ""  # result of the all-reduce-scatter that the lines are of, if they are of one
+    for line in program.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            start = re.match(r"%all-reduce-scatter\S* .* -> (.*) {$", line)
+            fused = start[1] if start else ""
+        # The result of a `-start` has the operands, too.
+        operation = re.search(rf" = (.*?) ({kinds})(?:-done)?\(", line)
+        if not operation:
+            continue
+        result, kind = (fused, "all-reduce-scatter") if fused else operation.groups()
+        channel = re.search(r"channel_id=\d+", line)
+        if channel and (kind, channel[0]) in counted:  # parts of one that overlaps with computing
+            continue
+        if channel:
+            counted.add((kind, channel[0]))
+        arrays = re.findall(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", result)
+        bits = (
+            int(width or 8) * math.prod(map(int, filter(None, shape.split(","))))
+            for width, shape in arrays
+        )
+        found.setdefault(kind, []).append(sum(bits) // 8)
+    return found
+
+
 def compile_command(
     case: Annotated[Case, tyro.conf.OmitArgPrefixes], topology: str = "v5e:2x4"
 ) -> None:
@@ -183,10 +216,9 @@ def compile_command(
     held = memory.argument_size_in_bytes / GIB
     computing = memory.temp_size_in_bytes / GIB
     print(f"  fits: {held:.2f} GiB a core of weights, optimizer and images, {computing:.2f} to use")
-    # One in a loop over layers counts once.
-    kinds = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
-    found = Counter(re.findall(rf" ({kinds})(?:-start)?\(", compiled.as_text() or ""))
-    print("  collectives:", ", ".join(f"{count} {kind}" for kind, count in found.items()) or "none")
+    print("  collectives, MiB of results a core, in a loop over layers those of one layer:")
+    for kind, sizes in collectives(compiled.as_text() or "").items():
+        print(f"    {len(sizes)} {kind}, {sum(sizes) / 2**20:.2f} MiB")
 
 
 # ----------------------------------------------------------------------------------------- timing

@@ -97,7 +97,8 @@ class Execution(lipsum.Computation, Places):
     # Type that the towers compute in; auto: bfloat16 on TPU and GPU, else float32. All else is
     # float32.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Spread weights, optimizer and frozen weights over the devices instead of copying them to each.
+    # Spread weights, optimizer and frozen weights over the devices instead of copying them to each,
+    # but for arrays of less than a million entries, such as all of the embedded model's.
     fsdp: bool = False
     # Threads that decode images. By default one per CPU that the process may use, at most 16.
     workers: int = usable_cpus()

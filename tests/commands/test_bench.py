@@ -10,7 +10,7 @@ import scaling
 
 import clip
 import lipsum
-from support import errors
+from support import devices, errors
 from tools import bench
 from tools.bench import Case
 
@@ -66,6 +66,32 @@ def test_a_topology_needs_libtpu_and_a_known_name() -> None:
         bench.compile_command(Case("tiny", batch_size=8), "v5e:no")
 
 
+def test_bytes_of_collectives() -> None:
+    """One of several parts counts once; the result of a fused all-reduce is what a device keeps."""
+    program = """
+%all-reduce-scatter.1 (input: f32[8,3]) -> (f32[1,3], bf16[2]) {
+  %all-reduce.1 = (f32[8,3]{1,0:T(8,128)}, bf16[16]{0}) all-reduce(%a, %b), channel_id=1
+}
+%fused_computation.2 (param: bf16[1,2]) -> bf16[1,16] {
+  %all-gather.1 = bf16[1,16]{1,0:T(2,128)(2,1)S(1)} all-gather(%param), channel_id=1, dimensions={1}
+}
+%async_collective_fusion.3 (param: bf16[1,2]) -> bf16[1,16] {
+  %all-gather.2 = bf16[1,16]{1,0:T(2,128)(2,1)S(1)} all-gather(%param), channel_id=1, dimensions={1}
+}
+ENTRY %main (x: f32[4]) -> f32[] {
+  %all-reduce.2 = (f32[]{:T(128)}, pred[5], /*index=2*/s32[2,3]) all-reduce(%x), channel_id=2
+  %permute-start = (f32[4]{0}, f32[4]{0}, u32[]) collective-permute-start(%x), channel_id=3
+  %permute-done = f32[4]{0} collective-permute-done(%permute-start), metadata={op_name="all-gather"}
+}
+"""
+    assert bench.collectives(program) == {
+        "all-reduce-scatter": [1 * 3 * 4 + 2 * 2],
+        "all-gather": [16 * 2],
+        "all-reduce": [4 + 5 + 2 * 3 * 4],
+        "collective-permute": [4 * 4],
+    }
+
+
 @pytest.mark.tpu_compile
 # Two methods may share a program, which JAX cannot load for absent devices and compiles again.
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
@@ -75,9 +101,28 @@ def test_every_method_compiles_for_eight_tpu_cores(
 ) -> None:
     pytest.importorskip("libtpu")
     monkeypatch.setitem(clip.PRESETS, "small", SMALL)
-    case = Case("small", method, 64, "bfloat16", fsdp=method == "ft")
+    case = Case("small", method, 64, "bfloat16")
     # In bfloat16, the gradient of JAX's own attention mixes types.
     with jax.numpy_dtype_promotion("standard"):
         bench.compile_command(case, "v5e:2x4")
     output = capsys.readouterr().out
     assert "fits: 0.0" in output and "all-reduce" in output
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("topology", ["v3:2x2", "v5e:2x4"])
+def test_fsdp_moves_weights_and_gradients_alone(
+    topology: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No image's activations go to another core.
+
+    The frozen vision tower, and the trained one forward and backward, gather six matrices a layer.
+    """
+    pytest.importorskip("libtpu")
+    monkeypatch.setitem(clip.PRESETS, "small", SMALL)
+    monkeypatch.setattr(devices, "SMALLEST_SPLIT", 2**14)  # matrices, not biases
+    with jax.numpy_dtype_promotion("standard"):
+        bench.compile_command(Case("small", "lipsum", 64, "bfloat16", fsdp=True), topology)
+    output = capsys.readouterr().out
+    assert " 18 all-gather" in output and "all-reduce" in output
+    assert "all-to-all" not in output and "collective-permute" not in output

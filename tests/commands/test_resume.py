@@ -356,9 +356,14 @@ def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path)
         *("--coordinator", scaling.free_address(), "--processes", "2"),
     ]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    # The model is too small for --fsdp otherwise.
+    program = (
+        "import runpy; from support import devices; devices.SMALLEST_SPLIT = 1; "
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
     both = [
         subprocess.Popen(
-            [sys.executable, "train.py", *said, "--process", str(number)],
+            [sys.executable, "-c", program, *said, "--process", str(number)],
             cwd=Path(train.__file__).parent,
             env=environment,
             stdout=subprocess.PIPE,
@@ -375,6 +380,7 @@ def test_a_run_of_two_processes_resumes_in_one(command: Command, tmp_path: Path)
     outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [143, 143], outputs
     assert "2 process(es), mesh data=4" in outputs[0][0] and "stopped by SIGTERM" in outputs[0][0]
+    assert "parameters spread over them" in outputs[0][0]
     assert (
         outputs[1][0].count("\n") == 1 and "process 1 of 2 at 127.0.0.1" in outputs[1][0]
     )  # and nothing of the run

@@ -774,13 +774,29 @@ def test_one_process_gathers_its_own_values() -> None:
     )
 
 
+@pytest.mark.usefixtures("small_leaves_are_split")
 def test_fetched_arrays_are_copies() -> None:
     """On CPU, a view of a donated array would change."""
     mesh = devices.device_mesh(8)
     given = devices.place(
         {"spread": np.arange(16.0, dtype=np.float32), "copied": np.float32(3)}, mesh, fsdp=True
     )
+    assert not given["spread"].sharding.is_fully_replicated
     fetched = devices.fetch(given)
     jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(given)
     np.testing.assert_array_equal(fetched["spread"], np.arange(16))
     assert fetched["copied"] == 3 and fetched["spread"].flags.owndata
+
+
+@pytest.mark.parametrize("model", ["ViT-B/32", "ViT-B/16", "ViT-L/14"])
+def test_fsdp_splits_the_weights_of_real_models(model: str) -> None:
+    """All but small leaves, never along the last axis: each device keeps under a sixth."""
+    shapes = jax.eval_shape(lambda: clip.CLIP(clip.PRESETS[model], jax.random.key(0)))
+    shardings = devices.shardings(shapes, devices.device_mesh(8), fsdp=True)
+    held = 0
+    for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+        part = sharding.shard_shape(leaf.shape)
+        held += math.prod(part)
+        assert part[-1:] == leaf.shape[-1:]
+        assert (part == leaf.shape) == (leaf.size < 2**20)
+    assert held < sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 6

@@ -805,6 +805,7 @@ def tiny_setup() -> tuple[lipsum.Frozen, lipsum.Batch]:
     return frozen, batch
 
 
+@pytest.mark.usefixtures("small_leaves_are_split")
 @pytest.mark.parametrize("method", ["ft", "lipsum"])
 def test_steps_are_pure_and_compile_once(method: str) -> None:
     """Equal inputs give equal bits.

@@ -20,6 +20,8 @@ import clip
 import lipsum
 from support import devices
 
+pytestmark = pytest.mark.usefixtures("small_leaves_are_split")
+
 
 @functools.cache
 def losses_on_one_device(method: str) -> list[float]:
