@@ -66,9 +66,8 @@ def table(folders: str, values: str = "", options: str = "") -> str:
 
 def figures(folders: str, name: str, options: str = "--files-only") -> str:
     """Returns the command that draws the figures of runs."""
-    return f"python eval.py figures {folders} {options} --out paper/figures/{name}".replace(
-        "  ", " "
-    )
+    words = ["python eval.py figures", folders, options, f"--out paper/figures/{name}"]
+    return " ".join(filter(None, words))
 
 
 def post_hoc(folder: str) -> Lines:

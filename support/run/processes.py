@@ -161,14 +161,14 @@ def failing_together() -> Iterator[None]:
             end_with_the_others(1_000)  # a collective broke, since another process ended
             traceback.print_exc()
         reason = str(error).split("\n")[0] or type(error).__name__
-        end_process(2 if isinstance(error, InputError) else 1, reason, f"error: {reason}")
+        end_process(2 if isinstance(error, InputError) else 1, reason)
 
 
 def end_with_the_others(milliseconds: int) -> None:
     """Ends this process with another one's reason, if one fails within the time."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # none failed
         code, reason = json.loads(shared_store().blocking_key_value_get(FAILURE, milliseconds))
-        end_process(code, reason, f"error: {reason}")
+        end_process(code, reason)
 
 
 def watch_the_others() -> None:
@@ -178,13 +178,13 @@ def watch_the_others() -> None:
         time.sleep(1)
 
 
-def end_process(code: int, reason: str, line: str) -> None:
-    """Prints a line, tells the others the reason unless they know one, and ends this process.
+def end_process(code: int, reason: str) -> None:
+    """Prints the reason, tells it to the others unless they know one, and ends this process.
 
     Process 0, which holds the store, ends after the others.
     """
     with _ending:
-        print(line, file=sys.stderr)
+        print(f"error: {reason}", file=sys.stderr)
         store, number = shared_store(), jax.process_index()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             store.key_value_set(FAILURE, json.dumps([code, f"process {number}: {reason}"]))
