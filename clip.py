@@ -8,9 +8,11 @@ Each tower encodes ONE image or ONE text; `image_features` and `text_features` m
 """
 
 import html
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -162,28 +164,40 @@ class Block(eqx.Module):
         self.activation = config.activation
         self.causal = causal
 
-    def attention(self, x: Tokens) -> Tokens:
-        tokens, width = x.shape
+    def attention(
+        self, x: Tokens, only: Int[Array, " rows"] | None = None
+    ) -> Float[Array, "rows width"]:
+        positions = jnp.arange(len(x))
+        rows, queries = (positions, x) if only is None else (only, x[only])
         query, key, value = (
-            _apply(layer, x).reshape(tokens, self.heads, width // self.heads)
-            for layer in (self.query, self.key, self.value)
+            _apply(layer, inputs).reshape(len(inputs), self.heads, -1)
+            for layer, inputs in ((self.query, queries), (self.key, x), (self.value, x))
         )
+        mask = positions[None, None] <= rows[None, :, None] if self.causal else None
         with jax.numpy_dtype_promotion("standard"):  # it mixes types: softmax is always float32
-            x = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
-        return _apply(self.out, x.reshape(tokens, width))
+            mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return _apply(self.out, mixed.reshape(queries.shape))
 
     def mlp(self, x: Tokens) -> Tokens:
         return _apply(self.fc2, ACTIVATIONS[self.activation](_apply(self.fc1, x)))
 
-    def __call__(self, x: Tokens) -> Tokens:
-        x = x + self.attention(jax.vmap(self.layer_norm1)(x))
+    def __call__(
+        self, x: Tokens, only: Int[Array, " rows"] | None = None
+    ) -> Float[Array, "rows width"]:
+        """Returns the block's output for all tokens, or for the rows `only`."""
+        attended = self.attention(jax.vmap(self.layer_norm1)(x), only)
+        x = (x if only is None else x[only]) + attended
         return x + self.mlp(jax.vmap(self.layer_norm2)(x))
 
 
-def _stack_blocks(sizes: Transformer, config: Config, causal: bool, key: PRNGKeyArray) -> Block:
-    """Returns all blocks of a tower as one `Block` whose leaves have a leading layer axis."""
+def _draw_blocks(
+    sizes: Transformer, config: Config, causal: bool, key: PRNGKeyArray
+) -> tuple[Block, Block]:
+    """Returns a tower's first blocks, stacked along a leading layer axis, and its last block."""
     keys = jax.random.split(key, sizes.layers)
-    return eqx.filter_vmap(lambda key: Block(sizes, config, causal, key))(keys)
+    stack = eqx.filter_vmap(lambda key: Block(sizes, config, causal, key))(keys)
+    first, last = (jax.tree.map(operator.itemgetter(part), stack) for part in (slice(-1), -1))
+    return first, last
 
 
 def _gathered(block: Block) -> Block:
@@ -193,19 +207,29 @@ def _gathered(block: Block) -> Block:
     return jax.lax.with_sharding_constraint(block, jax.sharding.PartitionSpec())
 
 
-def run_blocks(blocks: Block, x: Tokens, recompute: bool = False) -> Tokens:
-    """Applies the blocks in sequence with `lax.scan`, which compiles one block, at any depth.
+def run_blocks(
+    blocks: Block, last: Block, x: Tokens, token: Int[Array, ""], recompute: bool = False
+) -> Float[Array, " width"]:
+    """Applies the blocks in sequence, and returns one token.
+
+    `lax.scan` compiles one block, at any depth. Nothing reads the other tokens after the last
+    block, so it computes its queries, output and perceptron for the one. It has leaves of its own,
+    since a slice of the stack would be a copy.
 
     The forward pass stores the results of matrix products. The backward pass computes all else
     again, which is faster than to store it. With `recompute`, only each block's input is stored.
     """
+    policy = None if recompute else jax.checkpoint_policies.dots_saveable
 
+    @partial(jax.checkpoint, prevent_cse=False, policy=policy)  # in a scan, XLA cannot undo it
     def run(x: Tokens, block: Block) -> tuple[Tokens, None]:
         return _gathered(block)(x), None  # one layer at a time: all at once would not fit
 
-    policy = None if recompute else jax.checkpoint_policies.dots_saveable
-    run = jax.checkpoint(run, prevent_cse=False, policy=policy)  # in a scan, XLA cannot undo it
-    return jax.lax.scan(run, x, blocks)[0]
+    @partial(jax.checkpoint, policy=policy)
+    def run_last(x: Tokens, block: Block) -> Float[Array, " width"]:
+        return _gathered(block)(x, token[None])[0]
+
+    return run_last(jax.lax.scan(run, x, blocks)[0], last)
 
 
 class VisionTower(eqx.Module):
@@ -215,7 +239,8 @@ class VisionTower(eqx.Module):
     patch_embedding: Float[Array, "width 3 patch patch"]
     position_embedding: Float[Array, "tokens width"]
     layer_norm_pre: eqx.nn.LayerNorm
-    blocks: Block
+    blocks: Block  # all but the last, stacked
+    last: Block
     layer_norm_post: eqx.nn.LayerNorm
     projection: eqx.nn.Linear
     preparation: Preparation = eqx.field(static=True)
@@ -229,7 +254,7 @@ class VisionTower(eqx.Module):
         positions = jax.random.normal(keys[2], (tokens, sizes.width))
         self.position_embedding = sizes.width**-0.5 * positions
         self.layer_norm_pre = eqx.nn.LayerNorm(sizes.width, config.layer_norm_epsilon)
-        self.blocks = _stack_blocks(sizes, config, False, keys[3])
+        self.blocks, self.last = _draw_blocks(sizes, config, False, keys[3])
         self.layer_norm_post = eqx.nn.LayerNorm(sizes.width, config.layer_norm_epsilon)
         scale = sizes.width**-0.5
         self.projection = _linear(sizes.width, config.embedding_size, scale, keys[4], False)
@@ -252,8 +277,9 @@ class VisionTower(eqx.Module):
         self, image: Float[Array, "side side 3"], recompute: bool = False
     ) -> Float[Array, " dim"]:
         """Returns the embedding of one standardised image, not normalised."""
-        x = run_blocks(self.blocks, self.embed(image), recompute)
-        return self.projection(self.layer_norm_post(x[0]))
+        first = jnp.int32(0)  # the class token
+        x = run_blocks(self.blocks, self.last, self.embed(image), first, recompute)
+        return self.projection(self.layer_norm_post(x))
 
 
 class TextTower(eqx.Module):
@@ -261,7 +287,8 @@ class TextTower(eqx.Module):
 
     token_embedding: Float[Array, "vocabulary width"]
     position_embedding: Float[Array, "context width"]
-    blocks: Block
+    blocks: Block  # all but the last, stacked
+    last: Block
     layer_norm_final: eqx.nn.LayerNorm
     projection: eqx.nn.Linear
     start_token: int = eqx.field(static=True)
@@ -272,7 +299,7 @@ class TextTower(eqx.Module):
         keys = jax.random.split(key, 4)
         self.token_embedding = 0.02 * jax.random.normal(keys[0], (config.vocabulary_size, width))
         self.position_embedding = 0.01 * jax.random.normal(keys[1], (config.context_length, width))
-        self.blocks = _stack_blocks(config.text, config, True, keys[2])
+        self.blocks, self.last = _draw_blocks(config.text, config, True, keys[2])
         self.layer_norm_final = eqx.nn.LayerNorm(width, config.layer_norm_epsilon)
         self.projection = _linear(width, config.embedding_size, width**-0.5, keys[3], False)
         self.start_token, self.end_token = config.start_token, config.end_token
@@ -282,9 +309,9 @@ class TextTower(eqx.Module):
 
     def __call__(self, ids: Int[Array, " tokens"]) -> Float[Array, " dim"]:
         """Returns the embedding of one text of at most `context_length` tokens, not normalised."""
-        x = run_blocks(self.blocks, self.embed(ids))
         end = jnp.argmax(ids == self.end_token)
-        return self.projection(self.layer_norm_final(x[end]))
+        x = run_blocks(self.blocks, self.last, self.embed(ids), end)
+        return self.projection(self.layer_norm_final(x))
 
 
 Tower = TypeVar("Tower", VisionTower, TextTower)
@@ -330,7 +357,7 @@ def _layer(leaf: str, hugging_face: str, openai: str, part: int | None = None) -
     ]
 
 
-def _blocks(leaf: str, hugging_face: str, openai: str) -> list[Names]:
+def _blocks(tower: str, hugging_face: str, openai: str) -> list[Names]:
     layers = [
         ("layer_norm1", "layer_norm1", "ln_1.", None),
         ("query", "self_attn.q_proj", "attn.in_proj_", 0),
@@ -343,8 +370,11 @@ def _blocks(leaf: str, hugging_face: str, openai: str) -> list[Names]:
     ]
     return [
         names
+        for stack in ("blocks", "last")
         for own, hf, oa, part in layers
-        for names in _layer(f"{leaf}.{own}", f"{hugging_face}.{hf}", f"{openai}.{oa}", part)
+        for names in _layer(
+            f"{tower}.{stack}.{own}", f"{hugging_face}.{hf}", f"{openai}.{oa}", part
+        )
     ]
 
 
@@ -359,12 +389,12 @@ NAMES = [
         "visual.positional_embedding",
     ),
     *_layer("vision.layer_norm_pre", "vision_model.pre_layrnorm", "visual.ln_pre."),
-    *_blocks("vision.blocks", "vision_model.encoder.layers.{}", "visual.transformer.resblocks.{}"),
+    *_blocks("vision", "vision_model.encoder.layers.{}", "visual.transformer.resblocks.{}"),
     *_layer("vision.layer_norm_post", "vision_model.post_layernorm", "visual.ln_post."),
     Names("vision.projection.weight", "visual_projection.weight", "visual.proj", None, True),
     Names("text.token_embedding", f"{_TEXT}.token_embedding.weight", "token_embedding.weight"),
     Names("text.position_embedding", f"{_TEXT}.position_embedding.weight", "positional_embedding"),
-    *_blocks("text.blocks", "text_model.encoder.layers.{}", "transformer.resblocks.{}"),
+    *_blocks("text", "text_model.encoder.layers.{}", "transformer.resblocks.{}"),
     *_layer("text.layer_norm_final", "text_model.final_layer_norm", "ln_final."),
     Names("text.projection.weight", "text_projection.weight", "text_projection", None, True),
 ]
@@ -386,13 +416,28 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def is_stacked(leaf_name: str) -> bool:
+    """Whether the first axis of a leaf counts layers."""
+    return ".blocks." in f".{leaf_name}"
+
+
+def _layers_of(leaf_name: str, config: Config) -> Sequence[int]:
+    """Returns the layers that a leaf has the weights of: 0 for one outside blocks."""
+    tower, stack, *_ = f"{leaf_name}..".split(".")
+    if stack not in ("blocks", "last"):
+        return [0]
+    *first, last = range(getattr(config, tower).layers)
+    return first if stack == "blocks" else [last]
+
+
 def to_state_dict(model: CLIP, style: str) -> dict[str, Array | np.ndarray]:
     """Returns the weights in PyTorch's layout, named as in `style`, `hugging_face` or `openai`."""
     leaves = named_leaves(model)
     parts: dict[str, list[Array | np.ndarray]] = {}
     for names in NAMES:
         leaf = leaves[names.leaf]
-        for layer, array in enumerate(leaf if ".blocks." in names.leaf else [leaf]):
+        arrays = leaf if is_stacked(names.leaf) else [leaf]
+        for layer, array in zip(_layers_of(names.leaf, model.config), arrays, strict=True):
             if names.transposed_in_openai and style == "openai":
                 array = array.T
             parts.setdefault(getattr(names, style).format(layer), []).append(array)
@@ -442,11 +487,9 @@ def from_state_dict(
 
     leaves = named_leaves(skeleton)
     for names in NAMES:
-        if ".blocks." in names.leaf:
-            array = np.stack([read(names, layer) for layer in range(leaves[names.leaf].shape[0])])
-        else:
-            array = read(names, 0)
-        leaves[names.leaf] = jnp.asarray(array)
+        arrays = [read(names, layer) for layer in _layers_of(names.leaf, config)]
+        leaf = np.asarray(arrays, np.float32).reshape(leaves[names.leaf].shape)
+        leaves[names.leaf] = jnp.asarray(leaf)
     return jax.tree.unflatten(jax.tree.structure(skeleton), list(leaves.values()))
 
 

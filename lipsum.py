@@ -615,9 +615,8 @@ class Tuned(eqx.Module):
 
 
 def tensor_axes(path: tuple, leaf: Array) -> tuple[int, ...]:
-    """The axes of one parameter tensor: the first axis of a tower's blocks counts the layers."""
-    in_blocks = "blocks" in clip.leaf_name(path).split(".")
-    return tuple(range(int(in_blocks), leaf.ndim))
+    """The axes of one parameter tensor: without the layer axis of a tower's stacked blocks."""
+    return tuple(range(int(clip.is_stacked(clip.leaf_name(path))), leaf.ndim))
 
 
 def distances(tuned: Tuned) -> Radii:

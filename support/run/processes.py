@@ -287,5 +287,5 @@ def keep_freed_memory() -> None:
     if mallopt:
         m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
         mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_trim_threshold, -1)
         mallopt(m_arena_max, 1)

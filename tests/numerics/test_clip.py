@@ -34,9 +34,10 @@ def close(actual: jax.Array, expected: np.ndarray, tolerance: float) -> None:
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance)
 
 
-def states(blocks: clip.Block, x: jax.Array) -> jax.Array:
-    """Returns `x` and the output of each block."""
-    return jnp.concatenate([x[None], jax.lax.scan(lambda x, block: (block(x),) * 2, x, blocks)[1]])
+def states(tower: clip.VisionTower | clip.TextTower, x: jax.Array) -> jax.Array:
+    """Returns `x` and the output of each block, of the last one for all tokens, too."""
+    end, after = jax.lax.scan(lambda x, block: (block(x),) * 2, x, tower.blocks)
+    return jnp.concatenate([x[None], after, tower.last(end)[None]])
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -56,7 +57,7 @@ def test_towers_stage_by_stage(file: str) -> None:
     @eqx.filter_jit
     def vision(tower: clip.VisionTower, images: jax.Array) -> tuple[jax.Array, ...]:
         embeddings = jax.vmap(tower.embed)(clip.standardize(images[:seen], tower))
-        after = jax.vmap(states, in_axes=(None, 0))(tower.blocks, embeddings)
+        after = jax.vmap(states, in_axes=(None, 0))(tower, embeddings)
         return (
             embeddings,
             after,
@@ -66,7 +67,7 @@ def test_towers_stage_by_stage(file: str) -> None:
 
     @eqx.filter_jit
     def text(tower: clip.TextTower, ids: jax.Array) -> tuple[jax.Array, ...]:
-        after = jax.vmap(states, in_axes=(None, 0))(tower.blocks, jax.vmap(tower.embed)(ids))
+        after = jax.vmap(states, in_axes=(None, 0))(tower, jax.vmap(tower.embed)(ids))
         end = jnp.argmax(ids, axis=1)
         at_end = after[jnp.arange(len(ids)), :, end]
         return (
@@ -108,6 +109,48 @@ def test_shorter_texts_give_the_same_features() -> None:
     )
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+def test_last_block_of_one_token_against_all_tokens(precision: str, tolerance: float) -> None:
+    """Features and gradients, with end tokens at different places and tokens after them."""
+    model = seeded_model("tiny")
+    sizes = seeded.ARCHITECTURES["tiny"]
+    images = jnp.asarray(seeded.images(sizes, seeded.SEED, 4))
+    ids = jnp.array([[98, 5, 99, 3, 7], [98, 7, 8, 6, 99], [98, 99, 1, 1, 1]], jnp.int32)
+
+    def one(tower: clip.VisionTower | clip.TextTower) -> jax.Array:
+        tower = clip.compute_in(tower, precision)
+        if isinstance(tower, clip.VisionTower):
+            return clip.image_features(tower, images)
+        return clip.text_features(tower, ids)
+
+    def every(tower: clip.VisionTower | clip.TextTower) -> jax.Array:
+        tower = clip.compute_in(tower, precision)
+        if isinstance(tower, clip.VisionTower):
+            standardized = clip.standardize(images, tower)
+            ends = jax.vmap(lambda image: states(tower, tower.embed(image))[-1, 0])(standardized)
+            embeddings = jax.vmap(tower.projection)(jax.vmap(tower.layer_norm_post)(ends))
+        else:
+            after = jax.vmap(lambda text: states(tower, tower.embed(text))[-1])(ids)
+            ends = after[jnp.arange(3), jnp.array([2, 4, 1])]
+            embeddings = jax.vmap(tower.projection)(jax.vmap(tower.layer_norm_final)(ends))
+        return clip.normalize(embeddings.astype(jnp.float32))
+
+    with jax.numpy_dtype_promotion("standard"):  # in bfloat16, JAX's own attention mixes types
+        for tower in (model.vision, model.text):
+            close(one(tower), np.asarray(every(tower)), tolerance)
+            gradient, expected = (
+                jax.grad(lambda tower, features=features: jnp.sum(features(tower)[:, 0]))(tower)
+                for features in (one, every)
+            )
+            for (path, leaf), other in zip(
+                jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected), strict=True
+            ):
+                scale = max(1.0, float(np.abs(other).max()))
+                np.testing.assert_allclose(
+                    leaf, other, rtol=0, atol=tolerance * scale, err_msg=clip.leaf_name(path)
+                )
+
+
 def test_end_token_that_is_not_the_highest_id() -> None:
     """Reverses the vocabulary: its last two tokens get ids 1 and 0."""
     sizes = seeded.ARCHITECTURES["tiny"]
@@ -128,8 +171,9 @@ def test_every_layer_norm_has_the_epsilon_of_the_configuration() -> None:
     config = dataclasses.replace(config_of(seeded.ARCHITECTURES["tiny"]), layer_norm_epsilon=0.125)
     model = eqx.filter_eval_shape(clip.CLIP, config, jax.random.key(0))
     norms = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, eqx.nn.LayerNorm))
-    # Two in the blocks of each tower, before and after those of images, and after those of texts.
-    assert [norm.eps for norm in norms if isinstance(norm, eqx.nn.LayerNorm)] == [0.125] * 7
+    # Two in the first and two in the last blocks of each tower, one before and one after those of
+    # images, and one after those of texts.
+    assert [norm.eps for norm in norms if isinstance(norm, eqx.nn.LayerNorm)] == [0.125] * 11
 
 
 def test_one_weight_that_is_not_finite_is_refused() -> None:
@@ -164,9 +208,11 @@ def test_random_initialisation_has_the_scales_of_openai() -> None:
             "fc1": (2 * width) ** -0.5,
             "fc2": residual,
         }.items():
-            weight = getattr(tower.blocks, layer).weight
-            np.testing.assert_allclose(np.std(weight, axis=(1, 2)), deviation, rtol=0.05)
-            assert not np.any(getattr(tower.blocks, layer).bias)
+            first, last = getattr(tower.blocks, layer), getattr(tower.last, layer)
+            assert first.weight.shape == (layers - 1, *last.weight.shape)
+            for weight in (*first.weight, last.weight):
+                np.testing.assert_allclose(np.std(weight), deviation, rtol=0.05)
+            assert not np.any(first.bias) and not np.any(last.bias)
         np.testing.assert_allclose(np.std(tower.projection.weight), width**-0.5, rtol=0.05)
         assert tower.projection.bias is None
     np.testing.assert_allclose(np.std(model.text.token_embedding), 0.02, rtol=0.05)
