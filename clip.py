@@ -12,7 +12,6 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -219,17 +218,13 @@ def run_blocks(
     The forward pass stores the results of matrix products. The backward pass computes all else
     again, which is faster than to store it. With `recompute`, only each block's input is stored.
     """
-    policy = None if recompute else jax.checkpoint_policies.dots_saveable
 
-    @partial(jax.checkpoint, prevent_cse=False, policy=policy)  # in a scan, XLA cannot undo it
     def run(x: Tokens, block: Block) -> tuple[Tokens, None]:
         return _gathered(block)(x), None  # one layer at a time: all at once would not fit
 
-    @partial(jax.checkpoint, policy=policy)
-    def run_last(x: Tokens, block: Block) -> Float[Array, " width"]:
-        return _gathered(block)(x, token[None])[0]
-
-    return run_last(jax.lax.scan(run, x, blocks)[0], last)
+    policy = None if recompute else jax.checkpoint_policies.dots_saveable
+    run = jax.checkpoint(run, prevent_cse=False, policy=policy)  # in a scan, XLA cannot undo it
+    return _gathered(last)(jax.lax.scan(run, x, blocks)[0], token[None])[0]
 
 
 class VisionTower(eqx.Module):

@@ -513,7 +513,8 @@ def training_step(method: Method, shardings: PyTree | None = None) -> Step:
         average = state.average
         if average is not None:
             average = moving_average(average, classifier, average_decay(settings))
-        norm = optax.tree.norm(gradient)
+        # On CPU, XLA would write the squares to memory for Adam and the norm to share.
+        norm = optax.tree.norm(jax.lax.optimization_barrier(gradient))
         metrics = {"loss": loss, **terms, "learning_rate": rate, "gradient_norm": norm}
         return State(classifier, optimizer_state, state.step + 1, average), metrics
 
