@@ -132,6 +132,12 @@ def _apply(
     return product if layer.bias is None else product + layer.bias[None]
 
 
+def _at_least_float32(x: Array) -> jnp.dtype:
+    """Returns the type for what would lose too much in bfloat16: float32, or that of `x`."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(x.dtype, jnp.float32)
+
+
 class Block(eqx.Module):
     """A pre-LayerNorm residual block: self-attention, then a two-layer perceptron."""
 
@@ -166,16 +172,20 @@ class Block(eqx.Module):
     def attention(
         self, x: Tokens, only: Int[Array, " rows"] | None = None
     ) -> Float[Array, "rows width"]:
+        """Softmax attention over all tokens, from all tokens or from the rows `only`."""
         positions = jnp.arange(len(x))
         rows, queries = (positions, x) if only is None else (only, x[only])
+        # [heads, tokens, width / heads]: from here on, matrix products need no transposition.
         query, key, value = (
-            _apply(layer, inputs).reshape(len(inputs), self.heads, -1)
+            _apply(layer, inputs).reshape(len(inputs), self.heads, -1).swapaxes(0, 1)
             for layer, inputs in ((self.query, queries), (self.key, x), (self.value, x))
         )
-        mask = positions[None, None] <= rows[None, :, None] if self.causal else None
-        with jax.numpy_dtype_promotion("standard"):  # it mixes types: softmax is always float32
-            mixed = jax.nn.dot_product_attention(query, key, value, mask=mask)
-        return _apply(self.out, mixed.reshape(queries.shape))
+        scores = jnp.matmul(query, key.mT, preferred_element_type=_at_least_float32(x))
+        scores = scores / query.shape[-1] ** 0.5
+        if self.causal:
+            scores = jnp.where((positions[None] <= rows[:, None])[None], scores, -jnp.inf)
+        mixed = jax.nn.softmax(scores).astype(value.dtype) @ value
+        return _apply(self.out, mixed.swapaxes(0, 1).reshape(queries.shape))
 
     def mlp(self, x: Tokens) -> Tokens:
         return _apply(self.fc2, ACTIVATIONS[self.activation](_apply(self.fc1, x)))
@@ -527,9 +537,7 @@ def compute_in(tower: Tower, precision: str) -> Tower:
 
 def _unit_norm(embeddings: Float[Array, "batch dim"]) -> Float[Array, "batch dim"]:
     """Normalises in float32 at least, whatever type the tower computes in."""
-    with jax.numpy_dtype_promotion("standard"):
-        at_least_float32 = jnp.promote_types(embeddings.dtype, jnp.float32)
-    return normalize(embeddings.astype(at_least_float32))
+    return normalize(embeddings.astype(_at_least_float32(embeddings)))
 
 
 def image_features(

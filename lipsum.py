@@ -513,8 +513,7 @@ def training_step(method: Method, shardings: PyTree | None = None) -> Step:
         average = state.average
         if average is not None:
             average = moving_average(average, classifier, average_decay(settings))
-        # On CPU, XLA would write the squares to memory for Adam and the norm to share.
-        norm = optax.tree.norm(jax.lax.optimization_barrier(gradient))
+        norm = optax.tree.norm(gradient)
         metrics = {"loss": loss, **terms, "learning_rate": rate, "gradient_norm": norm}
         return State(classifier, optimizer_state, state.step + 1, average), metrics
 

@@ -102,10 +102,10 @@ def parameter_kinds(model: PyTree) -> PyTree[str]:
     """Returns `matrix` per matrix in a block, `embedding` per other matrix, `vector` otherwise."""
 
     def kind(path: tuple, leaf: Array) -> str:
-        axes = lipsum.tensor_axes(path, leaf)
-        if len(axes) < 2:
+        if len(lipsum.tensor_axes(path, leaf)) < 2:
             return "vector"
-        return "matrix" if axes[0] > 0 else "embedding"  # in a block, axis 0 counts the layers
+        in_block = {"blocks", "last"} & set(clip.leaf_name(path).split("."))
+        return "matrix" if in_block else "embedding"
 
     return jax.tree_util.tree_map_with_path(kind, model)
 
@@ -119,7 +119,7 @@ def muon_and_adamw(recipe: Recipe) -> optax.GradientTransformation:
     schedule = {"steps": recipe.steps, "warmup": recipe.warmup, "final": recipe.final_rate}
     rate = partial(lipsum.warmup_cosine, **schedule)
     adamw = partial(optax.adamw, rate(recipe.learning_rate), b1=0.9, b2=0.98, eps=1e-6)
-    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
     muon = optax.contrib.muon(
         rate(10 * recipe.learning_rate),
         # With one triple per iteration, optax scans over the five iterations. With a single triple

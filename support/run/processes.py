@@ -7,7 +7,6 @@ Paper: https://openreview.net/forum?id=2JF8mJRJ7M.
 import contextlib
 import ctypes
 import json
-import mmap
 import os
 import re
 import signal
@@ -280,21 +279,14 @@ class Signals:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep the memory that XLA frees, and asks Linux for huge pages in it.
+    """Makes glibc keep the memory that XLA frees.
 
-    On CPU, mapping the pages anew takes a quarter of a step, and small pages a twentieth.
+    On CPU, mapping the pages anew takes a quarter of a step.
     """
-    libc = ctypes.CDLL(None)
-    if sys.platform != "linux" or not hasattr(libc, "mallopt"):
-        return
-    m_trim_threshold, m_mmap_max, m_arena_max, madv_hugepage = -1, -4, -8, 14
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, -1)  # never
-    libc.mallopt(m_arena_max, 1)
-    # The advice is for addresses. Those of freed memory stay the heap's, and cost nothing unused.
-    size = ctypes.c_size_t(2**32)
-    libc.memalign.restype = ctypes.c_void_p
-    heap = ctypes.c_void_p(libc.memalign(ctypes.c_size_t(mmap.PAGESIZE), size))
-    if heap:
-        libc.madvise(heap, size, madv_hugepage)
-        libc.free(heap)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)  # never
+        # Only the main thread's memory has no largest block: XLA is to take it there.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -127,10 +127,10 @@ def test_scale_is_trained_and_capped() -> None:
 def test_kind_of_every_parameter() -> None:
     kinds = pretrain.parameter_kinds(small_model())
     for tower in (kinds.vision, kinds.text):
-        blocks = tower.blocks
-        for layer in (blocks.query, blocks.key, blocks.value, blocks.out, blocks.fc1):
-            assert (layer.weight, layer.bias) == ("matrix", "vector")
-        assert {blocks.layer_norm1.weight, blocks.layer_norm2.bias} == {"vector"}
+        for block in (tower.blocks, tower.last):
+            for layer in (block.query, block.key, block.value, block.out, block.fc1):
+                assert (layer.weight, layer.bias) == ("matrix", "vector")
+            assert {block.layer_norm1.weight, block.layer_norm2.bias} == {"vector"}
         assert {tower.projection.weight, tower.position_embedding} == {"embedding"}
     assert {kinds.vision.patch_embedding, kinds.text.token_embedding} == {"embedding"}
     norm = kinds.vision.layer_norm_pre.weight
@@ -146,9 +146,9 @@ def test_muon_updates_each_layer_separately() -> None:
     gradient = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), model)
     state = pretrain.initial_state(model, recipe)
     updates, _ = jax.jit(optimizer.update)(gradient, state.optimizer, model)
-    update = np.asarray(updates.vision.blocks.query.weight)
-    assert update.shape == (2, 16, 16)
-    for layer in update:
+    first = np.asarray(updates.vision.blocks.query.weight)
+    assert first.shape == (1, 16, 16)
+    for layer in (*first, np.asarray(updates.vision.last.query.weight)):
         singular = np.linalg.svd(layer, compute_uv=False)
         assert singular.min() > 0.3 and singular.max() < 1.3
     tall = np.asarray(updates.vision.blocks.fc1.weight)[0]  # twice as many outputs as inputs

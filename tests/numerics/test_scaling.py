@@ -123,10 +123,9 @@ def test_only_the_towers_compute_in_bfloat16() -> None:
     assert rounded.dtype == jnp.float32
     np.testing.assert_allclose(jnp.linalg.norm(rounded, axis=1), 1, rtol=1e-6)
     assert 1e-4 < jnp.max(jnp.abs(rounded - exact)) < 0.05
-    with jax.numpy_dtype_promotion("standard"):  # the gradient of JAX's own attention mixes types
-        state, metrics = lipsum.training_step(lipsum.METHODS["lipsum"])(
-            state, frozen, batch, jax.random.key(0)
-        )
+    state, metrics = lipsum.training_step(lipsum.METHODS["lipsum"])(
+        state, frozen, batch, jax.random.key(0)
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves((state, metrics))} == {
         jnp.dtype("float32"),
         jnp.dtype("int32"),
@@ -196,4 +195,5 @@ def test_remat_stores_less_for_the_backward_pass() -> None:
         5 * tokens * sizes.width
     )  # query, key, value, their mixture, and its projection
     per_block = queries_to_out + sizes.heads * tokens**2 + tokens * sizes.mlp_width
-    assert stored(False) - stored(True) == len(images) * sizes.layers * per_block
+    # The last block is the first of the backward pass: it stores what it needs.
+    assert stored(False) - stored(True) == len(images) * (sizes.layers - 1) * per_block
