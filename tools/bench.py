@@ -1,13 +1,15 @@
-"""Benchmarks: a training step's time beside PyTorch's and memory on absent TPUs, image checks.
+"""Benchmarks: steps and image reading beside PyTorch's, memory on absent TPUs, image checks.
 
 python -m tools.bench step --model ViT-B/32 --method lipsum --vs torch
 python -m tools.bench compile --topology v5e:2x4 --model ViT-L/14 --batch-size 128
+python -m tools.bench decode --vs torch
 python -m tools.bench images
 
 Developers run it for the tables of docs/speed.md and docs/scaling.md, and for docs/data.md.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -465,6 +467,84 @@ def step_command(
         print(f"{name:28}" + "".join(f"{cell:>14}" for cell in cells))
 
 
+# ----------------------------------------------------------------------------------------- images
+
+
+def our_batches(folder: Path, batch_size: int, workers: int) -> Iterator:
+    """Yields augmented batches of a folder's JPEGs, as in training."""
+    files = [data.ListedFile(path) for path in sorted(folder.glob("*/*.jpg"))]
+    split = data.Split("train", ("one",), files, np.zeros(len(files), np.int32))
+    return data.training_batches(split, clip.Preparation(224), batch_size, 0, workers)
+
+
+def torch_batches(folder: Path, batch_size: int, workers: int) -> Iterator:
+    """Yields the same in PyTorch, with processes as workers and torchvision's transforms."""
+    import torch
+    from torchvision import datasets, transforms
+
+    bicubic = transforms.InterpolationMode.BICUBIC
+    augment = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224, interpolation=bicubic),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+    images = datasets.ImageFolder(str(folder), augment)
+    # Forked processes would inherit JAX's threads, stopped in the middle.
+    context = "forkserver" if workers else None
+    return iter(
+        torch.utils.data.DataLoader(
+            images, batch_size, True, num_workers=workers, multiprocessing_context=context
+        )
+    )
+
+
+def decode_command(
+    workers: int = 2,
+    batch_size: int = 32,
+    batches: int = 24,
+    rounds: int = 7,
+    vs: Literal["torch"] | None = None,
+) -> None:
+    """Time the reading of JPEGs, 500 x 375 pixels at quality 90, into augmented batches of 224.
+
+    The first batch of a round, which starts the workers, is not timed.
+
+    Args:
+        workers: Threads, and in PyTorch processes.
+        batch_size: Images per batch.
+        batches: Batches to time per round.
+        rounds: Rounds of each implementation, in turn.
+        vs: torch: also PyTorch's DataLoader with torchvision's transforms, with the ratio.
+    """
+    random = np.random.default_rng(0)
+    readers = {"this project": our_batches} | ({"PyTorch": torch_batches} if vs else {})
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "one").mkdir()
+        for index in range(batch_size * (batches + 1)):
+            coarse = Image.fromarray(random.integers(0, 256, (75, 100, 3), np.uint8))
+            photo = coarse.resize((500, 375), Image.Resampling.BICUBIC)
+            photo.save(folder / "one" / f"{index}.jpg", quality=90)
+        size = statistics.mean(path.stat().st_size for path in folder.glob("*/*.jpg")) / 1024
+        for _ in range(rounds):
+            for name, read in readers.items():
+                reader = read(folder, batch_size, workers)
+                next(reader)
+                start = time.perf_counter()
+                read_batches = sum(1 for _ in itertools.islice(reader, batches))
+                seconds[name].append((time.perf_counter() - start) / read_batches)
+                del reader
+    print(f"JPEGs of {size:.0f} KB, {workers} workers, batches of {batch_size}")
+    rates = {name: batch_size / statistics.median(each) for name, each in seconds.items()}
+    for name, rate in rates.items():
+        print(f"{name:14} {rate:7.1f} images/s")
+    if vs:
+        print(f"ratio {rates['this project'] / rates['PyTorch']:.2f}")
+
+
 def images_command(
     count: int = 2000, workers: int = os.cpu_count() or 1, million: float = 0.6
 ) -> None:
@@ -504,6 +584,7 @@ if __name__ == "__main__":
     app = tyro.extras.SubcommandApp()
     app.command(name="step")(step_command)
     app.command(name="compile")(compile_command)
+    app.command(name="decode")(decode_command)
     app.command(name="images")(images_command)
     options = {"prog": "python -m tools.bench", "config": (tyro.conf.FlagCreatePairsOff,)}
     sys.exit(exit_code(lambda: app.cli(**options)))

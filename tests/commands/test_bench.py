@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,14 @@ def test_flops_of_matrix_products() -> None:
     # The gradient with respect to weights and inputs is one product each.
     both = jax.make_jaxpr(jax.grad(layers, argnums=(0, 1)))(x, weights)
     assert bench.matmul_flops(both.jaxpr) == 3 * (3 * 2 * 5 * 8 * 8)
+
+
+def test_reading_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = all(importlib.util.find_spec(name) for name in ("torch", "torchvision"))
+    bench.decode_command(
+        workers=1, batch_size=4, batches=2, rounds=1, vs="torch" if torch else None
+    )
+    assert re.search(r"this project +[\d.]+ images/s", capsys.readouterr().out)
 
 
 def test_step_is_timed() -> None:
