@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from clip import leaf_name, named_leaves
 from support.disk import write_whole
-from support.errors import InputError, warn
+from support.errors import InputError, few, warn
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
@@ -131,7 +131,7 @@ def by_name(tree: Any) -> dict[str, np.ndarray]:
 def from_names(arrays: dict[str, np.ndarray], like: Any) -> Any:
     """Returns the tree that `by_name` flattened. `like` has its structure and its leaves' shapes.
 
-    Raises InputError that lists every array that is missing or has another shape or type.
+    Raises InputError that names arrays that are missing or have another shape or type.
     """
     wrong: list[str] = []
 
@@ -145,6 +145,6 @@ def from_names(arrays: dict[str, np.ndarray], like: Any) -> Any:
 
     tree = jax.tree_util.tree_map_with_path(find, like)
     if wrong:
-        advice = "give --overwrite to start anew"
-        raise InputError(f"the checkpoint is of another model ({'; '.join(wrong)}): {advice}")
+        problem = f"the checkpoint is of another model or version ({few(wrong, '; ', 2)})"
+        raise InputError(f"{problem}: give --overwrite to start anew")
     return tree

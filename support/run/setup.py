@@ -184,17 +184,31 @@ def read_data(sources: Sources, execution: Execution) -> Images:
     return images, classes, seen
 
 
+def checksum(model: clip.CLIP) -> int:
+    """Returns the CRC-32 of image preparation and weights.
+
+    Finished runs have it in their files: it is that of all blocks in one stack.
+    """
+    result = zlib.crc32(repr(model.config.preparation).encode())
+    leaves = clip.named_leaves(model)
+    for name, leaf in leaves.items():
+        if ".last." not in name:
+            result = zlib.crc32(np.asarray(leaf).data, result)
+        if clip.is_stacked(name):
+            last = leaves[name.replace(".blocks.", ".last.")]
+            result = zlib.crc32(np.asarray(last).data, result)
+    return result
+
+
 def load_model(
     sources: Sources, execution: Execution, templates: Sequence[str], mesh: Mesh
 ) -> Model:
     """Loads the model and places it on the devices."""
     model, tokenizer = weights.load(sources.model)
     content = {
-        "model": zlib.crc32(repr(model.config.preparation).encode()),
+        "model": checksum(model),
         "templates": zlib.crc32(repr(tuple(templates)).encode()),
     }
-    for leaf in jax.tree.leaves(model):
-        content["model"] = zlib.crc32(np.asarray(leaf).data, content["model"])
     placed, tau = devices.place((model, jnp.exp(model.logit_scale)), mesh, execution.fsdp)
     return Model(placed, tokenizer, tuple(templates), content, tau)
 

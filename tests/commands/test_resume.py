@@ -20,7 +20,8 @@ from helpers import changed, tiny_command
 import eval as evaluation
 import lipsum
 import train
-from support import devices, disk, errors
+from support import devices, disk, errors, weights
+from support.run import setup
 from support.run.checkpoints import Checkpoint, Checkpoints, read_checkpoint
 from support.run.finished import delete_run
 from support.run.options import Command
@@ -77,6 +78,10 @@ def test_interrupted_run_resumes_to_the_same_bits(
         results = json.loads((each / "results.json").read_text())["splits"]
         contents.append((best_of(each), losses, results))
     assert contents[0] == contents[1]
+
+
+def test_checksum_of_weights_is_that_in_files_of_earlier_versions() -> None:
+    assert setup.checksum(weights.load("tiny")[0]) == 1333880499
 
 
 def test_resume_keeps_finished_runs_and_refuses_other_settings(
