@@ -8,7 +8,6 @@ Each tower encodes ONE image or ONE text; `image_features` and `text_features` m
 """
 
 import html
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -133,7 +132,7 @@ def _apply(
 
 
 def _at_least_float32(x: Array) -> jnp.dtype:
-    """Returns the type for what would lose too much in bfloat16: float32, or that of `x`."""
+    """Returns float32, or a larger type of `x`, for what would lose too much in bfloat16."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(x.dtype, jnp.float32)
 
@@ -173,8 +172,7 @@ class Block(eqx.Module):
         self, x: Tokens, only: Int[Array, " rows"] | None = None
     ) -> Float[Array, "rows width"]:
         """Softmax attention over all tokens, from all tokens or from the rows `only`."""
-        positions = jnp.arange(len(x))
-        rows, queries = (positions, x) if only is None else (only, x[only])
+        queries = x if only is None else x[only]
         # [heads, tokens, width / heads]: from here on, matrix products need no transposition.
         query, key, value = (
             _apply(layer, inputs).reshape(len(inputs), self.heads, -1).swapaxes(0, 1)
@@ -183,6 +181,8 @@ class Block(eqx.Module):
         scores = jnp.matmul(query, key.mT, preferred_element_type=_at_least_float32(x))
         scores = scores / query.shape[-1] ** 0.5
         if self.causal:
+            positions = jnp.arange(len(x))
+            rows = positions if only is None else only
             scores = jnp.where((positions[None] <= rows[:, None])[None], scores, -jnp.inf)
         mixed = jax.nn.softmax(scores).astype(value.dtype) @ value
         return _apply(self.out, mixed.swapaxes(0, 1).reshape(queries.shape))
@@ -205,8 +205,7 @@ def _draw_blocks(
     """Returns a tower's first blocks, stacked along a leading layer axis, and its last block."""
     keys = jax.random.split(key, sizes.layers)
     stack = eqx.filter_vmap(lambda key: Block(sizes, config, causal, key))(keys)
-    first, last = (jax.tree.map(operator.itemgetter(part), stack) for part in (slice(-1), -1))
-    return first, last
+    return jax.tree.map(lambda leaf: leaf[:-1], stack), jax.tree.map(lambda leaf: leaf[-1], stack)
 
 
 def _gathered(block: Block) -> Block:
@@ -223,7 +222,8 @@ def run_blocks(
 
     `lax.scan` compiles one block, at any depth. Nothing reads the other tokens after the last
     block, so it computes its queries, output and perceptron for the one. It has leaves of its own,
-    since a slice of the stack would be a copy.
+    since a slice of the stack would be a copy, and it stores all that its backward pass reads,
+    which comes first.
 
     The forward pass stores the results of matrix products. The backward pass computes all else
     again, which is faster than to store it. With `recompute`, only each block's input is stored.
@@ -428,11 +428,10 @@ def is_stacked(leaf_name: str) -> bool:
 
 def _layers_of(leaf_name: str, config: Config) -> Sequence[int]:
     """Returns the layers that a leaf has the weights of: 0 for one outside blocks."""
-    tower, stack, *_ = f"{leaf_name}..".split(".")
-    if stack not in ("blocks", "last"):
-        return [0]
-    *first, last = range(getattr(config, tower).layers)
-    return first if stack == "blocks" else [last]
+    tower, _, rest = leaf_name.partition(".")
+    if rest.startswith("blocks."):
+        return range(getattr(config, tower).layers - 1)
+    return [getattr(config, tower).layers - 1] if rest.startswith("last.") else [0]
 
 
 def to_state_dict(model: CLIP, style: str) -> dict[str, Array | np.ndarray]:

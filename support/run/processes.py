@@ -288,5 +288,5 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, -1)  # never
-        # Only the main thread's memory has no largest block: XLA is to take it there.
+        # Only the main thread's heap has blocks of over 64 MB: XLA is to compute there.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
