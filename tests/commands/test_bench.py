@@ -67,10 +67,16 @@ def test_a_topology_needs_libtpu_and_a_known_name() -> None:
 
 
 def test_bytes_of_collectives() -> None:
-    """One of several parts counts once; the result of a fused all-reduce is what a device keeps."""
+    """One of several parts counts once; the result of a fused all-reduce is what a device keeps.
+
+    Two fused ones count twice, though the compiler gives them one channel.
+    """
     program = """
 %all-reduce-scatter.1 (input: f32[8,3]) -> (f32[1,3], bf16[2]) {
   %all-reduce.1 = (f32[8,3]{1,0:T(8,128)}, bf16[16]{0}) all-reduce(%a, %b), channel_id=1
+}
+%all-reduce-scatter.2 (input: f32[8,3]) -> f32[1,3] {
+  %all-reduce.3 = f32[8,3]{1,0:T(8,128)} all-reduce(%a), channel_id=1
 }
 %fused_computation.2 (param: bf16[1,2]) -> bf16[1,16] {
   %all-gather.1 = bf16[1,16]{1,0:T(2,128)(2,1)S(1)} all-gather(%param), channel_id=1, dimensions={1}
@@ -85,7 +91,7 @@ ENTRY %main (x: f32[4]) -> f32[] {
 }
 """
     assert bench.collectives(program) == {
-        "all-reduce-scatter": [1 * 3 * 4 + 2 * 2],
+        "all-reduce-scatter": [1 * 3 * 4 + 2 * 2, 1 * 3 * 4],
         "all-gather": [16 * 2],
         "all-reduce": [4 + 5 + 2 * 3 * 4],
         "collective-permute": [4 * 4],
