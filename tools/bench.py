@@ -176,9 +176,9 @@ def collectives(program: str) -> dict[str, list[int]]:
             continue
         result, kind = (fused, "all-reduce-scatter") if fused else operation.groups()
         channel = re.search(r"channel_id=\d+", line)
-        if channel and (kind, channel[0]) in counted:  # parts of one that overlaps with computing
-            continue
-        if channel:
+        if channel and not fused:  # fused ones may share a channel and are whole
+            if (kind, channel[0]) in counted:  # parts of one that overlaps with computing
+                continue
             counted.add((kind, channel[0]))
         arrays = re.findall(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", result)
         bits = (
