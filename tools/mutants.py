@@ -202,8 +202,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ("greedy: one member too many", "len(members) < most and", "len(members) <= most and"),
         (
             "TPGM: one ball for all layers",
-            "return tuple(range(int(in_blocks), leaf.ndim))",
-            "return tuple(range(leaf.ndim))",
+            "range(int(clip.is_stacked(clip.leaf_name(path))), leaf.ndim)",
+            "range(leaf.ndim)",
         ),
         (
             "MARS: columns for rows",
@@ -226,11 +226,19 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
     "clip": [
         ("QuickGELU's constant", "1.702 * x", "1.7 * x"),
         ("GELU is the tanh approximation", "approximate=False", "approximate=True"),
-        ("no causal mask", "is_causal=self.causal", "is_causal=False"),
+        ("no causal mask", "        if self.causal:", "        if False:"),
         (
-            "query and key change places",
-            "jax.nn.dot_product_attention(query, key, value,",
-            "jax.nn.dot_product_attention(key, query, value,",
+            "the last block's causal mask is the first token's",
+            "rows = positions if only is None else only",
+            "rows = positions[: len(queries)]",
+        ),
+        ("the last block adds the first token", "x[only]) + attended", "x[:1]) + attended"),
+        ("softmax without a temperature", "scores / query.shape[-1] ** 0.5", "scores"),
+        ("softmax over queries", "jax.nn.softmax(scores)", "jax.nn.softmax(scores, axis=-2)"),
+        (
+            "bfloat16: scores are rounded",
+            "preferred_element_type=_at_least_float32(x)",
+            "preferred_element_type=x.dtype",
         ),
         (
             "the perceptron reads the first LayerNorm",
@@ -239,9 +247,9 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         ("patches are transposed", ".transpose(0, 2, 4, 1, 3)", ".transpose(0, 2, 4, 3, 1)"),
         (
-            "images: the mean of all tokens for the class token",
-            "self.layer_norm_post(x[0])",
-            "self.layer_norm_post(jnp.mean(x, axis=0))",
+            "images: the first patch for the class token",
+            "first = jnp.int32(0)",
+            "first = jnp.int32(1)",
         ),
         (
             "short texts have the last positions",
@@ -296,8 +304,8 @@ TABLE: dict[Module, list[tuple[str, str, str]]] = {
         ),
         (
             "bfloat16: embeddings are normalised before the cast",
-            "normalize(embeddings.astype(at_least_float32))",
-            "normalize(embeddings).astype(at_least_float32)",
+            "normalize(embeddings.astype(_at_least_float32(embeddings)))",
+            "normalize(embeddings).astype(_at_least_float32(embeddings))",
         ),
         (
             "prompts are in another order than their embeddings",

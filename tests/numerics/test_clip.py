@@ -5,6 +5,7 @@ tokenizer.
 import dataclasses
 import gzip
 import json
+import re
 
 import equinox as eqx
 import jax
@@ -148,6 +149,13 @@ def test_last_block_of_one_token_against_all_tokens(precision: str, tolerance: f
             np.testing.assert_allclose(
                 leaf, other, rtol=0, atol=tolerance * scale, err_msg=clip.leaf_name(path)
             )
+
+
+def test_softmax_is_float32_in_bfloat16() -> None:
+    block = clip.compute_in(seeded_model("tiny").text, "bfloat16").last
+    x = jnp.ones((3, block.query.weight.shape[1]), jnp.bfloat16)
+    program = str(jax.make_jaxpr(block.attention)(x))
+    assert re.findall(r":(\w+)\[[\d,]*\] = exp ", program) == ["f32"]
 
 
 def test_end_token_that_is_not_the_highest_id() -> None:
