@@ -9,6 +9,7 @@ Developers run it for the tables of docs/speed.md and docs/scaling.md, and for d
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -518,6 +519,8 @@ def decode_command(
         rounds: Rounds of each implementation, in turn.
         vs: torch: also PyTorch's DataLoader with torchvision's transforms, with the ratio.
     """
+    if vs and not all(map(importlib.util.find_spec, ("torch", "torchvision"))):
+        raise InputError("--vs torch needs PyTorch: pip install torch torchvision")
     random = np.random.default_rng(0)
     readers = {"this project": our_batches} | ({"PyTorch": torch_batches} if vs else {})
     seconds: dict[str, list[float]] = {name: [] for name in readers}
