@@ -517,10 +517,10 @@ def decode_command(
         batch_size: Images per batch.
         batches: Batches to time per round.
         rounds: Rounds of each implementation, in turn.
-        vs: torch: also PyTorch's DataLoader with torchvision's transforms, with the ratio.
+        vs: torch: also PyTorch's DataLoader and torchvision (extra `decode`), with the ratio.
     """
     if vs and not all(map(importlib.util.find_spec, ("torch", "torchvision"))):
-        raise InputError("--vs torch needs PyTorch: pip install torch torchvision")
+        raise InputError("--vs torch needs the extra decode: pip install '.[decode]'")
     random = np.random.default_rng(0)
     readers = {"this project": our_batches} | ({"PyTorch": torch_batches} if vs else {})
     seconds: dict[str, list[float]] = {name: [] for name in readers}

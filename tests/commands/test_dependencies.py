@@ -38,7 +38,7 @@ def test_what_is_imported_is_declared() -> None:
                 imported.add(node.module.split(".")[0])
     own = {path.stem for path in ROOT.glob("*.py")} | {"support", "tools"}
     others = imported - own - sys.stdlib_module_names
-    declared = INSTALLED.keys() | requirements(EXTRAS["reference"]).keys()
+    declared = INSTALLED.keys() | requirements(EXTRAS["reference"] + EXTRAS["decode"]).keys()
     assert {canonicalize_name(RENAMED.get(name, name)) for name in others} <= declared
 
 
