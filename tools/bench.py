@@ -504,13 +504,13 @@ def torch_batches(folder: Path, batch_size: int, workers: int) -> Iterator:
 def decode_command(
     workers: int = 2,
     batch_size: int = 32,
-    batches: int = 24,
+    batches: int = 64,
     rounds: int = 7,
     vs: Literal["torch"] | None = None,
 ) -> None:
     """Time the reading of JPEGs, 500 x 375 pixels at quality 90, into augmented batches of 224.
 
-    The first batch of a round, which starts the workers, is not timed.
+    The first four batches per worker are not timed: they start the workers and fill the buffers.
 
     Args:
         workers: Threads, and in PyTorch processes.
@@ -522,12 +522,13 @@ def decode_command(
     if vs and not all(map(importlib.util.find_spec, ("torch", "torchvision"))):
         raise InputError("--vs torch needs the extra decode: pip install '.[decode]'")
     random = np.random.default_rng(0)
+    untimed = 4 * workers
     readers = {"this project": our_batches} | ({"PyTorch": torch_batches} if vs else {})
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "one").mkdir()
-        for index in range(batch_size * (batches + 1)):
+        for index in range(batch_size * (untimed + batches)):
             coarse = Image.fromarray(random.integers(0, 256, (75, 100, 3), np.uint8))
             photo = coarse.resize((500, 375), Image.Resampling.BICUBIC)
             photo.save(folder / "one" / f"{index}.jpg", quality=90)
@@ -535,10 +536,12 @@ def decode_command(
         for _ in range(rounds):
             for name, read in readers.items():
                 reader = read(folder, batch_size, workers)
-                next(reader)
+                for _ in itertools.islice(reader, untimed):
+                    pass
                 start = time.perf_counter()
-                read_batches = sum(1 for _ in itertools.islice(reader, batches))
-                seconds[name].append((time.perf_counter() - start) / read_batches)
+                for _ in itertools.islice(reader, batches):
+                    pass
+                seconds[name].append((time.perf_counter() - start) / batches)
                 del reader
     print(f"JPEGs of {size:.0f} KB, {workers} workers, batches of {batch_size}")
     rates = {name: batch_size / statistics.median(each) for name, each in seconds.items()}
